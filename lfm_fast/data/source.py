@@ -1,0 +1,56 @@
+"""What training and encoding read pictures from."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Report:
+    """Files that could not be used, each with its reason, and files that were changed on the way in."""
+
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    converted: list[tuple[str, str]] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """One sentence per file, or one saying that nothing happened."""
+        lines = [f"Skipped {name}: {reason}." for name, reason in self.skipped]
+        lines += [f"Converted {name}: {reason}." for name, reason in self.converted]
+        return "\n".join(lines) if lines else "Every image was read as it is."
+
+
+class ImageSource:
+    """Square RGB pictures with a label each.
+
+    Attributes: labels (N,) int64; class_names and names, lists of str; image_size, the side in pixels; flip, whether
+    a horizontal mirror is a fair augmentation; report, a `Report`; name, what provenance calls this source.
+    Subclasses implement `load`.
+    """
+
+    name = "images"
+    flip = False
+
+    def __init__(self, image_size, labels, class_names, names, report=None):
+        self.image_size = int(image_size)
+        self.labels = torch.as_tensor(labels, dtype=torch.int64)
+        self.class_names = list(class_names)
+        self.names = list(names)
+        self.report = report if report is not None else Report()
+
+    def __len__(self):
+        return len(self.names)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def load(self, position: int) -> torch.Tensor:
+        """Picture number `position` as (3, H, W) uint8."""
+        raise TypeError(f"{type(self).__name__} must implement load(position)")
+
+    def batch(self, positions) -> torch.Tensor:
+        """The pictures at `positions` as (B, 3, H, W) uint8."""
+        positions = [int(i) for i in positions]
+        if not positions:
+            return torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
+        return torch.stack([self.load(i) for i in positions])
