@@ -1,0 +1,13 @@
+"""The networks, all called `model(t, z, y=None)` and returning the velocity."""
+
+from lfm_fast.models.dit import DiT
+from lfm_fast.models.registry import (
+    FAMILIES,
+    NETWORKS,
+    create_model,
+    from_config,
+    from_reference_config,
+    num_parameters,
+)
+
+__all__ = ["FAMILIES", "NETWORKS", "DiT", "create_model", "from_config", "from_reference_config", "num_parameters"]

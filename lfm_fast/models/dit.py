@@ -1,0 +1,200 @@
+"""DiT with adaLN-Zero: "Scalable Diffusion Models with Transformers" (arXiv 2212.09748), section 3."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lfm_fast.models.layers import (
+    Attention,
+    LabelEmbedding,
+    Mlp,
+    PatchEmbedding,
+    TimeEmbedding,
+    modulate,
+    sincos_table,
+)
+
+_NORM_EPS = 1e-6
+
+
+def _layer_norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=_NORM_EPS)
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP on tokens x (B, T, D), each with shift, scale and gate from the condition c (B, D)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_size: int):
+        super().__init__()
+        self.attn = Attention(hidden_size, num_heads)
+        self.mlp = Mlp(hidden_size, mlp_size)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        modulation = self.adaLN_modulation(c).unsqueeze(1)  # (B, 1, 6 D): per sample, never per token
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
+        x = torch.addcmul(x, gate_attn, self.attn(modulate(_layer_norm(x), shift_attn, scale_attn)))
+        return torch.addcmul(x, gate_mlp, self.mlp(modulate(_layer_norm(x), shift_mlp, scale_mlp)))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and linear read-out, tokens (B, T, D) and condition (B, D) -> (B, T, p p C)."""
+
+    def __init__(self, hidden_size: int, out_features: int):
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, out_features)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
+        return self.linear(modulate(_layer_norm(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """Diffusion transformer that returns the velocity: v = model(t, z, y).
+
+    `image_size` is the side of the LATENT. t (B,) in [0, 1] is used raw, z is (B, C, H, W) in any floating dtype (it is
+    cast to the weights'), y (B,) holds integer labels. With `num_classes` > 0 and `label_dropout` > 0 the label table
+    has one more row, `null_label`, that means "no label"; dropping labels in training is the training loop's work.
+    `y=None` means that row, or the table's last one where there is no null label. `num_classes=0` is an unlabelled
+    network (one row). Returns (B, C, H, W) in the weights' dtype, or autocast's.
+
+    Raises ValueError for sizes that do not divide, and for inputs of another shape than the network was made for.
+
+    >>> model = DiT(image_size=8, hidden_size=32, depth=1, num_heads=2)
+    >>> model(torch.rand(2), torch.randn(2, 4, 8, 8)).shape
+    torch.Size([2, 4, 8, 8])
+
+    Source: arXiv 2212.09748, section 3.2 (adaLN-Zero) and table 1 (sizes).
+    """
+
+    family = "dit"
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 0,
+        label_dropout: float = 0.0,
+    ):
+        self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        _check_config(**self.config)
+        self.config = {"family": self.family, **self.config}
+        super().__init__()
+        self.image_size, self.patch_size, self.in_channels = image_size, patch_size, in_channels
+        self.num_classes = num_classes
+        self.num_labels = max(num_classes + (label_dropout > 0), 1)  # rows of the label table
+        # Frozen, yet a parameter and not a buffer: the checkpoint format and its parameter counts have it so.
+        self.pos_embed = nn.Parameter(sincos_table(image_size // patch_size, hidden_size), requires_grad=False)
+        self.x_embedder = PatchEmbedding(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimeEmbedding(hidden_size)
+        self.y_embedder = LabelEmbedding(self.num_labels, hidden_size)
+        mlp_size = int(hidden_size * mlp_ratio)
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_size) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels)
+        self.initialise()
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that means "no label", or None for a labelled network built without label dropout."""
+        if self.num_classes and self.num_labels == self.num_classes:
+            return None
+        return self.num_classes
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Draw fresh weights as published; every block starts as the identity and the velocity as zero (adaLN-Zero)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # fans of the matrix product it is
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for layer in [*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1]]:
+            nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def forward(self, t: Tensor, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """Velocity (B, C, H, W) at times t (B,) (or one time for all, ()), latents z (B, C, H, W) and labels y (B,)."""
+        self._check_inputs(t, z, y)
+        if y is None:
+            y = torch.full((z.shape[0],), self.num_labels - 1, device=z.device)
+        return self.velocity(t.expand(z.shape[0]), z, y)
+
+    def velocity(self, t: Tensor, z: Tensor, y: Tensor) -> Tensor:
+        """The network proper, all inputs explicit: compile this and labelled and unlabelled calls share one graph."""
+        x = self.x_embedder(z) + self.pos_embed  # (B, T, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
+        for block in self.blocks:
+            x = block(x, c)
+        return self._unpatchify(self.final_layer(x, c))
+
+    def flops_per_sample(self) -> int:
+        """Floating-point operations of one forward on one sample: 2 per multiply-add of its matrix products."""
+        config, tokens = self.config, self.pos_embed.shape[1]
+        d, mlp_size = config["hidden_size"], self.blocks[0].mlp.fc1.out_features
+        patch = self.patch_size**2 * self.in_channels
+        block = tokens * (4 * d * d + 2 * d * mlp_size) + 2 * tokens * tokens * d + 6 * d * d
+        embeddings = tokens * patch * d + self.t_embedder.width * d + d * d
+        return 2 * (embeddings + config["depth"] * block + 2 * d * d + tokens * d * patch)
+
+    def _unpatchify(self, x: Tensor) -> Tensor:
+        side, p = self.image_size // self.patch_size, self.patch_size
+        x = x.reshape(-1, side, side, p, p, self.in_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_channels, self.image_size, self.image_size)
+
+    def _check_inputs(self, t: Tensor, z: Tensor, y: Tensor | None) -> None:
+        expected = (self.in_channels, self.image_size, self.image_size)
+        if z.ndim != 4 or tuple(z.shape[1:]) != expected:
+            raise ValueError(
+                f"this network takes latents of shape (B, {', '.join(map(str, expected))}), but z is {tuple(z.shape)}; "
+                "resize the latents or build the network for their size."
+            )
+        if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != z.shape[0]):
+            raise ValueError(f"t must have shape ({z.shape[0]},), one time per sample of z, but is {tuple(t.shape)}.")
+        if y is None:
+            return
+        if y.ndim != 1 or y.shape[0] != z.shape[0] or y.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"y must be integer labels of shape ({z.shape[0]},), one per sample of z, "
+                f"but is {y.dtype} {tuple(y.shape)}."
+            )
+        # On a GPU this comparison would wait for the device; there the table look-up itself asserts.
+        if not torch.compiler.is_compiling() and y.device.type == "cpu" and y.numel():
+            low, high = int(y.min()), int(y.max())
+            if low < 0 or high >= self.num_labels:
+                raise ValueError(
+                    f"labels must lie in 0..{self.num_labels - 1}, but y holds {low if low < 0 else high}; "
+                    f"this network knows {self.num_classes} classes."
+                )
+
+
+def _check_config(
+    *, image_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, label_dropout
+):
+    sizes = {"image_size": image_size, "patch_size": patch_size, "in_channels": in_channels}
+    sizes.update(hidden_size=hidden_size, depth=depth, num_heads=num_heads)
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, but is {value!r}.")
+    if image_size % patch_size:
+        raise ValueError(f"the latent's side {image_size} is no multiple of patch_size {patch_size}.")
+    if hidden_size % num_heads or hidden_size % 4:
+        raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and of 4.")
+    if mlp_ratio <= 0:
+        raise ValueError(f"mlp_ratio must be positive, but is {mlp_ratio!r}.")
+    if not isinstance(num_classes, int) or num_classes < 0:
+        raise ValueError(f"num_classes must be 0 (unlabelled) or a positive integer, but is {num_classes!r}.")
+    if not 0 <= label_dropout < 1:
+        raise ValueError(f"label_dropout must lie in [0, 1), but is {label_dropout!r}.")
+    if label_dropout and not num_classes:
+        raise ValueError(f"label_dropout {label_dropout} needs labels to drop, but num_classes is 0.")

@@ -1,0 +1,110 @@
+"""Layers that more than one network uses. Shapes: B batch, T tokens, D hidden size, C channels, H and W sides."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def time_features(t: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Sinusoidal features of raw times: [cos(t f_i), sin(t f_i)], f_i = 10000^(-i / (width / 2)).
+
+    t (B,) in [0, 1], never scaled by 1000; returns (B, width) in `dtype`. Keep `dtype` at float32 or above:
+    bfloat16 has 8 bits, so neighbouring times of a 250-step sampler would get one and the same embedding.
+    """
+    half = width // 2
+    index = torch.arange(half, device=t.device, dtype=dtype)
+    angles = t.to(dtype)[:, None] * torch.exp(index * (-math.log(10000.0) / half))  # (B, width / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift with x (B, T, D) and shift, scale (B, 1, D), each sample by its own."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class TimeEmbedding(nn.Module):
+    """Times (B,) -> (B, D): sinusoidal features, computed in float32 or above, through a two-layer MLP."""
+
+    def __init__(self, hidden_size: int, width: int = 256):
+        super().__init__()
+        self.width = width
+        self.mlp = nn.Sequential(nn.Linear(width, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t: Tensor) -> Tensor:
+        dtype = self.mlp[0].weight.dtype
+        features = time_features(t, self.width, torch.promote_types(dtype, torch.float32))
+        return self.mlp(features.to(dtype))
+
+
+class LabelEmbedding(nn.Module):
+    """Labels (B,) -> (B, D): one row per class, and one more for "no label" where the network was given one."""
+
+    def __init__(self, num_rows: int, hidden_size: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_rows, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+class PatchEmbedding(nn.Module):
+    """Latents (B, C, H, W) -> tokens (B, T, D), row-major, by a convolution whose stride is its kernel.
+
+    The convolution only holds the weights (checkpoints store them 4-D). It is evaluated as one matrix product, because
+    its own output would be channels-first: every later pass over the tokens would then run against the grain.
+    """
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, z: Tensor) -> Tensor:
+        p, weight = self.patch_size, self.proj.weight
+        batch, channels, height, width = z.shape
+        patches = z.to(weight.dtype).reshape(batch, channels, height // p, p, width // p, p)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, T, C p p)
+        return F.linear(patches, weight.flatten(1), self.proj.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens (B, T, D); qkv channels in the order (3, head, D / heads)."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, T, d)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a tanh-approximated GELU between them, (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, hidden_size: int, mlp_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, mlp_size)
+        self.fc2 = nn.Linear(mlp_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def sincos_table(side: int, hidden_size: int) -> Tensor:
+    """Fixed 2-D position table (1, side * side, D), float32, computed in float64.
+
+    The first half of the channels tells the column, the second half the row; each half holds all sines, then all
+    cosines, with frequencies 10000^(-i / (D / 4)). Positions are row-major.
+    """
+    quarter = hidden_size // 4
+    frequencies = torch.exp(torch.arange(quarter, dtype=torch.float64) * (-math.log(10000.0) / quarter))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # (side, D / 4)
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D / 2)
+    columns = axis[None, :, :].expand(side, -1, -1)
+    rows = axis[:, None, :].expand(-1, side, -1)
+    return torch.cat([columns, rows], dim=2).reshape(1, side * side, hidden_size).float()

@@ -1,0 +1,114 @@
+"""The networks by name, and the ways to build one: by name, from its own configuration, from the reference's."""
+
+import difflib
+
+from torch import nn
+
+from lfm_fast.models.dit import DiT
+
+# family -> class; a network's `config` names its family
+FAMILIES = {DiT.family: DiT}
+
+_DIT_SIZES = {
+    "DiT-S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
+    "DiT-B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
+    "DiT-L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
+    "DiT-XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
+}
+
+# name -> (class, arguments); arXiv 2212.09748, table 1, and the small network of the embedded data set
+NETWORKS = {
+    f"{name}/{patch_size}": (DiT, {**size, "patch_size": patch_size})
+    for name, size in _DIT_SIZES.items()
+    for patch_size in (2, 4, 8)
+}
+NETWORKS["DiT-Emoji"] = (DiT, {"hidden_size": 256, "depth": 6, "num_heads": 4, "patch_size": 2})
+
+# the reference's argument names -> ours, for each family
+_REFERENCE_NAMES = {
+    "dit": {
+        "img_resolution": "image_size",
+        **{name: name for name in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio")},
+        **{name: name for name in ("num_classes", "label_dropout")},
+    },
+}
+
+
+def create_model(
+    name: str,
+    *,
+    image_size: int = 256,
+    in_channels: int = 4,
+    num_classes: int = 0,
+    label_dropout: float = 0.0,
+    downsampling: int = 8,
+    **overrides,
+) -> nn.Module:
+    """Build a network by its name, with fresh weights, for images of `image_size` pixels.
+
+    The network sees latents of side image_size / downsampling with `in_channels` channels. `overrides` replace
+    arguments of the named network. Raises ValueError for an unknown name or argument and for sizes that do not divide.
+
+    >>> model = create_model("DiT-S/8", image_size=64, num_classes=10, label_dropout=0.1)
+    >>> model.config["image_size"], model.null_label
+    (8, 10)
+    """
+    if name not in NETWORKS:
+        close = difflib.get_close_matches(str(name), NETWORKS, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known names: {', '.join(NETWORKS)}."
+        raise ValueError(f"there is no network called {name!r}; {hint}")
+    if downsampling < 1 or image_size < 1 or image_size % downsampling:
+        raise ValueError(f"image_size {image_size} is no multiple of the autoencoder's downsampling {downsampling}.")
+    network, arguments = NETWORKS[name]
+    common = {"in_channels": in_channels, "num_classes": num_classes, "label_dropout": label_dropout}
+    return _build(network, {**arguments, **common, "image_size": image_size // downsampling, **overrides})
+
+
+def from_config(config: dict) -> nn.Module:
+    """Rebuild a network, with fresh weights, from what its `config` attribute held."""
+    arguments = dict(config)
+    return _build(_network_of(arguments.pop("family", None)), arguments)
+
+
+def from_reference_config(config: dict) -> nn.Module:
+    """Build a network from the reference implementation's argument names and `family`.
+
+    The reference writes an unlabelled network as one class without label dropout; ours is `num_classes=0`, with the
+    same single row in its label table. A parameter count (`params`) beside the arguments is ignored.
+    """
+    config = dict(config)
+    family = config.pop("family", None)
+    network = _network_of(family)
+    config.pop("params", None)
+    names = _REFERENCE_NAMES[family]
+    unknown = sorted(set(config) - set(names))
+    if unknown:
+        raise ValueError(f"the reference's {family!r} network has no argument {', '.join(unknown)}.")
+    arguments = {names[name]: value for name, value in config.items()}
+    if arguments.get("num_classes", 0) <= 1 and not arguments.get("label_dropout", 0.0):
+        arguments["num_classes"] = 0
+    return _build(network, arguments)
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Number of parameters, frozen ones (a DiT's position table) included, as published counts have it."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _network_of(family: str | None) -> type[nn.Module]:
+    if family not in FAMILIES:
+        raise ValueError(
+            f"a network's configuration must name its family, one of {', '.join(FAMILIES)}; got {family!r}."
+        )
+    return FAMILIES[family]
+
+
+def _build(network: type[nn.Module], arguments: dict) -> nn.Module:
+    known = network.__init__.__kwdefaults__ or {}
+    names = [name for name in network.__init__.__annotations__ if name != "return"]
+    unknown, missing = sorted(set(arguments) - set(names)), sorted(set(names) - set(arguments) - set(known))
+    if unknown:
+        raise ValueError(f"{network.__name__} has no argument {', '.join(unknown)}; it takes {', '.join(names)}.")
+    if missing:
+        raise ValueError(f"{network.__name__} needs {', '.join(missing)}.")
+    return network(**arguments)
