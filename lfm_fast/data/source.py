@@ -12,11 +12,22 @@ class Report:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     converted: list[tuple[str, str]] = field(default_factory=list)
 
-    def summary(self) -> str:
-        """One sentence per file, or one saying that nothing happened."""
-        lines = [f"Skipped {name}: {reason}." for name, reason in self.skipped]
-        lines += [f"Converted {name}: {reason}." for name, reason in self.converted]
+    def summary(self, names: int = 10) -> str:
+        """One sentence per reason with the names of its files (the first `names`), or one saying that all is well."""
+        lines = _sentences("Skipped", self.skipped, names) + _sentences("Converted", self.converted, names)
         return "\n".join(lines) if lines else "Every image was read as it is."
+
+
+def _sentences(verb, entries, limit) -> list[str]:
+    by_reason = {}
+    for name, reason in entries:
+        by_reason.setdefault(reason, []).append(name)
+    sentences = []
+    for reason, names in by_reason.items():
+        shown = ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+        count = "1 image" if len(names) == 1 else f"{len(names)} images"
+        sentences.append(f"{verb} {count} ({reason}): {shown}.")
+    return sentences
 
 
 class ImageSource:
@@ -54,3 +65,17 @@ class ImageSource:
         if not positions:
             return torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
         return torch.stack([self.load(i) for i in positions])
+
+
+def check_labels(source, num_classes: int) -> None:
+    """Refuse, before any work, labels that a network with `num_classes` classes has no row for.
+
+    Raises:
+        ValueError: a label of the source is num_classes or more.
+    """
+    highest = int(source.labels.max()) if len(source.labels) else -1
+    if highest >= num_classes:
+        raise ValueError(
+            f"The data has labels up to {highest} ({len(source.class_names)} classes), but num_classes={num_classes} "
+            f"allows 0 to {num_classes - 1}: pass num_classes={len(source.class_names)}."
+        )

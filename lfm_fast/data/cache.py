@@ -1,0 +1,58 @@
+"""The user's cache folder, atomic files, and small notes that save work done before."""
+
+import hashlib
+import json
+import os
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """LFM_FAST_CACHE, else XDG_CACHE_HOME/lfm_fast, else ~/.cache/lfm_fast."""
+    if os.environ.get("LFM_FAST_CACHE"):
+        return Path(os.environ["LFM_FAST_CACHE"]).expanduser()
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]).expanduser() / "lfm_fast"
+    return Path.home() / ".cache" / "lfm_fast"
+
+
+@contextmanager
+def replacing(path: Path):
+    """Yield a temporary path of our own beside `path`; on success it is synced and renamed, on failure removed.
+
+    Whoever reads `path` sees the old file or the whole new one; of processes that race, the last rename wins.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_note(kind: str, subject) -> dict:
+    """What an earlier run noted about `subject` (a path), or an empty dict: a note may always be lost."""
+    try:
+        note = json.loads(_note_path(kind, subject).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def write_note(kind: str, subject, note: dict) -> None:
+    """Remember `note` for later runs; where the cache folder cannot be written, the work is simply done again."""
+    try:
+        with replacing(_note_path(kind, subject)) as temporary:
+            temporary.write_text(json.dumps(note), encoding="utf-8")
+    except OSError:
+        return
+
+
+def _note_path(kind, subject) -> Path:
+    name = hashlib.sha256(os.fsencode(os.path.realpath(subject))).hexdigest()[:24]
+    return cache_folder() / kind / f"{name}.json"
