@@ -91,6 +91,11 @@ class Build(build):
 
     sub_commands = [(name, None if name == "build_ext" else condition) for name, condition in build.sub_commands]
 
+    def run(self):
+        # setuptools packs whatever an earlier build left there, modules deleted since included
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
 
 class BuildExt(build_ext):
     """One CMake build for all extensions; an editable or in-place build copies the results into the source tree."""

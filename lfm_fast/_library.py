@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 _FOLDER = Path(__file__).resolve().parent
-_FALLBACK = "The plain-PyTorch reference serves instead"
+_FALLBACK = "the plain-PyTorch reference serves instead"
 
 
 def path() -> Path:
@@ -57,14 +57,14 @@ def _why_not_loaded() -> str | None:
     record = built_with()
     if not path().is_file():
         why = record.get("reason", f"{path().name} is not beside the package: run `python setup.py develop`")
-        return f"the compiled library is not installed: {why}. {_FALLBACK}"
+        return f"the compiled library is not installed: {why}; {_FALLBACK}"
     try:
         torch.ops.load_library(str(path()))
     except OSError as error:
         torch_built, abi, compiler = (record.get(key, "unknown") for key in ("torch", "stable_abi", "compiler"))
         built = f"built against torch {torch_built} (stable ABI {abi}, compiler {compiler})"
         running = f"running torch {torch.__version__} on {platform.system()} {platform.machine()}"
-        return f"the compiled library could not be loaded: {built}, {running}: {error}. {_FALLBACK}"
+        return f"the compiled library could not be loaded: {built}, {running}: {error.__cause__ or error}; {_FALLBACK}"
     return None
 
 
