@@ -1,0 +1,77 @@
+"""Fixed-step Runge-Kutta: every stage is one ops.guided_step, and nothing in the loop waits for the device."""
+
+from dataclasses import dataclass
+
+import torch
+
+from lfm_fast import ops
+from lfm_fast.solvers.solution import Solution
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What follows evaluation i: the next stage's point, or at last the next state, from z and the velocities."""
+
+    stored: tuple[int, ...]  # earlier evaluations with a weight here
+    keep: bool  # a later stage needs this one's blended velocity
+    factors: tuple[float, ...]  # of dt, for this evaluation and the stored ones
+
+
+def plan(tableau):
+    """The stages of a tableau, with only the velocities that have a weight."""
+    targets = [*tableau.a[1:], tableau.b]  # after evaluation i: the point of stage i + 1, at last z'
+    stages = []
+    for i, row in enumerate(targets):
+        stored = tuple(j for j in range(i) if row[j] != 0)
+        keep = any(later[i] != 0 for later in targets[i + 1 :])
+        stages.append(Stage(stored, keep, (row[i], *(row[j] for j in stored))))
+    return stages
+
+
+def integrate(tableau, field, z, times, settings):
+    """dz/dt = field(t, z) over the given times with an explicit Runge-Kutta method.
+
+    tableau: a tableaus.Tableau. field: see lfm_fast.solvers. z (B, ...) float32 or float64, the state at times[0].
+    times: floats, in either direction. settings: a Settings. Returns a Solution.
+    """
+    stages = plan(tableau)
+    field_at = getattr(field, "at", lambda time: field)
+    moments, weights = _tables(tableau, stages, times, z)
+    states = [z] if settings.trajectory else None
+    for n in range(len(times) - 1):
+        point, kept = z, {}
+        for i, stage in enumerate(stages):
+            now = times[n + 1] if tableau.c[i] == 1 else times[n] + tableau.c[i] * (times[n + 1] - times[n])
+            velocity, unconditional, scale = field_at(now)(moments[n, i].expand(z.shape[0]), point)
+            point, blended, _ = ops.guided_step(
+                z,
+                velocity,
+                unconditional,
+                scale,
+                [kept[j] for j in stage.stored],
+                weights[i][n].expand(z.shape[0], -1),
+                keep=stage.keep,
+            )
+            kept[i] = blended
+        z = point
+        if settings.trajectory:
+            states.append(z)
+        if settings.on_step is not None:
+            settings.on_step(n + 1, times[n + 1], z)
+    return Solution(z=z, states=states, time=times[-1], accepted=len(times) - 1)
+
+
+def _tables(tableau, stages, times, z):
+    """Everything that depends on time, computed in float64 and moved to the device once.
+
+    moments (N, S): the time of each evaluation; weights[i] (N, 2 + K_i): guided_step's weights after evaluation i.
+    """
+    grid = torch.tensor(times, dtype=torch.float64)
+    start, dt = grid[:-1, None], grid.diff()[:, None]
+    c = torch.tensor(tableau.c, dtype=torch.float64)
+    moments = torch.where(c == 1, grid[1:, None], start + c * dt)
+    weights = [
+        torch.cat([torch.ones_like(dt), dt * torch.tensor(stage.factors, dtype=torch.float64)], dim=1).to(z)
+        for stage in stages
+    ]
+    return moments.to(z), weights

@@ -1,0 +1,71 @@
+"""Time grids: the times a solver steps through, as Python floats (float64)."""
+
+import torch
+
+LFM_LAST_TIME = 1e-5
+
+
+def time_grid(kind, num_steps, t_start=1.0, t_end=0.0):
+    """The times from t_start to t_end, N + 1 of them for N steps.
+
+    kind: None or "uniform": N + 1 equidistant times;
+        "lfm": the grid of LFM, N points and so N - 1 steps, over [1, 1e-5] (both ends raised to 1e-5 at least);
+        ("shift", s): u -> s u / (1 + (s - 1) u) of equidistant u, denser near noise for s > 1
+        (arXiv 2403.03206, eq. 23);
+        a 1-D tensor (or list) of strictly monotone times, which then replace num_steps, t_start and t_end.
+    num_steps: N.
+    Returns: list of floats, strictly monotone.
+    Raises ValueError for anything else, in one sentence.
+
+    >>> time_grid("uniform", 4)
+    [1.0, 0.75, 0.5, 0.25, 0.0]
+    >>> len(time_grid("lfm", 50)), time_grid("lfm", 50)[-1]
+    (50, 1e-05)
+    """
+    if isinstance(kind, torch.Tensor) or (isinstance(kind, (list, tuple)) and not (kind and isinstance(kind[0], str))):
+        return _given(kind, t_start, t_end)
+    if t_start == t_end:
+        raise ValueError(f"t_start and t_end are both {t_start}; there is nothing to integrate.")
+    if kind is None or kind == "uniform":
+        return _equidistant(t_start, t_end, num_steps)
+    if kind == "lfm":
+        if num_steps < 2:
+            raise ValueError(f"time_grid='lfm' makes num_steps - 1 steps; num_steps is {num_steps}, give 2 or more.")
+        return _equidistant(max(t_start, LFM_LAST_TIME), max(t_end, LFM_LAST_TIME), num_steps - 1)
+    if isinstance(kind, tuple) and len(kind) == 2 and kind[0] == "shift":
+        return _shifted(kind[1], t_start, t_end, num_steps)
+    raise ValueError(f"time_grid is {kind!r}, expected 'uniform', 'lfm', ('shift', s) or a 1-D tensor of times.")
+
+
+def _equidistant(t_start, t_end, num_steps):
+    times = [t_start + (t_end - t_start) * (k / num_steps) for k in range(num_steps)]
+    return [*times, t_end]
+
+
+def _shifted(shift, t_start, t_end, num_steps):
+    if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0.0 < shift < float("inf"):
+        raise ValueError(f"time_grid=('shift', {shift!r}): the shift has to be a positive number.")
+    first, last = (t / (shift - (shift - 1) * t) for t in (t_start, t_end))  # the inverse, so that the ends stay
+    middle = [shift * u / (1 + (shift - 1) * u) for u in _equidistant(first, last, num_steps)[1:-1]]
+    return [t_start, *middle, t_end]
+
+
+def _given(times, t_start, t_end):
+    try:
+        times = torch.as_tensor(times, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError("time_grid holds something that is no number, expected a 1-D tensor of times.") from None
+    if times.ndim != 1 or len(times) < 2:
+        raise ValueError(f"time_grid is a tensor {tuple(times.shape)}, expected a 1-D one of at least two times.")
+    steps = times.diff()
+    if not (bool((steps > 0).all()) or bool((steps < 0).all())):
+        raise ValueError("time_grid has to be strictly monotone and finite; its times repeat, turn round or are NaN.")
+    times = times.tolist()
+    if min(times) < 0.0 or max(times) > 1.0:
+        raise ValueError(f"time_grid runs from {times[0]:g} to {times[-1]:g}, expected times in [0, 1].")
+    for name, came, default, of_grid in (("t_start", t_start, 1.0, times[0]), ("t_end", t_end, 0.0, times[-1])):
+        if came != default and came != of_grid:
+            raise ValueError(
+                f"{name} is {came:g} but time_grid has {of_grid:g} there; leave {name} out or make them agree."
+            )
+    return times
