@@ -1,0 +1,29 @@
+// The arithmetic of the flow ops, one element at a time, shared by every device. Each line rounds as written.
+#pragma once
+
+#include <cmath>
+
+#include "common/macros.h"
+
+namespace lfm_fast {
+
+// z_t = alpha z_0 + sigma z_1, and with the derivatives the target d_alpha z_0 + d_sigma z_1.
+LFM_HD float combine(float a, float x, float b, float y) { return a * x + b * y; }
+
+// v = scale v_cond + (1 - scale) v_uncond; one_minus_scale is computed once per sample.
+LFM_HD float blend(float scale, float one_minus_scale, float conditional, float unconditional) {
+  return scale * conditional + one_minus_scale * unconditional;
+}
+
+// max(|z|, |z_next|), NaN if either is: a solver must see a sample that has left the numbers.
+LFM_HD float magnitude(float z, float z_next) {
+  const float a = std::fabs(z), b = std::fabs(z_next);
+  return ((a > b) | (a != a)) ? a : b;
+}
+
+// The error of one element in units of its tolerance.
+LFM_HD float error_ratio(float error, float atol, float rtol, float z, float z_next) {
+  return error / (atol + rtol * magnitude(z, z_next));
+}
+
+}  // namespace lfm_fast
