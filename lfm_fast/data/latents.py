@@ -1,0 +1,139 @@
+"""What training reads: z_0 and label of each global sample number, from a cache or encoded on the fly.
+
+Both sources give the same z_0 for the same (sample number, seed): the item from the epoch's permutation, the mirror
+from stream 4 and the posterior's noise from stream 2 of the counter-based generator, whatever the batch or the rank.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from lfm_fast import ops
+from lfm_fast.autoencoder import Posterior
+from lfm_fast.data.encoding import check_sizes, device_of, encode_images, encode_in_memory, to_model_range
+from lfm_fast.data.latent_cache import LatentCache
+from lfm_fast.data.order import item_of
+
+__all__ = ["CachedLatents", "EncodedImages", "LatentCache", "encode_images", "flips_of"]
+
+AUGMENTATION_STREAM = 4
+
+
+def flips_of(sample_numbers: torch.Tensor, seed: int) -> torch.Tensor:
+    """Whether each sample is mirrored: (B,) int64 -> (B,) bool, true with probability 1/2."""
+    return ops.philox_uniform(sample_numbers, 1, seed, AUGMENTATION_STREAM)[:, 0] < 0.5
+
+
+class CachedLatents:
+    """Training batches from a `LatentCache`, the posterior sampled anew at every visit.
+
+    Args:
+        cache: an open `LatentCache`.
+        flip: mirror half of the samples; the cache must hold mirrored images.
+
+    Raises:
+        ValueError: flip asked of a cache without mirrored images.
+    """
+
+    def __init__(self, cache: LatentCache, *, flip: bool = False):
+        if flip and not cache.has_flip:
+            raise ValueError("flip=True needs a cache of mirrored images too: encode again with flip=True.")
+        self.cache, self.flip = cache, flip
+        self.num_items = cache.num_items
+        self.latent_shape = cache.latent_shape
+        self.class_names = cache.class_names
+        self.num_classes = len(cache.class_names)
+        self.labels = cache.labels
+
+    @classmethod
+    def from_images(cls, source, autoencoder, *, flip: bool = False, batch_size: int = 32) -> "CachedLatents":
+        """Encode every image of `source` into memory: for sets that fit, such as the embedded one."""
+        return cls(encode_in_memory(source, autoencoder, flip=flip, batch_size=batch_size), flip=flip)
+
+    def batch(self, sample_numbers: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """z_0 (B, C, h, w) float32 and y (B,) int64 of the global sample numbers (B,) int64, on the CPU."""
+        items = item_of(sample_numbers, self.num_items, seed)
+        mean, log_variance = self.cache.read(items, flips_of(sample_numbers, seed) if self.flip else None)
+        if log_variance is None:
+            return mean, self.labels[items]
+        return Posterior(mean, log_variance).sample(sample_numbers, seed), self.labels[items]
+
+
+class EncodedImages:
+    """Training batches straight from images: decoded ahead in threads, encoded when asked for.
+
+    For image sets too large to encode first, or augmentations that no cache can hold. z_0 is left on the
+    autoencoder's device.
+
+    Args:
+        source: an `ImageSource`.
+        autoencoder: encode(images in [-1, 1]) -> Posterior.
+        flip: mirror half of the samples; None follows `source.flip`.
+    """
+
+    def __init__(self, source, autoencoder, *, flip: bool | None = None):
+        check_sizes(source, autoencoder)
+        self.source, self.autoencoder = source, autoencoder
+        self.flip = source.flip if flip is None else flip
+        self.num_items = len(source)
+        side = source.image_size // autoencoder.downsampling
+        self.latent_shape = (autoencoder.latent_channels, side, side)
+        self.class_names = source.class_names
+        self.num_classes = len(source.class_names)
+        self.labels = source.labels
+        self._ahead = _ReadAhead(self._images)
+
+    def batch(self, sample_numbers: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """z_0 (B, C, h, w) float32 on the autoencoder's device and y (B,) int64 on the CPU."""
+        images, items = self._ahead.get(sample_numbers, seed)
+        posterior = self.autoencoder.encode(to_model_range(images, device_of(self.autoencoder)))
+        return posterior.sample(sample_numbers.to(posterior.mean.device), seed), self.labels[items]
+
+    def _images(self, sample_numbers, seed):
+        items = item_of(sample_numbers, self.num_items, seed)
+        images = self.source.batch(items.tolist())
+        if self.flip:
+            flips = flips_of(sample_numbers, seed)
+            images[flips] = images[flips].flip(-1)
+        return images, items
+
+
+class _ReadAhead:
+    """Calls `load(sample_numbers, seed)` for the batch it expects next while the caller works on this one.
+
+    The step from one batch to the next repeats (with gradient accumulation: as a cycle), so the next step is taken to
+    be the one that followed the last time the current step was seen. A wrong guess costs time, never correctness.
+    """
+
+    def __init__(self, load):
+        self._load = load
+        self._pool = None
+        self._expected = None  # (sample numbers, seed, future)
+        self._previous, self._steps = None, []
+
+    def get(self, sample_numbers, seed):
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        expected, self._expected = self._expected, None
+        if expected and expected[1] == seed and torch.equal(expected[0], sample_numbers):
+            result = expected[2].result()
+        else:
+            if expected:
+                expected[2].cancel()
+            result = self._load(sample_numbers, seed)
+        upcoming = sample_numbers + self._next_step(sample_numbers)
+        if upcoming.numel() and int(upcoming.min()) >= 0:
+            self._expected = (upcoming, seed, self._pool.submit(self._load, upcoming, seed))
+        return result
+
+    def _next_step(self, sample_numbers) -> int:
+        if len(sample_numbers) == 0:
+            return 0
+        first = int(sample_numbers[0])
+        if self._previous is None:
+            self._previous = first
+            return len(sample_numbers)
+        step, self._previous = first - self._previous, first
+        following = [after for before, after in zip(self._steps, self._steps[1:] + [step]) if before == step]
+        self._steps = (self._steps + [step])[-16:]
+        return following[-1] if following else step
