@@ -1,8 +1,20 @@
-"""Ops: plain functions of tensors, each with a reference in PyTorch and, where built, compiled kernels."""
+"""Ops: plain functions of tensors, each a row with a reference in PyTorch and, where built, compiled kernels.
 
+A new op is one row file (see `_registry.Op`), its kernels, and one import line here.
+"""
+
+from lfm_fast.ops._registry import explain, use_backend
 from lfm_fast.ops.guided_step import guided_step
 from lfm_fast.ops.interpolate import interpolate
 from lfm_fast.ops.philox_normal import philox_normal, philox_uniform
 from lfm_fast.ops.velocity_loss import velocity_loss
 
-__all__ = ["guided_step", "interpolate", "philox_normal", "philox_uniform", "velocity_loss"]
+__all__ = [
+    "explain",
+    "guided_step",
+    "interpolate",
+    "philox_normal",
+    "philox_uniform",
+    "use_backend",
+    "velocity_loss",
+]

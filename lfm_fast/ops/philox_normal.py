@@ -3,30 +3,24 @@
 import torch
 from torch import Tensor
 
+from lfm_fast.ops._cases import indices
+from lfm_fast.ops._checks import INTEGER, check_counter, check_tensor
+from lfm_fast.ops._registry import Backend, Op, Tolerance, register
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", table 2
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1
 
 # The polynomials ARE the definition of the noise: changing a bit of them changes every sample ever drawn. They are
 # minimax fits, rounded to float32. Lowest power first.
-_LOG = tuple(
-    map(
-        float.fromhex,
-        [
-            "0x1.555554p-2",
-            "-0x1.000226p-2",
-            "0x1.99a008p-3",
-            "-0x1.547244p-3",
-            "0x1.22da1cp-3",
-            "-0x1.0d8542p-3",
-            "0x1.055b6ap-3",
-            "-0x1.38b580p-4",
-        ],
-    )
-)
-_SIN = tuple(map(float.fromhex, ["0x1.921fb6p-1", "-0x1.4abbbap-4", "0x1.465e92p-9", "-0x1.2d9302p-15"]))
-_COS = tuple(map(float.fromhex, ["-0x1.3bd3ccp-2", "0x1.03c1dep-6", "-0x1.55c5e0p-12", "0x1.d9d57ep-19"]))
-_LN2_HIGH, _LN2_LOW = float.fromhex("0x1.63p-1"), float.fromhex("-0x1.bd0106p-13")
+_HEX = float.fromhex
+_LOG = (
+    _HEX("0x1.555554p-2"), _HEX("-0x1.000226p-2"), _HEX("0x1.99a008p-3"), _HEX("-0x1.547244p-3"),
+    _HEX("0x1.22da1cp-3"), _HEX("-0x1.0d8542p-3"), _HEX("0x1.055b6ap-3"), _HEX("-0x1.38b580p-4"),
+)  # fmt: skip
+_SIN = (_HEX("0x1.921fb6p-1"), _HEX("-0x1.4abbbap-4"), _HEX("0x1.465e92p-9"), _HEX("-0x1.2d9302p-15"))
+_COS = (_HEX("-0x1.3bd3ccp-2"), _HEX("0x1.03c1dep-6"), _HEX("-0x1.55c5e0p-12"), _HEX("0x1.d9d57ep-19"))
+_LN2_HIGH, _LN2_LOW = _HEX("0x1.63p-1"), _HEX("-0x1.bd0106p-13")
 _SQRT_HALF_BITS = 0x3F3504F3
 
 
@@ -87,22 +81,100 @@ def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return radius * first, radius * second
 
 
-def philox_uniform(index: Tensor, numel: int, seed: int, stream: int, offset: int = 0) -> Tensor:
-    """Uniform numbers in [0, 1) by counter: element e of row b is word e % 4 of block e // 4, its upper 24 bits.
-
-    index (B,) int64 -> (B, numel) float32. Plain PyTorch: for times, dropout and flips, a few numbers per sample.
-    """
-    words = philox_words(index, (numel + 3) // 4, seed, stream, offset).flatten(1)[:, :numel]
-    return (words >> 8).to(torch.float32) * 2.0**-24
-
-
-def _reference(index: Tensor, numel: int, seed: int, stream: int = 0, offset: int = 0) -> Tensor:
+def reference(index: Tensor, numel: int, seed: int, stream: int = 0, offset: int = 0) -> Tensor:
     words = philox_words(index, (numel + 3) // 4, seed, stream, offset)
     n0, n1 = box_muller(words[..., 0], words[..., 1])
     n2, n3 = box_muller(words[..., 2], words[..., 3])
-    return torch.stack((n0, n1, n2, n3), dim=-1).flatten(1)[:, :numel].contiguous()
+    return torch.stack((n0, n1, n2, n3), dim=-1).flatten(1)[:, :numel].clone(memory_format=torch.contiguous_format)
+
+
+def _check(index, numel, seed, stream=0, offset=0) -> None:
+    check_tensor("index", index, INTEGER)
+    if index.dim() != 1:
+        raise ValueError(f"index is {tuple(index.shape)}, expected (B,): one number per sample.")
+    if not isinstance(numel, (int, torch.SymInt)) or numel < 0:
+        raise ValueError(f"numel is {numel!r}, expected an int >= 0.")
+    check_counter(numel, seed, stream, offset)
+
+
+def _arguments(*, shape, device="cpu", seed=2**63 - 25, stream=0, offset=0) -> dict:
+    batch, numel = shape
+    return {"index": indices(batch, device), "numel": numel, "seed": seed, "stream": stream, "offset": offset}
+
+
+def _cost(index, numel, seed, stream=0, offset=0) -> tuple[int, int]:
+    # per number: 24 float operations of Box-Muller and 15 integer ones of Philox
+    return 8 * index.numel() + 4 * index.numel() * numel, 39 * index.numel() * numel
+
+
+_row = register(
+    Op(
+        name="philox_normal",
+        schema="(Tensor index, SymInt numel, int seed, int stream=0, int offset=0) -> Tensor",
+        reference=reference,
+        check=_check,
+        backends=(Backend(name="cpp", devices=("cpu",), why_not=lambda *args: None),),
+        arguments=_arguments,
+        cases=(
+            {"shape": (3, 129)},
+            {"shape": (0, 8)},
+            {"shape": (2, 0)},
+            {"shape": (1, 1), "seed": -1},
+            {"shape": (5, 7), "stream": 2**32 - 1, "offset": 2**32 - 2},
+            {"shape": (2, 65_537), "stream": 3, "offset": 11},
+        ),
+        sizes=({"shape": (64, 4096)}, {"shape": (256, 16_384)}),
+        cost=_cost,
+        tolerance=Tolerance(absolute=0.0, relative=0.0, origin="the order of the float32 operations is the definition"),
+    )
+)
 
 
 def philox_normal(index: Tensor, numel: int, seed: int, stream: int = 0, offset: int = 0) -> Tensor:
-    """Standard normals by counter: index (B,) int64 -> (B, numel) float32."""
-    return _reference(index, numel, seed, stream, offset)
+    """Standard normals by counter: row b depends on (seed, stream, index[b]) alone, not on the batch.
+
+    Element e of row b is word e % 4 of Philox4x32-10 with key (seed low, seed high) and counter
+    (offset + e // 4, stream, index low, index high), by Box-Muller in float32; equal to the bit on every CPU.
+
+    Args:
+        index: (B,) int64, the numbers of the samples.
+        numel: how many normals each sample gets.
+        seed: signed 64-bit number.
+        stream: what the numbers are for, 0 <= stream < 2^32.
+        offset: first block of four of the sample's sequence.
+
+    Returns:
+        (B, numel) float32.
+
+    Raises:
+        ValueError: index is not (B,) int64; numel, seed, stream or offset out of range.
+
+    Example:
+        >>> import torch
+        >>> from lfm_fast import ops
+        >>> alone = ops.philox_normal(torch.tensor([7]), 5, seed=1)
+        >>> torch.equal(alone[0], ops.philox_normal(torch.tensor([3, 7]), 5, seed=1)[1])
+        True
+
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; Box and Muller 1958.
+    """
+    return _row(index, numel, seed, stream, offset)
+
+
+def philox_uniform(index: Tensor, numel: int, seed: int, stream: int, offset: int = 0) -> Tensor:
+    """Uniform numbers in [0, 1) by counter: the upper 24 bits of word e % 4 of block e // 4, times 2^-24.
+
+    index (B,) int64 -> (B, numel) float32. Plain PyTorch, no op: times, dropout and flips are a few numbers a sample.
+
+    Raises:
+        ValueError: as `philox_normal`.
+
+    Example:
+        >>> import torch
+        >>> from lfm_fast import ops
+        >>> ops.philox_uniform(torch.arange(3), 2, seed=0, stream=1).shape
+        torch.Size([3, 2])
+    """
+    _check(index, numel, seed, stream, offset)
+    words = philox_words(index, (numel + 3) // 4, seed, stream, offset).flatten(1)[:, :numel]
+    return (words >> 8).to(torch.float32) * 2.0**-24

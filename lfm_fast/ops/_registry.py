@@ -1,0 +1,273 @@
+"""The op registry: what a row of an op is, which of its backends runs, and why the others would not.
+
+A row (`Op`) becomes one `torch.library` operator `lfm_fast::NAME`. Its kernel asks the row's backends, in order, for
+the first of the tensors' device that has no reason to refuse, and falls back on the plain-PyTorch reference, which is
+the fake (meta) kernel too. Compiled backends live in the namespace `lfm_fast_BACKEND` with the same schema, so that
+the schema stands once, in the row.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch.autograd import forward_ad
+
+from lfm_fast import _library
+
+BACKENDS = ("reference", "cpp", "cuda", "triton")
+
+_ROWS: dict[str, "Op"] = {}
+_LIBRARIES: dict[str, torch.library.Library] = {}  # a Library takes its registrations away when it is collected
+# None, or {row name: (backend name, whether a refusal is an error)}
+_FORCED: ContextVar[dict[str, tuple[str, bool]] | None] = ContextVar("lfm_fast_backend", default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """What float32 arithmetic may differ from float64 by: |got - want| <= absolute + relative |want|."""
+
+    absolute: float
+    relative: float
+    origin: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """One way to run a row.
+
+    why_not takes the row's arguments and returns None or the reason, as a sentence without full stop, why these cannot
+    be served. available says the same for any arguments (no library, no package). kernel takes the row's arguments;
+    without one, the compiled operator `lfm_fast_NAME::ROW` runs.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    why_not: Callable[..., str | None]
+    available: Callable[[], str | None] = _library.load
+    kernel: Callable | None = None
+
+    def refusal(self, args: tuple) -> str | None:
+        device = args[0].device.type
+        if device not in self.devices:
+            return f"it runs on {' and '.join(self.devices)}, the tensors are on {device}"
+        return self.available() or self.why_not(*args)
+
+
+@dataclass(kw_only=True, eq=False)
+class Op:
+    """A row: everything there is to know about one op. Calling it checks the arguments, then dispatches."""
+
+    name: str
+    schema: str  # "(Tensor z_0, ...) -> (Tensor z_t, Tensor target)"; the first argument is a tensor
+    reference: Callable  # plain PyTorch, same arguments and defaults as the schema; contiguous outputs
+    check: Callable  # same arguments; raises ValueError
+    backends: tuple[Backend, ...]  # in order of preference
+    arguments: Callable[..., dict]  # builds the arguments of a case: (shape, device, dtype, layout, ...) -> keywords
+    cases: tuple[dict, ...]  # keywords of `arguments`: what the tests run
+    sizes: tuple[dict, ...]  # keywords of `arguments`: what the benchmarks run
+    cost: Callable[..., tuple[int, int]]  # same arguments as the schema -> (bytes read and written once, FLOPs)
+    tolerance: Tolerance
+    setup_context: Callable | None = None
+    backward: Callable | None = None
+    not_differentiable: tuple[str, ...] = ()  # arguments for which a gradient is refused rather than left out
+    overload: Callable = field(init=False, repr=False)
+
+    def __call__(self, *args):
+        self.check(*args)
+        if not torch.compiler.is_compiling():
+            # PyTorch gives a custom op a ZERO tangent without a word, and has no batching rule for it: under a
+            # transform the reference runs, whose every operation is PyTorch's own.
+            if _inside_transform():
+                return self.reference(*args)
+            if torch.is_grad_enabled():
+                self._refuse_gradient([isinstance(a, torch.Tensor) and a.requires_grad for a in args])
+        return self.overload(*args)
+
+    def bind(self, *args, **kwargs) -> tuple:
+        """Arguments in the schema's order, defaults filled in."""
+        try:
+            bound = inspect.signature(self.reference).bind(*args, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"{self.name}: {error}.") from None
+        bound.apply_defaults()
+        return tuple(bound.arguments.values())
+
+    @cached_property
+    def argument_names(self) -> tuple[str, ...]:
+        return tuple(argument.name for argument in self.overload._schema.arguments)
+
+    @cached_property
+    def kernels(self) -> dict[str, Callable]:
+        compiled = {b.name: getattr(getattr(torch.ops, f"lfm_fast_{b.name}"), self.name).default for b in self.compiled}
+        return compiled | {b.name: b.kernel for b in self.backends if b.kernel}
+
+    @property
+    def compiled(self) -> tuple[Backend, ...]:
+        return tuple(b for b in self.backends if b.kernel is None)
+
+    def choose(self, args: tuple) -> str:
+        """The name of the backend that runs these arguments."""
+        forced = _FORCED.get()
+        if forced is not None and self.name in forced:
+            name, strict = forced[self.name]
+            if name == "reference":
+                return name
+            reason = self.named(name).refusal(args)
+            if reason is None:
+                return name
+            if strict:
+                raise ValueError(f"{self.name} cannot run on backend {name!r}: {reason}.")
+        for backend in self.backends:
+            if backend.refusal(args) is None:
+                return backend.name
+        return "reference"
+
+    def named(self, name: str) -> Backend:
+        return next(b for b in self.backends if b.name == name)
+
+    def dispatch(self, *args):
+        name = self.choose(args)
+        return self.reference(*args) if name == "reference" else self.kernels[name](*args)
+
+    def _refuse_gradient(self, needs_gradient) -> None:
+        if not self.not_differentiable:
+            return
+        for name, needed in zip(self.argument_names, needs_gradient):
+            if needed is True and name in self.not_differentiable:
+                raise ValueError(f"{self.name} has no gradient for {name}, which requires one: pass {name}.detach().")
+
+    def _setup_context(self, ctx, inputs, output) -> None:
+        self._refuse_gradient(ctx.needs_input_grad)
+        ctx.set_materialize_grads(False)
+        self.setup_context(ctx, inputs, output)
+
+
+def _inside_transform() -> bool:
+    """Inside forward-mode AD (dual levels, torch.func.jvp), or vmap, grad and the other torch.func transforms."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+
+
+def _library_of(namespace: str) -> torch.library.Library:
+    if namespace not in _LIBRARIES:
+        _LIBRARIES[namespace] = torch.library.Library(namespace, "FRAGMENT")
+    return _LIBRARIES[namespace]
+
+
+def register(op: Op) -> Op:
+    """Define the row's operators with PyTorch. Chooses nothing, loads nothing."""
+    library = _library_of("lfm_fast")
+    library.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(op.name, op.dispatch, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lfm_fast::{op.name}", op.reference, lib=library)
+    if op.backward is not None:
+        torch.library.register_autograd(
+            f"lfm_fast::{op.name}", op.backward, setup_context=op._setup_context, lib=library
+        )
+    for backend in op.compiled:
+        _library_of(f"lfm_fast_{backend.name}").define(op.name + op.schema)
+    op.overload = getattr(torch.ops.lfm_fast, op.name).default
+    _ROWS[op.name] = op
+    return op
+
+
+def rows() -> dict[str, Op]:
+    """Every row by name."""
+    return dict(_ROWS)
+
+
+def row(op) -> Op:
+    """The row of a name or of a public function."""
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in _ROWS:
+        raise ValueError(f"There is no op {name!r}; there are {', '.join(sorted(_ROWS))}.")
+    return _ROWS[name]
+
+
+@contextmanager
+def use_backend(name: str, ops=None) -> Iterator[None]:
+    """Within this context, run ops on the named backend.
+
+    Args:
+        name: "reference", "cpp", "cuda" or "triton".
+        ops: None (every row that has the backend; where it is missing or refuses, the row keeps its default), or a name
+            or a list of names: these rows must run on it, and a call it refuses raises with the reason.
+
+    Follows contextvars: it holds in this thread and task only (so also not in autograd's own threads on a GPU).
+
+    Raises:
+        ValueError: an unknown backend or op; a row in `ops` without that backend.
+
+    Example:
+        >>> import torch
+        >>> from lfm_fast import ops
+        >>> with ops.use_backend("reference"):
+        ...     ops.philox_normal(torch.arange(2), 3, seed=0).shape
+        torch.Size([2, 3])
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"There is no backend {name!r}; there are {', '.join(BACKENDS)}.")
+    named = None if ops is None else [row(op) for op in ([ops] if isinstance(ops, str) or callable(ops) else ops)]
+    having = [r for r in _ROWS.values() if name == "reference" or any(b.name == name for b in r.backends)]
+    for r in named or ():
+        if r not in having:
+            raise ValueError(f"{r.name} has no backend {name!r}; it has {', '.join(_names(r))}.")
+    chosen = {r.name: (name, named is not None) for r in (having if named is None else named)}
+    token = _FORCED.set({**(_FORCED.get() or {}), **chosen})
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
+
+
+def _names(r: Op) -> list[str]:
+    return [b.name for b in r.backends] + ["reference"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend would run an op, and the reason of each that would not."""
+
+    op: str
+    backend: str
+    refused: dict[str, str]
+
+    def __str__(self) -> str:
+        reasons = [f"  not {name}: {reason}." for name, reason in self.refused.items()]
+        return "\n".join([f"{self.op} runs on {self.backend}.", *reasons])
+
+
+def explain(op=None, *args, **kwargs):
+    """Say which backend would run `op` with these arguments, and why each other would not.
+
+    Args:
+        op: a public function of `lfm_fast.ops` or its name; None describes every row.
+        args, kwargs: the op's arguments. Without any, only what holds for every CPU call is said.
+
+    Returns:
+        An `Explanation` (`.backend`, `.refused`; prints as sentences), or with op=None one string for all rows.
+
+    Raises:
+        ValueError: unknown op, or arguments the op itself would refuse.
+
+    Example:
+        >>> import torch
+        >>> from lfm_fast import ops
+        >>> with ops.use_backend("reference"):
+        ...     print(ops.explain("philox_normal", torch.arange(2), 8, seed=0).backend)
+        reference
+    """
+    if op is None:
+        return "\n".join(str(explain(r)) for r in _ROWS.values())
+    r = op if isinstance(op, Op) else row(op)
+    if args or kwargs:
+        values = r.bind(*args, **kwargs)
+        r.check(*values)
+    else:
+        values = r.bind(**r.arguments(**r.cases[0]))
+    chosen = r.choose(values)
+    reasons = {b.name: b.refusal(values) or f"{chosen} comes first" for b in r.backends if b.name != chosen}
+    return Explanation(r.name, chosen, reasons)
