@@ -28,13 +28,13 @@ def to_uint8(images) -> np.ndarray:
     return images.transpose(0, 2, 3, 1)
 
 
-def grid(images, columns: int | None = None, *, row_labels=None, column_labels=None, padding: int = 2, scale: int = 1):
+def grid(images, columns: int | None = None, *, captions=None, column_captions=None, padding: int = 2, scale: int = 1):
     """Lay images out row by row: a `PIL.Image`.
 
     Args:
         images: (N, 3, H, W), float in [0, 1] or uint8.
         columns: images per row; None makes the grid nearly square.
-        row_labels, column_labels: captions to the left of each row and above each column.
+        captions, column_captions: captions to the left of each row and above each column.
         padding: pixels between images and around them.
         scale: whole-number enlargement of every image, pixel by pixel.
 
@@ -50,20 +50,20 @@ def grid(images, columns: int | None = None, *, row_labels=None, column_labels=N
         raise ValueError("There is no image to draw.")
     columns = columns or math.ceil(math.sqrt(len(pixels)))
     rows = math.ceil(len(pixels) / columns)
-    _check_labels("row_labels", row_labels, rows)
-    _check_labels("column_labels", column_labels, columns)
+    _check_captions("captions", captions, rows)
+    _check_captions("column_captions", column_captions, columns)
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
     height, width = pixels.shape[1] + padding, pixels.shape[2] + padding
     font = _font(max(11, min(22, height // 4)))
-    left = max((_text_size(font, text)[0] for text in row_labels), default=0) + 2 * padding + 8 if row_labels else 0
-    lines = [_wrapped(font, text, width) for text in column_labels or ()]
+    left = max((_text_size(font, text)[0] for text in captions), default=0) + 2 * padding + 8 if captions else 0
+    lines = [_wrapped(font, text, width) for text in column_captions or ()]
     top = max((_text_size(font, text)[1] for text in lines), default=0) + padding + 6 if lines else 0
     sheet = Image.new("RGB", (left + columns * width + padding, top + rows * height + padding), _PAPER)
     for k, picture in enumerate(pixels):
         row, column = divmod(k, columns)
         sheet.paste(Image.fromarray(picture), (left + padding + column * width, top + padding + row * height))
     draw = ImageDraw.Draw(sheet)
-    for row, text in enumerate(row_labels or ()):
+    for row, text in enumerate(captions or ()):
         draw.text((left - 6, top + padding + (row + 0.5) * height), text, fill=_INK, font=font, anchor="rm")
     for column, text in enumerate(lines):
         place = (left + padding + (column + 0.5) * width, top / 2)
@@ -136,7 +136,7 @@ def samples_and_nearest(samples, references, *, pairs_per_row: int = 8, scale: i
             blank = np.full((per_row - len(part), *part.shape[1:]), 255, np.uint8)
             rows.append(np.concatenate([part, blank]))
             labels.append(name)
-    return grid(np.concatenate(rows).transpose(0, 3, 1, 2), per_row, row_labels=labels, scale=scale)
+    return grid(np.concatenate(rows).transpose(0, 3, 1, 2), per_row, captions=labels, scale=scale)
 
 
 def loss_curve(metrics, output, *, keys=("loss",), smoothing: int | None = None) -> None:
@@ -202,7 +202,7 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def _check_labels(name, labels, count):
+def _check_captions(name, labels, count):
     if labels is not None and len(labels) != count:
         raise ValueError(f"{name} has {len(labels)} captions for {count} places: pass one for each.")
 
