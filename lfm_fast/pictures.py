@@ -14,7 +14,7 @@ def to_uint8(images) -> np.ndarray:
     """(N, 3, H, W) uint8, or float in [0, 1] (clipped), of NumPy or PyTorch -> (N, H, W, 3) uint8.
 
     Raises:
-        ValueError: another shape, or floating-point images that are not finite.
+        ValueError: another shape, or floating-point images that are not finite or far outside [0, 1].
     """
     if hasattr(images, "detach"):
         images = images.detach().float().cpu().numpy() if images.is_floating_point() else images.cpu().numpy()
@@ -24,6 +24,11 @@ def to_uint8(images) -> np.ndarray:
     if images.dtype != np.uint8:
         if not np.isfinite(images).all():
             raise ValueError("images hold values that are not finite: the model or its sampling diverged.")
+        if images.size and (images.min() < -0.1 or images.max() > 1.1):
+            raise ValueError(
+                f"images range from {images.min():.3g} to {images.max():.3g}; pass them in [0, 1], so (x + 1) / 2 of "
+                "what an autoencoder decodes."
+            )
         images = np.rint(np.clip(images.astype(np.float32), 0.0, 1.0) * 255.0).astype(np.uint8)
     return images.transpose(0, 2, 3, 1)
 
