@@ -1,0 +1,247 @@
+"""Reading and writing weights: ours in safetensors, and LFM's `.pth` files.
+
+Ours are one safetensors file whose metadata values are JSON; `config` is the network's configuration. A file of weights
+has the network's own keys; a training checkpoint has `model.*`, `ema.*` and `optimizer.*` side by side.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pickle
+import re
+import secrets
+import socket
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lfm_fast.models import from_config
+from lfm_fast.models.recognise import differences, recognise, shapes_of
+
+_TRAINING_PREFIXES = ("model.", "ema.", "optimizer.")
+_PARTIAL = ".partial"
+
+
+def load_checkpoint(path: str | os.PathLike, model: nn.Module | None = None, *, weights: str = "ema") -> nn.Module:
+    """Load weights from a file and return the network in evaluation mode.
+
+    Reads our safetensors files (weights, or training checkpoints, from which `weights` takes "ema" where there is one,
+    or "model") and LFM's: a plain state dict or `model_N.pth`, prefixed with `module.` or not, and `content.pth`.
+    Pickles are read with nothing allowed but tensors, plain containers and argparse.Namespace.
+
+    With `model` the weights are copied into it and keep its dtype and device. Without, the network is built on the CPU
+    in float32, from the file's own configuration or, where it has none, as the known network of exactly these shapes.
+    Raises ValueError for a missing or damaged file, for one that holds anything else, and for weights that do not fit.
+
+        model = lfm_fast.load_checkpoint("model_475.pth")
+    """
+    if weights not in ("ema", "model"):
+        raise ValueError(f'weights must be "ema" or "model", but is {weights!r}.')
+    path = Path(path)
+    state_dict, config, hints = _read_network(path, weights)
+    with _naming(path):
+        if model is not None:
+            _require_fit(model, state_dict)
+            model.load_state_dict(state_dict)
+            return model.eval()
+        if config is None:
+            model = recognise(shapes_of(state_dict), hints)
+        else:
+            with torch.device("meta"):
+                model = from_config(config)
+            _require_fit(model, state_dict)
+    model.load_state_dict({name: _own_float32(tensor) for name, tensor in state_dict.items()}, assign=True)
+    return model.eval()
+
+
+def save_weights(path: str | os.PathLike, state_dict: dict[str, Tensor], metadata: dict | None = None) -> None:
+    """Write tensors and JSON-able metadata to one safetensors file, atomically.
+
+    Raises ValueError for a value that is no tensor or no JSON, OSError when the file cannot be written.
+    """
+    for name, value in state_dict.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"a weights file holds tensors only, but {name!r} is a {type(value).__name__}.")
+    try:
+        texts = {str(name): json.dumps(value) for name, value in (metadata or {}).items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the metadata of {path} is not JSON: {error}.") from error
+    tensors = {name: value.detach().to("cpu").contiguous() for name, value in state_dict.items()}
+    with atomic_write(path) as temporary:
+        try:
+            save_file(tensors, temporary, texts)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from error
+
+
+def read_weights(path: str | os.PathLike, prefix: str = "") -> tuple[dict[str, Tensor], dict]:
+    """Read a safetensors file: (tensors whose names begin with `prefix`, which is cut off; metadata).
+
+    Metadata values that are not JSON stay strings. Raises ValueError for a missing or damaged file.
+    """
+    path = Path(path)
+    _require_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (no mapping)
+            tensors = {name[len(prefix) :]: file.get_tensor(name).clone() for name in names}
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error}).") from error
+    return tensors, {name: _from_json(text) for name, text in metadata.items()}
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write to, and put it in place when the block ends without an error.
+
+    A kill at any instant leaves either the old file or the new one, whole and on the disk. The folder is made when it
+    is missing; partial files that killed processes of this machine left in it are removed.
+
+        with atomic_write(folder / "stats.json") as temporary:
+            temporary.write_text(text)
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path.parent)
+    temporary = path.parent / f".{path.name}.{socket.gethostname()}~{os.getpid()}~{secrets.token_hex(4)}{_PARTIAL}"
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Force a file or a folder's entries to the disk: a rename may otherwise survive a crash that its data does not."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for leftover in folder.glob(f".*~*~*{_PARTIAL}"):
+        owner, pid, _ = leftover.name.rsplit("~", 2)
+        if owner.endswith(f".{socket.gethostname()}") and pid.isdecimal() and not _is_running(int(pid)):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _read_network(path: Path, weights: str) -> tuple[dict[str, Tensor], dict | None, dict]:
+    """(state dict, configuration or None, hints about it) of whichever kind of file this is."""
+    _require_file(path)
+    with open(path, "rb") as file:
+        head = file.read(9)
+    if head[8:] == b"{":  # safetensors: the header's length in eight bytes, then the header
+        state_dict, metadata = _read_safetensors(path, weights)
+        config = metadata.get("config")
+        return state_dict, config if isinstance(config, dict) else None, {}
+    content = _read_pickle(path, zipped=head.startswith(b"PK\x03\x04"))
+    hints = {}
+    if isinstance(content, dict) and "model_dict" in content:
+        arguments = content.get("args")
+        hints = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+        content = content["model_dict"]
+    return _plain_state_dict(path, content), None, hints
+
+
+def _read_safetensors(path: Path, weights: str) -> tuple[dict[str, Tensor], dict]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error}).") from error
+    prefix = ""
+    if names and all(name.startswith(_TRAINING_PREFIXES) for name in names):
+        has_ema = any(name.startswith("ema.") for name in names)
+        prefix = "ema." if weights == "ema" and has_ema else "model."
+    state_dict, metadata = read_weights(path, prefix)
+    return _plain_state_dict(path, state_dict), metadata
+
+
+def _read_pickle(path: Path, *, zipped: bool):
+    """torch.load with weights_only, one more class allowed, and one sentence for whatever is wrong."""
+    if zipped and not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is truncated: the end of the archive is missing; copy or download it again.")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # Mapped, a resumable checkpoint's optimizer state (two thirds of the file) is never read.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused:
+            raise ValueError(
+                f"{path} was refused: it holds a {refused[1]}, and nothing but tensors, plain containers and "
+                "argparse.Namespace is read from a pickle; save its state dict alone."
+            ) from error
+        raise ValueError(f"{path} is truncated or no checkpoint.") from error
+    except Exception as error:  # the unpickler meets damaged bytes with errors of any kind
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(f"{path} is truncated or no checkpoint ({reason}).") from error
+
+
+def _plain_state_dict(path: Path, content) -> dict[str, Tensor]:
+    """Check that this is names and tensors; cut `module.` off when every name has it (trained on several devices)."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict.")
+    others = [name for name, value in content.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    if others or not content:
+        found = f"{others[0]!r} is no tensor" if others else "it is empty"
+        raise ValueError(f"{path} holds no plain state dict: {found}.")
+    prefix = "module." if all(name.startswith("module.") for name in content) else ""
+    return {name[len(prefix) :]: tensor.detach() for name, tensor in content.items()}
+
+
+def _require_file(path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the checkpoint file in it.")
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty; copy or download it again.")
+
+
+def _require_fit(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    difference = differences(shapes_of(model.state_dict()), shapes_of(state_dict))
+    if difference:
+        raise ValueError(f"these weights do not fit the network ({type(model).__name__}); {difference}.")
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Begin the sentence of an error with the file it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _own_float32(tensor: Tensor) -> Tensor:
+    """A copy, since what was read may still be a view of the file: rewriting that would change the network."""
+    return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def _from_json(text: str):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

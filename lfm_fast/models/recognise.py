@@ -1,0 +1,101 @@
+"""Which of our networks a state dict without a configuration belongs to, by its keys and shapes."""
+
+import torch
+from torch import nn
+
+from lfm_fast.models.dit import DiT
+from lfm_fast.models.registry import NETWORKS, from_config
+
+Shapes = dict[str, tuple[int, ...]]
+
+# rows of the label table -> (num_classes, label_dropout) of the released networks: unlabelled, and ImageNet
+_KNOWN_LABELS = {1: (0, 0.0), 1001: (1000, 0.1)}
+
+
+def shapes_of(state_dict: dict) -> Shapes:
+    """Key -> shape of every tensor of a state dict."""
+    return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+
+
+def differences(expected: Shapes, given: Shapes, limit: int = 3) -> str:
+    """Say in which keys and shapes `given` differs from `expected`, at most `limit` of a kind; "" when in none."""
+    missing = [name for name in expected if name not in given]
+    unexpected = [name for name in given if name not in expected]
+    reshaped = [
+        f"{name} is {given[name]} and should be {shape}"
+        for name, shape in expected.items()
+        if name in given and given[name] != shape
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+    return "; ".join(f"{kind}: {_capped(names, limit)}" for kind, names in kinds if names)
+
+
+def recognise(shapes: Shapes, hints: dict | None = None) -> nn.Module:
+    """The known network, on the meta device, whose state dict has exactly these keys and shapes.
+
+    `hints` may hold `num_classes` and `label_dropout` as the file tells them; they decide between N classes
+    with a null label and N + 1 classes without, which have the same shapes.
+    Raises ValueError with the nearest network and how it differs.
+    """
+    candidates = []  # (how many keys differ, name, how, configuration)
+    for name, config in _dit_candidates(shapes):
+        with torch.device("meta"):
+            model = from_config(config)
+        expected = shapes_of(model.state_dict())
+        difference = differences(expected, shapes)
+        if not difference:
+            return _with_labels(config, shapes, hints or {})
+        wrong = sum(expected.get(key) != shapes.get(key) for key in expected.keys() | shapes.keys())
+        candidates.append((wrong, name, difference))
+    if not candidates:
+        raise ValueError(
+            f"these weights belong to no network known here (their keys begin with {_capped(list(shapes), 3)}); "
+            "give the network they belong to as `model`."
+        )
+    _, name, difference = min(candidates)
+    raise ValueError(
+        f"these weights belong to no network known here; the nearest is {name} with {difference}; "
+        "give the network they belong to as `model`."
+    )
+
+
+def _dit_candidates(shapes: Shapes):
+    """(name, configuration) of every named DiT, with what a checkpoint may vary taken from the shapes."""
+    try:
+        (_, tokens, hidden_size), (_, in_channels, patch_size, _) = (
+            shapes["pos_embed"],
+            shapes["x_embedder.proj.weight"],
+        )
+        rows, _ = shapes["y_embedder.embedding_table.weight"]
+    except (KeyError, ValueError):
+        return
+    named = [(name, arguments) for name, (network, arguments) in NETWORKS.items() if network is DiT]
+    same_size = [(n, a) for n, a in named if (a["hidden_size"], a["patch_size"]) == (hidden_size, patch_size)]
+    for name, arguments in same_size or named:
+        side = round(tokens**0.5) * arguments["patch_size"]
+        table = {"num_classes": rows - 1, "label_dropout": 0.1} if rows > 1 else {}
+        yield name, {"family": DiT.family, **arguments, "image_size": side, "in_channels": in_channels, **table}
+
+
+def _with_labels(config: dict, shapes: Shapes, hints: dict) -> nn.Module:
+    """Rebuild the matching network with the meaning of its label table's rows settled."""
+    rows, _ = shapes["y_embedder.embedding_table.weight"]
+    num_classes, label_dropout = hints.get("num_classes"), hints.get("label_dropout")
+    if isinstance(num_classes, int) and isinstance(label_dropout, float | int):
+        told = max(num_classes + (label_dropout > 0), 1) == rows and rows > 1
+    else:
+        told = False
+    if not told and rows not in _KNOWN_LABELS:
+        raise ValueError(
+            f"the label table of these weights has {rows} rows, which may be {rows - 1} classes and a null label or "
+            f"{rows} classes without; build the network with create_model and give it as `model`."
+        )
+    if not told:
+        num_classes, label_dropout = _KNOWN_LABELS[rows]
+    with torch.device("meta"):
+        return from_config({**config, "num_classes": num_classes, "label_dropout": float(label_dropout)})
+
+
+def _capped(names: list[str], limit: int) -> str:
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
