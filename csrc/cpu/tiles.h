@@ -9,7 +9,6 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <vector>
 
 #include "common/macros.h"
@@ -60,12 +59,11 @@ struct TileSum {
   }
 };
 
-// Mean over a sample's elements from its chunks' sums, in double and in order. NaN for a sample without elements.
+// Mean over a sample's elements from its chunks' sums, in double and in order. 0 for a sample without elements.
 inline double mean_of_chunks(const std::vector<float>& sums, int64_t sample, const Chunks& chunks) {
-  if (chunks.elements == 0) return std::numeric_limits<double>::quiet_NaN();
   double total = 0.0;
   for (int64_t c = 0; c < chunks.per_sample; ++c) total += sums[static_cast<size_t>(sample * chunks.per_sample + c)];
-  return total / static_cast<double>(chunks.elements);
+  return total / static_cast<double>(std::max<int64_t>(chunks.elements, 1));
 }
 
 }  // namespace lfm_fast
