@@ -42,7 +42,7 @@ under() {
 control() { # KIND FOLDER: a fault on purpose, in a library called from Python, must end the process
   cat >"$2/control.cpp" <<'CPP'
 #include <thread>
-extern "C" int address(int i) { int* a = new int[4]; a[i] = 1; const int b = a[i]; delete[] a; return b; }
+extern "C" int address(int i) { volatile int n = i; int* a = new int[n]; a[i] = 1; const int b = a[i]; delete[] a; return b; }
 extern "C" int undefined(int i) { return i + 2147483647; }
 extern "C" int thread(int i) {
   int sum = 0;
@@ -76,7 +76,7 @@ check() { # KIND FOLDER
   local selection=(tests/ops -m "not slow")
   if [ "$size" = quick ]; then selection+=(-k "not compile and not opcheck"); fi
   under "$1" env LFM_FAST_LIBRARY="$PWD/$2/_C_cpu.so" LFM_FAST_SAMPLE="$size" \
-    "$python" -m pytest -p no:cacheprovider -x "${selection[@]}"
+    "$python" -m pytest -p no:cacheprovider --capture=sys -x "${selection[@]}"
 }
 
 export PATH="$PATH:$PWD/$VENV/bin"

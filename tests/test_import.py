@@ -1,0 +1,58 @@
+"""What importing the package costs and needs."""
+
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# what no one should need in order to import the package or to touch any public name
+OPTIONAL = ("triton", "xformers", "nvidia.dali", "diffusers", "lmdb", "webdataset", "gradio", "wandb", "tensorboard")
+# what `import lfm_fast` alone should not pull in, although it is installed
+HEAVY = (*OPTIONAL, "scipy", "PIL", "torchdiffeq", "safetensors", "tqdm", "matplotlib", "sklearn")
+
+BLOCK = f"""
+import importlib.abc, sys
+
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if any(name == blocked or name.startswith(blocked + ".") for blocked in {OPTIONAL!r}):
+            raise ModuleNotFoundError(f"{{name}} is blocked by this test", name=name)
+
+sys.meta_path.insert(0, Block())
+"""
+
+
+def run(code):
+    """Standard output of a fresh interpreter that runs code from the repository's root."""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_adds_at_most_half_a_second():
+    code = "import time, torch; start = time.perf_counter(); import lfm_fast; print(time.perf_counter() - start)"
+    seconds = [float(run(code)) for _ in range(3)]
+    assert statistics.median(seconds) <= 0.5, f"import lfm_fast took {seconds} s beyond import torch"
+
+
+def test_import_alone_loads_nothing_heavy():
+    code = "import torch, sys; before = set(sys.modules); import lfm_fast; new = set(sys.modules) - before\n"
+    code += f"print([name for name in {HEAVY!r} if name in new])"
+    assert run(code).strip() == "[]"
+
+
+def test_public_names_need_no_optional_package():
+    code = BLOCK + "import lfm_fast\nprint([type(getattr(lfm_fast, name)).__name__ for name in lfm_fast.__all__])"
+    assert "module" in run(code)
+
+
+def test_the_block_blocks():
+    code = BLOCK + "try:\n    import diffusers\nexcept ModuleNotFoundError as error:\n    print(error)"
+    assert "blocked by this test" in run(code)
+
+
+def test_unknown_name_is_an_attribute_error():
+    code = "import lfm_fast\ntry:\n    lfm_fast.no_such_name\nexcept AttributeError as error:\n    print(error)"
+    assert "no_such_name" in run(code)
