@@ -1,0 +1,293 @@
+"""Sampling: integrate a model's velocity from noise to latents."""
+
+import math
+import time
+import warnings
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from lfm_fast.flow.noise import check_indices, check_seed
+from lfm_fast.flow.objective import check_labels
+from lfm_fast.flow.paths import Linear, Path
+from lfm_fast.guidance import GuidedField, LinearGuidance, Network
+from lfm_fast.solvers import Settings, get_solver
+from lfm_fast.solvers.grids import time_grid as make_grid
+
+
+@dataclass(frozen=True)
+class SampleStats:
+    """What a call of `sample` cost, sample by sample; all tensors (B,) on the CPU.
+
+    nfe counts evaluations of the velocity field by the solver; forwards the rows that the network computed for them
+    (guidance makes two rows of one evaluation); calls the calls of the model. accepted and rejected count steps (0 for
+    scipy_solver, which does not tell). reached is False where max_nfe ended the integration before t_end. seconds is
+    wall-clock time.
+    """
+
+    nfe: torch.Tensor
+    forwards: torch.Tensor
+    calls: int
+    accepted: torch.Tensor
+    rejected: torch.Tensor
+    reached: torch.Tensor
+    seconds: float
+
+
+def sample(
+    model,
+    z1,
+    *,
+    y=None,
+    guidance_scale=1.0,
+    null_label=None,
+    guidance_interval=(0.0, 1.0),
+    method="dopri5",
+    num_steps=50,
+    time_grid=None,
+    atol=1e-5,
+    rtol=1e-5,
+    max_nfe=None,
+    t_start=1.0,
+    t_end=0.0,
+    path=None,
+    guidance=None,
+    seed=0,
+    indices=None,
+    compat=None,
+    model_kwargs=None,
+    trajectory=False,
+    return_stats=False,
+    callback=None,
+    progress=False,
+):
+    """Integrate dz/dt = v(t, z) from the state z1 at t_start to t_end; t = 1 is noise, t = 0 is data.
+
+        v = guidance_scale model(t, z, y) + (1 - guidance_scale) model(t, z, null label)
+
+    Any module or callable model(t, z, y=None, **model_kwargs) with t (B,) that returns a velocity of the shape of z
+    serves as it is. Its mode is not changed: call model.eval() yourself. Runs under torch.no_grad().
+
+    Args:
+        model: the velocity. y is passed by name, and left out when it is None and there is no guidance.
+        z1: (B, ...) state at t_start; at t = 1 the noise (path.prior of it for VarianceExploding). At least float32
+        inside.
+        y: (B,) integer labels.
+        guidance_scale: number or (B,); 1 is conditional and costs one forward per evaluation.
+        null_label: the label that means "no label"; with it both velocities come from one forward of 2 B rows. None:
+        the
+            unconditional velocity is model(t, z, y=None), a forward of its own.
+        guidance_interval: (low, high) in t; outside it the unconditional forward is skipped.
+        method: euler, midpoint, heun, rk4 (fixed); dopri5, dopri8, bosh3, fehlberg2, adaptive_heun (adaptive), and
+        any of
+            torchdiffeq's as "torchdiffeq:NAME". The adaptive ones are torchdiffeq's: one step size for the whole batch.
+        num_steps: solver steps N of a fixed method; of an adaptive one only the N + 1 times of a trajectory.
+        time_grid: None or "uniform"; "lfm" (N points over [1, 1e-5], so N - 1 steps); ("shift", s), that is
+            t' = s t / (1 + (s - 1) t); or a 1-D tensor of strictly monotone times, which replaces num_steps.
+        atol, rtol: tolerances of adaptive methods.
+        max_nfe: evaluations at most. A fixed method that needs more is refused. An adaptive one stops where it is,
+        warns,
+            returns the state of its last accepted step and says reached = False in the stats.
+        t_start, t_end: in [0, 1], in either order. Moved inside [path.t_min, path.t_max].
+        path: the path the model was trained on, None being Linear().
+        guidance: an object of the protocol of lfm_fast.guidance, instead of guidance_scale.
+        seed, indices: the noise of stochastic methods, by sample number; the methods of today are deterministic.
+        compat: "lfm" integrates as LFM does: grid "lfm" for fixed methods, and torchdiffeq's adaptive methods step
+        past t_end.
+        model_kwargs: further keyword arguments of the model; it is then called on the whole batch only.
+        trajectory: return (K, B, ...) states at every time of the grid, both ends included, instead of the last.
+        return_stats: return (z0, SampleStats).
+        callback: called as callback(step, t, z) after each accepted step, step counting from 1, z being the state at t.
+        progress: show a progress bar (tqdm).
+
+    Returns: (B, ...) latents on the device of z1, float32 (float64 for a float64 z1).
+
+    Raises:
+        ValueError: any argument that cannot be used, before the model is called.
+        RuntimeError: torchdiffeq cannot go on (velocities that are not finite).
+
+    >>> import torch, lfm_fast
+    >>> z1 = lfm_fast.noise(4, (4, 8, 8), seed=0)
+    >>> z0, stats = lfm_fast.sample(lambda t, z: z, z1, method="heun", num_steps=25, return_stats=True)
+    >>> int(stats.nfe[0]), bool(torch.allclose(z0, z1 / torch.e, atol=1e-3))
+    (50, True)
+
+    Source: Dao et al., arXiv 2307.08698, section 3; Lipman et al., arXiv 2210.02747.
+    """
+    _check_tensors(model, z1, y, indices, model_kwargs, callback)
+    _check_numbers(num_steps, atol, rtol, max_nfe, seed, compat)
+    field_guidance = _choose_guidance(guidance, guidance_scale, guidance_interval, null_label, y, z1.shape[0])
+    solver = get_solver(method)
+    times = _times(solver, time_grid, num_steps, t_start, t_end, path, compat)
+    _check_budget(solver, max_nfe, len(times) - 1, trajectory)
+
+    started = time.perf_counter()
+    with torch.no_grad(), _Progress(progress, None if solver.adaptive else len(times) - 1, callback) as watch:
+        z = z1.detach().to(torch.promote_types(z1.dtype, torch.float32))
+        network = Network(model, z, y, null_label, model_kwargs)
+        field = GuidedField(network, field_guidance)
+        settings = Settings(
+            atol=atol, rtol=rtol, max_nfe=max_nfe, trajectory=trajectory, on_step=watch.on_step, inside=compat != "lfm"
+        )
+        solution = solver.integrate(field, z, times, settings)
+        result = torch.stack(solution.states) if trajectory else solution.z
+    if not solution.reached:
+        warnings.warn(
+            f"{method} used its max_nfe = {max_nfe} evaluations at t = {solution.time:g}, before t = {times[-1]:g}; "
+            "the state returned is the one there.",
+            stacklevel=2,
+        )
+    return (result, _stats(solution, field, z.device, started)) if return_stats else result
+
+
+def _stats(solution, field, device, started):
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)  # else the clock stops before the device does
+    forwards = field.network.forwards
+
+    def per_sample(value):
+        return torch.full_like(forwards, value)
+
+    return SampleStats(
+        nfe=per_sample(field.nfe),
+        forwards=forwards,
+        calls=field.network.calls,
+        accepted=per_sample(solution.accepted),
+        rejected=per_sample(solution.rejected),
+        reached=per_sample(solution.reached).bool(),
+        seconds=time.perf_counter() - started,
+    )
+
+
+class _Progress:
+    """The callback and the progress bar, as the one function a solver calls after a step; None without both."""
+
+    def __init__(self, wanted, total, callback):
+        self.wanted, self.total, self.callback, self.bar = wanted, total, callback, None
+        self.on_step = self._step if wanted or callback is not None else None
+
+    def __enter__(self):
+        if self.wanted:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=self.total, desc="sampling", unit="step")
+        return self
+
+    def __exit__(self, *exception):
+        if self.bar is not None:
+            self.bar.close()
+
+    def _step(self, step, t, z):
+        if self.bar is not None:
+            self.bar.update()
+        if self.callback is not None:
+            self.callback(step, t, z)
+
+
+def _times(solver, time_grid, num_steps, t_start, t_end, path, compat):
+    path = Linear() if path is None else path
+    if not isinstance(path, Path):
+        raise ValueError(f"path is {path!r}, expected an object of lfm_fast.paths such as Linear().")
+    for name, value in (("t_start", t_start), ("t_end", t_end)):
+        if not _is_number(value) or not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name} is {value!r}, expected a number in [0, 1] (0 is data, 1 is noise).")
+    if time_grid is None and compat == "lfm" and not solver.adaptive:
+        time_grid = "lfm"
+    times = make_grid(time_grid, num_steps, t_start, t_end, (path.t_min, path.t_max))
+    steps = [after - before for before, after in pairwise(times)]
+    if solver.equidistant and max(steps) - min(steps) > 1e-6 * abs(steps[0]):
+        raise ValueError(f"{solver.name} is a multistep formula for equidistant times; give time_grid='uniform'.")
+    return times
+
+
+def _choose_guidance(guidance, scale, interval, null_label, y, batch_size):
+    if isinstance(scale, torch.Tensor):
+        if not scale.is_floating_point() or scale.shape not in ((), (batch_size,)):
+            raise ValueError(
+                f"guidance_scale is {tuple(scale.shape)} {scale.dtype}, expected a number or ({batch_size},) floating."
+            )
+        finite, trivial = bool(scale.isfinite().all()), bool((scale == 1).all())
+    else:
+        finite, trivial = _is_number(scale) and math.isfinite(scale), scale == 1
+    if not finite:
+        raise ValueError(f"guidance_scale is {scale!r}, expected finite numbers.")
+    if not (isinstance(interval, (tuple, list)) and len(interval) == 2 and all(map(_is_number, interval))) or not (
+        0.0 <= interval[0] <= interval[1] <= 1.0
+    ):
+        raise ValueError(f"guidance_interval is {interval!r}, expected (low, high) in t with 0 <= low <= high <= 1.")
+    if null_label is not None and (not isinstance(null_label, int) or isinstance(null_label, bool) or null_label < 0):
+        raise ValueError(f"null_label is {null_label!r}, expected a label (an integer from 0 on) or None.")
+    if guidance is not None:
+        if not callable(guidance):
+            raise ValueError(
+                f"guidance is {guidance!r}, expected an object called as guidance(network, t, z, time=None)."
+            )
+        if not trivial:
+            raise ValueError("Both guidance and guidance_scale were given; give one of them.")
+        return guidance
+    if not trivial and y is None:
+        raise ValueError(
+            "guidance_scale is not 1 but there are no labels y to be guided by; give y, or leave guidance_scale at 1."
+        )
+    return LinearGuidance(scale, tuple(interval))
+
+
+def _check_tensors(model, z1, y, indices, model_kwargs, callback):
+    if not callable(model):
+        raise ValueError(
+            f"model is {type(model).__name__!r}, expected a module or function called as model(t, z, y=None)."
+        )
+    if not isinstance(z1, torch.Tensor) or not z1.is_floating_point() or z1.ndim < 2 or z1.numel() == 0:
+        came = f"{tuple(z1.shape)} {z1.dtype}" if isinstance(z1, torch.Tensor) else repr(type(z1).__name__)
+        raise ValueError(
+            f"z1 is {came}, expected a floating (B, ...) tensor with at least one sample, as lfm_fast.noise makes."
+        )
+    if y is not None:
+        check_labels(y, z1.shape[0])
+        if y.device != z1.device:
+            raise ValueError(f"y is on {y.device} and z1 on {z1.device}; move them to one device.")
+    if indices is not None:
+        check_indices(indices, z1.shape[0])
+    if model_kwargs is not None and not isinstance(model_kwargs, dict):
+        raise ValueError(f"model_kwargs is {type(model_kwargs).__name__!r}, expected a dict of keyword arguments.")
+    taken = {"t", "z", "y"} & set(model_kwargs or ())
+    if taken:
+        raise ValueError(
+            f"model_kwargs holds {', '.join(sorted(taken))}, which sample passes itself; give labels as y=."
+        )
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback is {callback!r}, expected a function callback(step, t, z).")
+
+
+def _check_numbers(num_steps, atol, rtol, max_nfe, seed, compat):
+    for name, value in (("num_steps", num_steps), ("max_nfe", max_nfe)):
+        if (name, value) != ("max_nfe", None) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name} is {value!r}, expected a whole number from 1 on.")
+    for name, value in (("atol", atol), ("rtol", rtol)):
+        if not _is_number(value) or not 0.0 <= value < math.inf:
+            raise ValueError(f"{name} is {value!r}, expected a tolerance of 0 or more.")
+    if atol == rtol == 0:
+        raise ValueError("atol and rtol are both 0, which no step can meet; give at least one of them.")
+    check_seed(seed)
+    if compat not in (None, "lfm"):
+        raise ValueError(f"compat is {compat!r}, expected None or 'lfm'.")
+
+
+def _check_budget(solver, max_nfe, num_steps, trajectory):
+    if max_nfe is None:
+        return
+    if solver.evaluations_per_step is not None:
+        cost = solver.evaluations_per_step * num_steps
+        if cost > max_nfe:
+            raise ValueError(
+                f"{solver.name} with {num_steps} steps makes {cost} evaluations, max_nfe is {max_nfe}: take fewer."
+            )
+    elif not solver.stops:
+        raise ValueError(f"{solver.name} cannot be stopped at max_nfe; leave max_nfe out or choose another method.")
+    elif trajectory:
+        raise ValueError(f"{solver.name} cannot return a trajectory cut short by max_nfe; leave one of the two out.")
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
