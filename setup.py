@@ -33,8 +33,8 @@ HEADER = Path("include/torch/csrc/stable/library.h")
 
 
 def tool(name):
-    """Path of a program on the PATH or beside the interpreter, whose folder pip does not put on the PATH."""
-    return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+    """Path of a program beside the interpreter, whose folder pip does not put on the PATH, or on the PATH."""
+    return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
 
 
 def torch_candidates():
@@ -108,7 +108,8 @@ class BuildExt(build_ext):
             if os.environ.get("LFM_FAST_BUILD") == "require":
                 raise SystemExit(f"lfm_fast: LFM_FAST_BUILD=require, but {reason}.")
             print(f"lfm_fast: installing without the compiled library: {reason}.", file=sys.stderr)
-            (folder / "_C_cpu.so").unlink(missing_ok=True)  # of an earlier build that could
+            for stale in folder.glob("_C_*.so"):  # of an earlier build, when it could
+                stale.unlink()
             (folder / BUILD_RECORD).write_text(json.dumps({"reason": reason}) + "\n")
         if self.inplace or getattr(self, "editable_mode", False):
             self.copy_extensions_to_source()
@@ -119,7 +120,7 @@ class BuildExt(build_ext):
         command = [tool("cmake"), "-S", str(ROOT), "-B", str(build_folder), "-G", "Ninja"]
         # named again on every call: an isolated build's own ninja is gone the next time, but its path is remembered
         command += [f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
-        command += [f"-DLFM_FAST_TORCH={find_torch()}", f"-DLFM_FAST_OUTPUT={folder}"]
+        command += [f"-DLFM_FAST_TORCH={find_torch()}", f"-DLFM_FAST_OUTPUT={folder}", "-DLFM_FAST_WERROR=OFF"]
         command += shlex.split(os.environ.get("LFM_FAST_CMAKE", ""))
         configured = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if configured.returncode:
@@ -136,10 +137,8 @@ class BuildExt(build_ext):
         return str(Path(*fullname.split("."))) + ".so"
 
     def built_files(self):
-        """Names of what this build leaves in the package folder."""
-        names = [extension.name.rpartition(".")[2] + ".so" for extension in self.extensions or []]
-        folder = Path(self.build_lib, "lfm_fast")
-        return [name for name in [*names, BUILD_RECORD] if (folder / name).exists()]
+        """Names of what the build left in the package folder: the libraries and the record of how they were made."""
+        return sorted(path.name for path in Path(self.build_lib, "lfm_fast").glob("_C_*"))
 
     def copy_extensions_to_source(self):
         package = ROOT / "lfm_fast"

@@ -79,7 +79,7 @@ check() { # KIND FOLDER
     "$python" -m pytest -p no:cacheprovider --capture=sys -x "${selection[@]}"
 }
 
-export PATH="$PATH:$PWD/$VENV/bin"
+export PATH="$(cd "$(dirname "$python")" && pwd):$PATH"
 status=0
 for kind in "${kinds[@]}"; do
   folder="build/sanitize-$kind"
