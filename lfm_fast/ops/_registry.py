@@ -71,8 +71,8 @@ class Op:
     sizes: tuple[dict, ...]  # keywords of `arguments`: what the benchmarks run
     cost: Callable[..., tuple[int, int]]  # same arguments as the schema -> (bytes read and written once, FLOPs)
     tolerance: Tolerance
-    setup_context: Callable | None = None
-    backward: Callable | None = None
+    setup_context: Callable | None = None  # (ctx, inputs, output); ctx.needed names the inputs that want a gradient
+    backward: Callable | None = None  # (ctx, *gradients or None) -> {argument name: gradient}
     not_differentiable: tuple[str, ...] = ()  # arguments for which a gradient is refused rather than left out
     overload: Callable = field(init=False, repr=False)
 
@@ -83,8 +83,8 @@ class Op:
             # transform the reference runs, whose every operation is PyTorch's own.
             if _inside_transform():
                 return self.reference(*args)
-            if torch.is_grad_enabled():
-                self._refuse_gradient([isinstance(a, torch.Tensor) and a.requires_grad for a in args])
+            if self.not_differentiable and torch.is_grad_enabled():
+                self._refuse_gradient(args)
         return self.overload(*args)
 
     def bind(self, *args, **kwargs) -> tuple:
@@ -133,17 +133,21 @@ class Op:
         name = self.choose(args)
         return self.reference(*args) if name == "reference" else self.kernels[name](*args)
 
-    def _refuse_gradient(self, needs_gradient) -> None:
-        if not self.not_differentiable:
-            return
-        for name, needed in zip(self.argument_names, needs_gradient):
-            if needed is True and name in self.not_differentiable:
+    def _refuse_gradient(self, args: tuple) -> None:
+        for name, value in zip(self.argument_names, args):
+            if name in self.not_differentiable and value is not None and value.requires_grad:
                 raise ValueError(f"{self.name} has no gradient for {name}, which requires one: pass {name}.detach().")
 
     def _setup_context(self, ctx, inputs, output) -> None:
-        self._refuse_gradient(ctx.needs_input_grad)
+        self._refuse_gradient(inputs)
         ctx.set_materialize_grads(False)
+        # by name, because PyTorch flattens lists and drops trailing defaults in ctx.needs_input_grad
+        ctx.needed = {n for n, v in zip(self.argument_names, inputs) if isinstance(v, torch.Tensor) and v.requires_grad}
         self.setup_context(ctx, inputs, output)
+
+    def _backward(self, ctx, *gradients):
+        by_name = self.backward(ctx, *gradients)
+        return tuple(by_name.get(name) for name in self.argument_names[: len(ctx.needs_input_grad)])
 
 
 def _inside_transform() -> bool:
@@ -164,9 +168,8 @@ def register(op: Op) -> Op:
     library.impl(op.name, op.dispatch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lfm_fast::{op.name}", op.reference, lib=library)
     if op.backward is not None:
-        torch.library.register_autograd(
-            f"lfm_fast::{op.name}", op.backward, setup_context=op._setup_context, lib=library
-        )
+        name = f"lfm_fast::{op.name}"
+        torch.library.register_autograd(name, op._backward, setup_context=op._setup_context, lib=library)
     for backend in op.compiled:
         _library_of(f"lfm_fast_{backend.name}").define(op.name + op.schema)
     op.overload = getattr(torch.ops.lfm_fast, op.name).default

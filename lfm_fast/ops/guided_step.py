@@ -81,32 +81,34 @@ def _check(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, velocity, unconditional, scale, stored, weights, *_ = inputs
+    _, velocity, unconditional, scale, stored, weights, *_, ctx.keep = inputs
     ctx.dtypes = (velocity.dtype, None if unconditional is None else unconditional.dtype, [k.dtype for k in stored])
     ctx.save_for_backward(weights, scale if unconditional is not None else None)
     ctx.mark_non_differentiable(output[2])
 
 
-def _backward(ctx, grad_next, grad_blended, grad_error):
+def _backward(ctx, grad_next, grad_blended, grad_error) -> dict:
     """z_next and blended are linear in the states, so the gradient does not depend on them."""
     weights, scale = ctx.saved_tensors
     velocity_dtype, unconditional_dtype, stored_dtypes = ctx.dtypes
-    grad_z = grad_v = grad_unconditional = None
-    grad_stored = [None] * len(stored_dtypes)
+    result = {"stored": [None] * len(stored_dtypes)}
+    grad_v = []  # the terms of v's gradient
     if grad_next is not None:
         column = (-1,) + (1,) * (grad_next.dim() - 1)
-        grad_z, grad_v = grad_next * weights[:, 0].reshape(column), grad_next * weights[:, 1].reshape(column)
-        columns = (weights[:, 2 + k].reshape(column) for k in range(len(stored_dtypes)))
-        grad_stored = [(grad_next * w).to(dtype) for w, dtype in zip(columns, stored_dtypes)]
-    if grad_blended is not None and grad_blended.numel():
-        grad_v = grad_blended if grad_v is None else grad_v + grad_blended
-    grad_velocity = grad_v
-    if grad_v is not None and scale is not None:
-        column = scale.reshape((-1,) + (1,) * (grad_v.dim() - 1))
-        grad_velocity = grad_v * column
-        grad_unconditional = (grad_v * (1.0 - column)).to(unconditional_dtype)
-    grad_velocity = None if grad_velocity is None else grad_velocity.to(velocity_dtype)
-    return grad_z, grad_velocity, grad_unconditional, None, grad_stored, *[None] * 9
+        grad_z, grad_next_v, *grad_stored = (grad_next * w.reshape(column) for w in weights.unbind(1))
+        result["z"] = grad_z
+        result["stored"] = [g.to(dtype) for g, dtype in zip(grad_stored, stored_dtypes)]
+        grad_v.append(grad_next_v)
+    if grad_blended is not None and ctx.keep:
+        grad_v.append(grad_blended)
+    if grad_v:
+        total = sum(grad_v)
+        if scale is not None:
+            scale = scale.reshape((-1,) + (1,) * (total.dim() - 1))
+            result["unconditional"] = (total * (1.0 - scale)).to(unconditional_dtype)
+            total = total * scale
+        result["velocity"] = total.to(velocity_dtype)
+    return result
 
 
 def _arguments(

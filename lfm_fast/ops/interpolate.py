@@ -43,27 +43,28 @@ def _check(z_0, coefficients, z_1=None, index=None, seed=0, stream=0) -> None:
 def _setup_context(ctx, inputs, output) -> None:
     z_0, coefficients, z_1, index, seed, stream = inputs
     ctx.seed, ctx.stream = seed, stream
-    needs_coefficients = ctx.needs_input_grad[1]
-    ctx.save_for_backward(coefficients, *((z_0, z_1, index) if needs_coefficients else (None, None, None)))
+    again = (z_0, z_1, index) if "coefficients" in ctx.needed else (None, None, None)
+    ctx.save_for_backward(coefficients, *again)
 
 
-def _backward(ctx, grad_z_t, grad_target):
+def _backward(ctx, grad_z_t, grad_target) -> dict:
     coefficients, z_0, z_1, index = ctx.saved_tensors
     if grad_z_t is None and grad_target is None:
-        return None, None, None, None, None, None
+        return {}
     grad_z_t = torch.zeros_like(grad_target) if grad_z_t is None else grad_z_t
     grad_target = torch.zeros_like(grad_z_t) if grad_target is None else grad_target
-    grad_z_0 = grad_z_1 = grad_coefficients = None
-    if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
+    gradient = {}
+    if ctx.needed & {"z_0", "z_1"}:
         # (z_t, target) = M (z_0, z_1) with a 2 x 2 matrix per sample; the gradient is M transposed: the same op
         alpha, sigma, d_alpha, d_sigma = coefficients.unbind(0)
-        grad_z_0, grad_z_1 = _row(grad_z_t, torch.stack((alpha, d_alpha, sigma, d_sigma)), grad_target, None, 0, 0)
-    if ctx.needs_input_grad[1]:
+        transposed = torch.stack((alpha, d_alpha, sigma, d_sigma))
+        gradient["z_0"], gradient["z_1"] = _row(grad_z_t, transposed, grad_target, None, 0, 0)
+    if "coefficients" in ctx.needed:
         data = flat(z_0)
         noise = philox_normal(index, data.shape[1], ctx.seed, ctx.stream) if z_1 is None else flat(z_1)
-        pairs = ((g, part) for g in (flat(grad_z_t), flat(grad_target)) for part in (data, noise))
-        grad_coefficients = torch.stack([(g * part).sum(1) for g, part in pairs]).to(coefficients.dtype)
-    return grad_z_0, grad_coefficients, grad_z_1 if ctx.needs_input_grad[2] else None, None, None, None
+        pairs = [(g, part) for g in (flat(grad_z_t), flat(grad_target)) for part in (data, noise)]
+        gradient["coefficients"] = torch.stack([(g * part).sum(1) for g, part in pairs]).to(coefficients.dtype)
+    return {name: gradient[name] for name in gradient if name in ctx.needed}
 
 
 def _arguments(*, shape, noise=False, device="cpu", dtype=torch.float32, layout="contiguous") -> dict:

@@ -68,34 +68,34 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.target_dtype = None if target is None else target.dtype
     ctx.factor = 1.0 / max(numel_per_sample(velocity), 1)
     # a weight's gradient needs the squared error itself: dividing the loss by the weight fails where that is 0
-    again = (velocity, target, z_0, coefficients, index) if ctx.needs_input_grad[2] else (None,) * 5
+    again = (velocity, target, z_0, coefficients, index) if "weight" in ctx.needed else (None,) * 5
     ctx.save_for_backward(output[1], weight, *again)
 
 
-def _backward(ctx, grad_loss, grad_gradient):
+def _backward(ctx, grad_loss, grad_gradient) -> dict:
     """grad_gradient comes in a double backward only: the op's second output is differentiated like its first."""
     gradient, weight, *again = ctx.saved_tensors
-    grad_velocity = grad_weight = None
     column = (-1,) + (1,) * (gradient.dim() - 1)
+    grad_velocity, grad_weight = [], []  # the terms of each
     if grad_loss is not None:
-        grad_velocity = gradient * grad_loss.reshape(column)
+        grad_velocity.append(gradient * grad_loss.reshape(column))
     if grad_gradient is not None:
         curvature = grad_gradient * (2.0 * ctx.factor)
-        curvature = curvature if weight is None else curvature * weight.reshape(column)
-        grad_velocity = curvature if grad_velocity is None else grad_velocity + curvature
-    if grad_velocity is not None and ctx.needs_input_grad[2]:
+        grad_velocity.append(curvature if weight is None else curvature * weight.reshape(column))
+    if not grad_velocity:
+        return {}
+    total = sum(grad_velocity)
+    result = {"velocity": total.to(gradient.dtype)}
+    if "target" in ctx.needed:
+        result["target"] = -total.to(ctx.target_dtype)
+    if "weight" in ctx.needed:
         difference = _difference(*again, ctx.seed, ctx.stream)
-        grad_weight = torch.zeros_like(weight)
         if grad_loss is not None:
-            grad_weight = grad_loss * difference.square().sum(1) * ctx.factor
+            grad_weight.append(grad_loss * difference.square().sum(1) * ctx.factor)
         if grad_gradient is not None:
-            grad_weight = grad_weight + (flat(grad_gradient) * difference).sum(1) * (2.0 * ctx.factor)
-        grad_weight = grad_weight.to(weight.dtype)
-    grad_target = None
-    if grad_velocity is not None and ctx.needs_input_grad[1]:
-        grad_target = -grad_velocity.to(ctx.target_dtype)
-    grad_velocity = None if grad_velocity is None else grad_velocity.to(gradient.dtype)
-    return grad_velocity, grad_target, grad_weight, None, None, None, None, None
+            grad_weight.append((flat(grad_gradient) * difference).sum(1) * (2.0 * ctx.factor))
+        result["weight"] = sum(grad_weight).to(weight.dtype)
+    return {name: result[name] for name in result if name in ctx.needed}
 
 
 def _arguments(
