@@ -83,10 +83,12 @@ class DiT(nn.Module):
         num_classes: int = 0,
         label_dropout: float = 0.0,
     ):
-        self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        _check_config(**self.config)
-        self.config = {"family": self.family, **self.config}
         super().__init__()
+        config = {"image_size": image_size, "patch_size": patch_size, "in_channels": in_channels}
+        config |= {"hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio}
+        config |= {"num_classes": num_classes, "label_dropout": label_dropout}
+        _check_config(config)
+        self.config = {"family": self.family, **config}
         self.image_size, self.patch_size, self.in_channels = image_size, patch_size, in_channels
         self.num_classes = num_classes
         self.num_labels = max(num_classes + (label_dropout > 0), 1)  # rows of the label table
@@ -149,8 +151,8 @@ class DiT(nn.Module):
 
     def _unpatchify(self, x: Tensor) -> Tensor:
         side, p = self.image_size // self.patch_size, self.patch_size
-        x = x.reshape(-1, side, side, p, p, self.in_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_channels, self.image_size, self.image_size)
+        x = x.unflatten(-1, (p, p, -1)).unflatten(1, (side, side))  # (B, row, column, p, q, C)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def _check_inputs(self, t: Tensor, z: Tensor, y: Tensor | None) -> None:
         expected = (self.in_channels, self.image_size, self.image_size)
@@ -178,20 +180,20 @@ class DiT(nn.Module):
                 )
 
 
-def _check_config(
-    *, image_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, label_dropout
-):
-    sizes = {"image_size": image_size, "patch_size": patch_size, "in_channels": in_channels}
-    sizes.update(hidden_size=hidden_size, depth=depth, num_heads=num_heads)
-    for name, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, but is {value!r}.")
-    if image_size % patch_size:
-        raise ValueError(f"the latent's side {image_size} is no multiple of patch_size {patch_size}.")
+def _check_config(config: dict) -> None:
+    for name in ("image_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
+        if not isinstance(config[name], int) or config[name] < 1:
+            raise ValueError(f"{name} must be a positive integer, but is {config[name]!r}.")
+    if config["image_size"] % config["patch_size"]:
+        raise ValueError(
+            f"the latent's side {config['image_size']} is no multiple of patch_size {config['patch_size']}."
+        )
+    hidden_size, num_heads = config["hidden_size"], config["num_heads"]
     if hidden_size % num_heads or hidden_size % 4:
         raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and of 4.")
-    if mlp_ratio <= 0:
-        raise ValueError(f"mlp_ratio must be positive, but is {mlp_ratio!r}.")
+    if config["mlp_ratio"] <= 0:
+        raise ValueError(f"mlp_ratio must be positive, but is {config['mlp_ratio']!r}.")
+    num_classes, label_dropout = config["num_classes"], config["label_dropout"]
     if not isinstance(num_classes, int) or num_classes < 0:
         raise ValueError(f"num_classes must be 0 (unlabelled) or a positive integer, but is {num_classes!r}.")
     if not 0 <= label_dropout < 1:

@@ -1,0 +1,99 @@
+"""DiT against what the reference implementation computed, and against the format of its checkpoints."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lfm_fast.models import dit, from_reference_config, layers, num_parameters
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+NAMES = ["dit_uncond", "dit_labelled"]
+# The stored outputs are float32: their own rounding is up to 5e-7 here (guided, scale 4: 2.3e-6). A wrong epsilon, the
+# smallest mistake tried, is off by more than these bounds.
+UNGUIDED, GUIDED = 2.5e-6, 5e-6
+FLOAT32 = 1e-5  # a float32 evaluation against the float64 one; measured 3e-7
+
+
+def relative_error(found, expected):
+    expected = expected.double()
+    return ((found.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+@torch.no_grad()
+def evaluate(model, tensors, dtype):
+    model = model.to(dtype)
+    t, z = tensors["t"].to(dtype), tensors["z"].to(dtype)
+    return model(t, z, tensors["y"]), model(t, z)
+
+
+def errors(model, golden):
+    """Relative errors of the float64 evaluation, by the name of the stored output."""
+    tensors = golden.tensors
+    v_cond, v_uncond = evaluate(model, tensors, torch.float64)
+    found = {"v_cond": v_cond, "v_uncond": v_uncond}
+    for name in tensors:
+        if name.startswith("v_guided_"):
+            scale = float(name.removeprefix("v_guided_"))
+            found[name] = scale * v_cond + (1 - scale) * v_uncond
+    return {name: relative_error(value, tensors[name]) for name, value in found.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float64_evaluation_matches_the_reference(name, golden_networks, build_golden):
+    golden = golden_networks[name]
+    found = errors(build_golden(golden), golden)
+    assert sum(key.startswith("v_guided") for key in found) == (2 if name == "dit_labelled" else 0)
+    for key, error in found.items():
+        assert error <= (GUIDED if key.startswith("v_guided") else UNGUIDED), (key, error)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("attention", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], ids=str)
+def test_float32_evaluation_matches_the_float64_one(name, attention, golden_networks, build_golden):
+    golden = golden_networks[name]
+    model = build_golden(golden)
+    exact = evaluate(model, golden.tensors, torch.float64)
+    with sdpa_kernel(attention):
+        found = evaluate(model, golden.tensors, torch.float32)
+    assert max(map(relative_error, found, exact)) <= FLOAT32
+
+
+# mistake -> (where, which name, how it is broken)
+MISTAKES = {
+    "epsilon of the norms": (dit, "_NORM_EPS", lambda _: 1e-5),
+    "sine before cosine": (layers, "time_features", lambda make: lambda t, w, d: make(t, w, d).roll(w // 2, dims=-1)),
+    "row before column": (dit, "sincos_table", lambda make: lambda side, d: make(side, d).roll(d // 2, dims=-1)),
+    "one modulation for all": (dit, "modulate", lambda make: lambda x, shift, scale: make(x, shift[:1], scale[:1])),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_golden_outputs_tell_a_mistake(mistake, golden_networks, build_golden, monkeypatch):
+    module, name, broken = MISTAKES[mistake]
+    monkeypatch.setattr(module, name, broken(getattr(module, name)))
+    golden = golden_networks["dit_labelled"]
+    assert errors(build_golden(golden), golden)["v_cond"] > UNGUIDED
+
+
+def assert_layout(config, state_shapes, params):
+    with torch.device("meta"):
+        model = from_reference_config(config)
+    found = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert list(found.items()) == list(state_shapes.items())  # the order too
+    assert num_parameters(model) == params
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_state_dict_layout(name, golden_networks):
+    golden = golden_networks[name]
+    assert_layout(golden.config, golden.state_shapes, golden.config["params"])
+
+
+@pytest.mark.parametrize("name", ["celeb256_dit", "imnet_dit"])
+def test_released_state_dict_layout(name):
+    manifest = json.loads((GOLDEN / f"{name}.json").read_text())
+    config = {"family": manifest["family"], **manifest["config"]}
+    assert_layout(config, manifest["state_shapes"], manifest["params"])
