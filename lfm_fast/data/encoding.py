@@ -145,8 +145,8 @@ def _provenance(source, autoencoder, flip, store, dtype, shard_size) -> dict:
         "fingerprint": autoencoder.fingerprint,
         "image_size": source.image_size,
         "source": source.name,
-        "images": digest.hexdigest()[:16],  # which images in which order, by name and label
         "num_items": len(source),
+        "images_digest": digest.hexdigest()[:16],  # which images in which order, by name and label
         "flip": bool(flip),
         "store": store,
         "dtype": str(dtype).removeprefix("torch."),
