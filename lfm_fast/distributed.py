@@ -1,0 +1,145 @@
+"""Ranks: who this process is, and the few collective operations that training and sampling need.
+
+One process started by plain `python` is a world of one rank and touches no process group. Started by torchrun, ranks
+talk over NCCL (CUDA) or gloo (CPU); small control messages always go over gloo, so that they never wait for the GPU.
+Work is split by *sample number*: a rank takes a contiguous slice of the numbers, and since every random draw depends
+on the number alone, any world size makes the same samples.
+"""
+
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+CONTROL_TIMEOUT = timedelta(days=7)  # rank 0 may encode a whole data set; torchrun ends everybody if it dies
+
+
+@dataclass
+class World:
+    """This process among its peers. `control` is the gloo group, None in a world of one."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    control: object = None
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def bounds(self, count):
+        """First and one-past-last position of this rank's slice of `count` items: contiguous, sizes within one."""
+        return count * self.rank // self.size, count * (self.rank + 1) // self.size
+
+    def shard(self, count, first=0):
+        """The numbers first .. first + count - 1 that are this rank's: (n,) int64 on the CPU."""
+        start, stop = self.bounds(count)
+        return torch.arange(first + start, first + stop, dtype=torch.int64)
+
+    def barrier(self):
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+    def sum(self, tensor):
+        """The sum of `tensor` over all ranks, the same on each; summed on the CPU."""
+        if self.size == 1:
+            return tensor
+        total = tensor.detach().cpu().clone()
+        dist.all_reduce(total, group=self.control)
+        return total.to(tensor.device)
+
+    def gather(self, tensor):
+        """Every rank's (n_r, ...) joined along the first axis in rank order, (sum n_r, ...) on the CPU of each rank."""
+        if self.size == 1:
+            return tensor.detach().cpu()
+        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(counts, torch.tensor([tensor.shape[0]]), group=self.control)
+        longest = max(int(count) for count in counts)
+        padded = torch.zeros(longest, *tensor.shape[1:], dtype=tensor.dtype)
+        padded[: tensor.shape[0]] = tensor.detach().cpu()
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded, group=self.control)
+        return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])
+
+    def from_main(self, make):
+        """What `make()` returned on rank 0, on every rank. An error there is raised on every rank, so none waits."""
+        if self.size == 1:
+            return make()
+        box = [None, None]
+        if self.is_main:
+            try:
+                box[0] = make()
+            except Exception as error:
+                box[1] = error
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def vote(self, ballot=None):
+        """A started, not yet awaited sum of every rank's bool: call `.result()` for whether any said yes."""
+        return Vote(self, bool(ballot))
+
+    def close(self):
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Vote:
+    """An all-reduce in flight. Awaiting it one step later costs nothing and gives every rank the same answer."""
+
+    def __init__(self, world, ballot):
+        self.count = torch.tensor([int(ballot)])
+        self.work = dist.all_reduce(self.count, group=world.control, async_op=True) if world.size > 1 else None
+
+    def result(self):
+        if self.work is not None:
+            self.work.wait()
+        return bool(self.count)
+
+
+def start(device="auto"):
+    """Join the world torchrun describes in the environment (or be the only rank) and return the `World`.
+
+    `device` is "auto" (CUDA where there is one), "cuda" or "cpu". Raises ValueError for a device that is not there.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise ValueError("device is cuda, but this PyTorch sees no CUDA device; use --device cpu")
+    if cuda and device != "cpu":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"{local_size} ranks were started here but there are {torch.cuda.device_count()} CUDA devices; "
+                "start one rank per device (torchrun --nproc-per-node)"
+            )
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    else:
+        chosen = torch.device("cpu")
+    _set_threads(local_size)
+    world = World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=chosen)
+    if size > 1:
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        if not dist.is_initialized():
+            dist.init_process_group(backend, timeout=CONTROL_TIMEOUT if backend == "gloo" else None)
+        gloo = backend == "gloo"
+        world.control = dist.group.WORLD if gloo else dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    return world
+
+
+def _set_threads(local_size):
+    """Give each rank its share of this machine's cores, unless the user said otherwise.
+
+    torchrun sets OMP_NUM_THREADS=1 for several ranks where the user set nothing, so under it a 1 is no wish.
+    """
+    wish = os.environ.get("OMP_NUM_THREADS")
+    from_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and local_size > 1 and wish == "1"
+    if local_size > 1 and (wish is None or from_torchrun):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_size))

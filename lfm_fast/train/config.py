@@ -1,0 +1,184 @@
+"""What a training run is: every setting with its meaning, its check, and the command-line flag made from it."""
+
+import argparse
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+from lfm_fast.train.presets import PRESETS
+
+TASKS = ("unconditional", "labelled")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+SCHEDULES = ("constant", "cosine")
+COMPILE = ("auto", "off", "block", "full")
+DEVICES = ("auto", "cpu", "cuda")
+PATHS = ("linear", "vp", "vp-trig", "ve")
+TIME_SAMPLERS = ("uniform", "logit_normal")
+
+
+def _setting(default, kind, says, choices=None, where="run"):
+    """A field. `where` is "curve" when another value gives another loss curve, "run" when only its outside changes."""
+    return field(default=default, metadata={"kind": kind, "help": says, "choices": choices, "where": where})
+
+
+def _curve(default, kind, says, choices=None):
+    return _setting(default, kind, says, choices, where="curve")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """All settings of a training run; the line of each field is also the help of its flag (`--learning-rate` ...)."""
+
+    preset: str = _setting("embedded", str, "where the other settings' defaults come from", tuple(PRESETS))
+    data: str | None = _curve(None, str, "'embedded', a folder of images or a folder of cached latents")
+    max_items: int | None = _curve(None, int, "use only the first N images of the data")
+    cache_latents: str | None = _setting(None, str, "encode the images into this folder first, once, and train from it")
+    flip: bool = _curve(False, bool, "mirror half of the images at random")
+    model: str = _curve("DiT-B/2", str, "the network, a name create_model knows")
+    image_size: int = _curve(256, int, "side of the images in pixels")
+    task: str | None = _curve(None, str, "default: labelled when the data has two or more classes", TASKS)
+    num_classes: int | None = _curve(None, int, "number of labels, at least the data's; default: the data's")
+    autoencoder: str = _curve(
+        "stabilityai/sd-vae-ft-mse", str, "'embedded', a folder or a hub name (diffusers' layout)"
+    )
+    batch_size: int = _curve(256, int, "samples per optimizer step over ALL ranks")
+    accumulation_steps: int = _setting(1, int, "split each rank's share of the batch into N passes to save memory")
+    steps: int | None = _curve(None, int, "length in optimizer steps (or give epochs)")
+    epochs: float | None = _curve(None, float, "length in passes over the data (or give steps)")
+    learning_rate: float = _curve(1e-4, float, "AdamW's rate after warm-up")
+    final_learning_rate: float = _curve(1e-5, float, "where the cosine schedule ends")
+    schedule: str = _curve(
+        "constant", str, "of the rate; cosine falls per epoch if epochs are given, else per step", SCHEDULES
+    )
+    warmup_steps: int = _curve(0, int, "steps over which the rate rises linearly from 0")
+    weight_decay: float = _curve(0.0, float, "AdamW's decoupled weight decay")
+    beta2: float = _curve(0.999, float, "AdamW's decay of the squared gradients' average")
+    clip_grad_norm: float = _curve(0.0, float, "largest norm of the whole gradient; 0 = never clipped")
+    precision: str = _curve("auto", str, "of the network; auto: bf16 on CUDA and CPUs with AMX, else fp32", PRECISIONS)
+    ema_decay: float = _curve(0.9999, float, "decay of the weights' average, reached by warm-up")
+    label_dropout: float = _curve(0.0, float, "share of samples whose label is withheld, for guidance")
+    path: str = _curve("linear", str, "probability path from data to noise", PATHS)
+    sigma_min: float = _curve(1e-5, float, "smallest noise of the linear and ve paths")
+    sigma_max: float = _curve(50.0, float, "largest noise of the ve path")
+    time_sampler: str = _curve("uniform", str, "distribution of t", TIME_SAMPLERS)
+    seed: int = _curve(0, int, "of the weights, data order, noise, times and dropout")
+    device: str = _setting("auto", str, "where to train", DEVICES)
+    compile: str = _setting("auto", str, "torch.compile: auto is block on CUDA and off on CPUs", COMPILE)
+    output: str = _setting("results", str, "folder that holds the numbered run folders")
+    resume: str = _setting("auto", str, "auto: go on with an unfinished run of these settings; never; or a path")
+    log_every: int = _setting(10, int, "steps between lines of metrics.jsonl")
+    sample_every: int = _setting(5000, int, "steps between sample grids; 0 = none")
+    samples_per_class: int = _setting(8, int, "pictures in each row of a grid")
+    guidance_scale: float = _setting(1.0, float, "of the sample grids (needs label dropout when not 1)")
+    checkpoint_every: int = _setting(5000, int, "steps between checkpoints; the last step always saves one")
+    keep_checkpoints: int = _setting(3, int, "how many of the newest checkpoints stay on disk")
+    dry_run: bool = _setting(False, bool, "print the settings, parameters, FLOPs and memory, and stop")
+
+    def __post_init__(self):
+        for problem in self._problems():
+            raise ValueError(problem)
+
+    def _problems(self):
+        """Sentences about what is wrong, the first of which becomes the error."""
+        yield from _wrong_choices(self)
+        for name in ("image_size", "batch_size", "accumulation_steps", "log_every", "samples_per_class"):
+            if getattr(self, name) < 1:
+                yield f"{name} is {getattr(self, name)}; it must be at least 1"
+        for name in ("checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                yield f"{name} is {getattr(self, name)}; it must be at least 1, or a kill would lose the whole run"
+        for name in ("sample_every", "warmup_steps", "weight_decay", "clip_grad_norm", "seed", "sigma_min"):
+            if not getattr(self, name) >= 0 or math.isinf(getattr(self, name)):
+                yield f"{name} is {getattr(self, name)}; it must be 0 or more"
+        for name in ("steps", "epochs", "max_items"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                yield f"{name} is {getattr(self, name)}; it must be more than 0"
+        for name in ("learning_rate", "final_learning_rate"):
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                yield f"{name} is {getattr(self, name)}; it must be a positive number"
+        for name in ("ema_decay", "label_dropout", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"{name} is {getattr(self, name)}; it must be in [0, 1)"
+        if (self.steps is None) == (self.epochs is None):
+            given = "neither was" if self.steps is None else f"both were (steps {self.steps}, epochs {self.epochs})"
+            yield f"the length of a run is given by steps or by epochs, but {given} given"
+        if self.num_classes is not None and self.num_classes < 0:
+            yield f"num_classes is {self.num_classes}; it must be 0 (no labels) or more"
+        if self.task == "labelled" and self.num_classes == 0:
+            yield "task is labelled but num_classes is 0; give the number of labels or use --task unconditional"
+        if self.seed >= 2**63:
+            yield f"seed is {self.seed}; it must be below 2^63"
+        if self.path == "ve" and not 0 < self.sigma_min < self.sigma_max:
+            yield f"the ve path needs 0 < sigma_min < sigma_max; got {self.sigma_min} and {self.sigma_max}"
+        if self.path == "linear" and self.sigma_min >= 1:
+            yield f"sigma_min is {self.sigma_min}; on the linear path it must be below 1"
+
+    def as_dict(self):
+        return dataclasses.asdict(self)
+
+    def different_curve(self, other):
+        """Names of settings that differ from `other` (a dict) and that change the loss curve."""
+        names = [f.name for f in dataclasses.fields(self) if f.metadata["where"] == "curve"]
+        return [name for name in names if getattr(self, name) != other.get(name)]
+
+
+def _wrong_choices(config):
+    for setting in dataclasses.fields(config):
+        value, choices = getattr(config, setting.name), setting.metadata["choices"]
+        if choices and value is not None and value not in choices:
+            yield f"{setting.name} is {value!r}; there is {_listed(choices)}"
+
+
+def _listed(names):
+    return ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def from_preset(preset="embedded", **settings):
+    """The preset's settings with `settings` over them. Raises ValueError with one sentence for a bad one."""
+    if preset not in PRESETS:
+        raise ValueError(f"preset is {preset!r}; there is {_listed(tuple(PRESETS))}")
+    return TrainConfig(**{"preset": preset, **_over(PRESETS[preset], settings)})
+
+
+def _over(base, settings):
+    """`base` with `settings` over it; a length given in steps replaces one in epochs, and the other way round."""
+    merged = {**base, **settings}
+    for name, other in (("steps", "epochs"), ("epochs", "steps")):
+        if settings.get(name) is not None and settings.get(other) is None:
+            merged[other] = None
+    return merged
+
+
+def build_parser(prog=None):
+    """One flag per field; a flag not given is absent, so that the preset or the resumed run supplies it."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Train a latent flow. Without arguments: on the embedded data set.",
+    )
+    for setting in dataclasses.fields(TrainConfig):
+        kind, says, choices = (setting.metadata[key] for key in ("kind", "help", "choices"))
+        flag = "--" + setting.name.replace("_", "-")
+        if kind is bool:
+            action = argparse.BooleanOptionalAction if setting.name != "dry_run" else "store_true"
+            parser.add_argument(flag, action=action, default=argparse.SUPPRESS, help=says)
+        else:
+            metavar = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
+            parser.add_argument(flag, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=says)
+    return parser
+
+
+def parse_args(argv=None, prog=None):
+    """The `TrainConfig` of a command line. A bad value ends the program with one sentence and status 2.
+
+    With `--resume PATH` the settings come from that run, and flags given go over them.
+    """
+    parser = build_parser(prog)
+    given = vars(parser.parse_args(argv))
+    try:
+        if given.get("resume", "auto") in ("auto", "never"):
+            return from_preset(given.pop("preset", "embedded"), **given)
+        from lfm_fast.train.resume import settings_of  # resume reads configurations, so it cannot be imported above
+
+        return TrainConfig(**_over(settings_of(given["resume"]), given))
+    except ValueError as error:
+        return parser.error(str(error))

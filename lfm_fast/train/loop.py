@@ -1,0 +1,269 @@
+"""The training run: open the data, build or resume the state, step, and leave metrics, grids and checkpoints."""
+
+import dataclasses
+import shlex
+import sys
+import time
+
+import torch
+
+from lfm_fast import distributed
+from lfm_fast.flow import paths
+from lfm_fast.models import create_model, num_parameters
+from lfm_fast.train import report, resume
+from lfm_fast.train.ema import EMA
+from lfm_fast.train.journal import Journal, read_metrics
+from lfm_fast.train.samples import sample_grid, save_grid
+from lfm_fast.train.schedule import learning_rate, total_steps
+from lfm_fast.train.source import check_source, facts, open_source, resolve_labels
+from lfm_fast.train.step import TrainState, train_step
+from lfm_fast.train.stop import StopSignals
+
+
+def main(config):
+    """Run the command line's configuration; returns the exit status. The user's mistakes end in one sentence."""
+    try:
+        train(config)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def train(config, source=None, autoencoder=None):
+    """Train as `config` says and return the run folder (None after a dry run).
+
+    `source` (see `lfm_fast.data.latents`) and `autoencoder` replace what `config.data` and `config.autoencoder` name;
+    a source without an autoencoder trains without sample grids. Raises ValueError for settings that cannot work,
+    FloatingPointError when the loss stops being finite, OSError when the last checkpoint cannot be written.
+    """
+    world = distributed.start(config.device)
+    try:
+        config = dataclasses.replace(config, precision=resolve_precision(config.precision, world.device))
+        if config.dry_run:
+            if world.is_main:
+                num_items, num_classes, latent_shape = facts(config)
+                print(report.describe(resolve_labels(config, num_classes), world, latent_shape, num_items))
+            return None
+        if source is None:
+            source, autoencoder = open_source(config, world)
+        config = resolve_labels(config, source.num_classes)
+        check_source(config, source, world)
+        return _run(config, source, autoencoder, world)
+    finally:
+        world.close()
+
+
+def resolve_precision(precision, device):
+    """What "auto" means on `device`. Raises ValueError for tf32 away from CUDA."""
+    if precision == "tf32" and device.type != "cuda":
+        raise ValueError("precision tf32 exists on CUDA devices only; use fp32 or bf16 on a CPU")
+    if precision != "auto":
+        return precision
+    fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+    return "bf16" if fast else "fp32"
+
+
+def build_state(config, source, world):
+    """A fresh `TrainState`: weights by the seed alone, so equal on all ranks."""
+    channels, side, _ = source.latent_shape
+    torch.manual_seed(config.seed)
+    if world.device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
+    model = create_model(
+        config.model,
+        image_size=side,
+        downsampling=1,
+        in_channels=channels,
+        num_classes=config.num_classes,
+        label_dropout=config.label_dropout,
+    ).to(world.device)
+    ema = EMA(model, config.ema_decay)  # before compiling: sampling uses other batch sizes
+    _compile(model, config.compile, world.device)
+    network = model
+    if world.size > 1:
+        network = torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=[world.device] if world.device.type == "cuda" else None, gradient_as_bucket_view=True
+        )
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=config.learning_rate,
+        betas=(0.9, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    return TrainState(model=model, network=network, optimizer=optimizer, ema=ema, loss_sum=loss_sum)
+
+
+def _compile(model, mode, device):
+    """In place, so that the names of the weights stay. Blocks compile in seconds, the whole network in a minute."""
+    if mode == "auto":
+        mode = "block" if device.type == "cuda" else "off"
+    if mode == "full":
+        model.compile()
+    elif mode == "block":
+        for block in model.blocks:
+            block.compile()
+
+
+def training_path(config):
+    """The probability path that the settings name."""
+    return {
+        "linear": lambda: paths.Linear(sigma_min=config.sigma_min),
+        "vp": paths.VariancePreserving,
+        "vp-trig": paths.VariancePreservingTrig,
+        "ve": lambda: paths.VarianceExploding(config.sigma_min, config.sigma_max),
+    }[config.path]()
+
+
+def _run(config, source, autoencoder, world):
+    steps, path = total_steps(config, source.num_items), training_path(config)
+    state = build_state(config, source, world)
+    folder, candidates = world.from_main(lambda: resume.choose_run(config, steps))
+    try:
+        journal = Journal(folder, active=world.is_main)
+        checkpoint = world.from_main(lambda: resume.newest_whole(candidates, journal.say))
+        if checkpoint is not None:
+            resume.load_checkpoint(checkpoint, state, world)
+        elif config.resume not in ("auto", "never"):
+            raise ValueError(f"--resume {config.resume}: none of its checkpoints can be read")
+        if world.is_main:
+            resume.truncate_metrics(folder, state.step)
+            resume.write_config(folder, config)
+        run = Run(config, world, state, source, autoencoder, path, folder, journal, steps)
+        run.announce(checkpoint)
+        run.go()
+    finally:
+        if world.is_main:
+            resume.unlock(folder)
+    return folder
+
+
+class Run:
+    """A training run under way: the state and where it reports to."""
+
+    def __init__(self, config, world, state, source, autoencoder, path, folder, journal, steps):
+        self.config, self.world, self.state = config, world, state
+        self.source, self.autoencoder, self.path = source, autoencoder, path
+        self.folder, self.journal, self.steps = folder, journal, steps
+        self.flops_per_step = 3 * state.model.flops_per_sample() * config.batch_size
+        self.peak_flops = report.peak_flops(world.device, config.precision)
+        lines = read_metrics(folder) if world.is_main else []
+        self.seconds = lines[-1]["seconds"] if lines else 0.0  # of training, over all starts of this run
+        self.interval_seconds, self.interval_steps = 0.0, 0
+
+    def announce(self, checkpoint):
+        state, config = self.state, self.config
+        start = f"going on from {checkpoint}" if checkpoint else "from fresh weights"
+        self.journal.say(
+            f"Training {config.model} ({num_parameters(state.model) / 1e6:.1f} M parameters) on "
+            f"{self.source.num_items} items of {config.data}, {self.steps} steps of {config.batch_size}, "
+            f"{config.precision} on {self.world.size} x {self.world.device.type}, {start}, writing to {self.folder}"
+        )
+
+    def go(self):
+        """Step until the end or until asked to stop."""
+        state, config = self.state, self.config
+        self.journal.open_bar(self.steps, state.step)
+        if state.step == 0:
+            self.make_grid()
+        with StopSignals(self.world) as stop:
+            while state.step < self.steps:
+                self.step()
+                stopping = stop.asked()
+                last = state.step == self.steps
+                if state.step % config.log_every == 0:
+                    self.write_metrics()
+                if (last or _due(state.step, config.sample_every)) and not stopping:
+                    self.make_grid()
+                if last or stopping or _due(state.step, config.checkpoint_every):
+                    self.save(must=last or stopping)
+                if stopping and not last:
+                    self.say_how_to_go_on()
+                    break
+            else:
+                self.journal.say(f"Finished {self.steps} steps; the checkpoint is {self.checkpoint}")
+        self.journal.close()
+
+    @property
+    def checkpoint(self):
+        return resume.checkpoint_path(self.folder, self.state.step)
+
+    def step(self):
+        began = time.perf_counter()
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.state.step, self.source.num_items)
+        train_step(self.state, self.source, self.config, self.path, self.world)
+        self.interval_seconds += time.perf_counter() - began
+        self.interval_steps += 1
+        self.journal.advance()
+
+    def write_metrics(self):
+        """One line: means over the steps since the last line; rates count the time spent in steps alone."""
+        state, config = self.state, self.config
+        loss, grad_norm = self.finite_losses()
+        loss /= state.loss_steps
+        state.loss_sum.zero_()
+        state.loss_steps = 0
+        steps_per_s = self.interval_steps / self.interval_seconds
+        self.seconds += self.interval_seconds
+        self.interval_seconds, self.interval_steps = 0.0, 0
+        values = {
+            "step": state.step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": state.optimizer.param_groups[0]["lr"],
+            "epoch": state.samples / self.source.num_items,
+            "images_per_s": steps_per_s * config.batch_size,
+            "steps_per_s": steps_per_s,
+            "memory_gb": report.memory_used(self.world.device) / 1e9,
+            "seconds": self.seconds,
+        }
+        if self.peak_flops:
+            values["mfu"] = steps_per_s * self.flops_per_step / (self.peak_flops * self.world.size)
+        self.journal.metrics(**values)
+        self.journal.progress(values, self.steps)
+
+    def finite_losses(self):
+        """(sum of the losses not yet logged over all ranks, last gradient norm); raises when not finite."""
+        loss, grad_norm = float(self.world.sum(self.state.loss_sum)), float(self.state.grad_norm)
+        if not (abs(loss) < float("inf") and grad_norm < float("inf")):
+            raise FloatingPointError(
+                f"the loss is no longer finite at step {self.state.step} (loss {loss}, gradient norm {grad_norm}); "
+                f"the checkpoints in {self.folder} are from before; try a lower learning rate or --precision fp32"
+            )
+        return loss, grad_norm
+
+    def make_grid(self):
+        if self.autoencoder is None or not self.config.sample_every:
+            return
+        images, captions = sample_grid(self.state, self.source, self.autoencoder, self.config, self.path, self.world)
+        if self.world.is_main:
+            file = self.folder / "samples" / f"{self.state.step:07d}.png"
+            self.journal.attempt(file, lambda: save_grid(file, images, self.config.samples_per_class, captions))
+
+    def save(self, must):
+        """Write a checkpoint. A failure ends the run only if `must`: the next one may find room again."""
+        state, world = self.state, self.world
+        loss, _ = self.finite_losses()
+        state.loss_sum.fill_(loss if world.is_main else 0.0)  # the same sum, now all of it on rank 0
+        if world.is_main:
+            try:
+                resume.save_checkpoint(self.folder, state, self.config)
+                resume.keep_newest(self.folder, self.config.keep_checkpoints)
+            except OSError as error:
+                if must:
+                    raise
+                self.journal.say(f"Training goes on, but {error}")
+
+    def say_how_to_go_on(self):
+        program = [part for part in (sys.argv[0] if sys.argv else "",) if part.endswith(".py")] or ["train_fast.py"]
+        command = shlex.join(["python", *program, "--resume", str(self.folder)])
+        self.journal.say(f"Stopped after step {self.state.step} and saved {self.checkpoint}. To go on: {command}")
+
+
+def _due(step, every):
+    return every > 0 and step % every == 0

@@ -1,0 +1,87 @@
+"""What a run will cost and what it is costing: parameters, FLOPs, memory, the device's ceiling."""
+
+import json
+import sys
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lfm_fast.models import create_model, num_parameters
+from lfm_fast.train.schedule import total_steps
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+# dense matrix-product peaks of bf16 in FLOP/s, from the vendors' data sheets
+BF16_PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+def peak_flops(device, precision):
+    """The device's bf16 ceiling in FLOP/s where it is known, else None."""
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in BF16_PEAKS.items() if key in name), None)
+
+
+def memory_used(device):
+    """Bytes: the most that CUDA has handed out, or the most that this process has held (0 where nobody tells)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def describe(config, world, latent_shape, num_items=None):
+    """The dry run's text: resolved settings, parameters, FLOPs per image and a memory estimate."""
+    with FakeTensorMode():  # shapes alone: no memory, whatever the size
+        model = create_model(
+            config.model,
+            image_size=latent_shape[1],
+            downsampling=1,
+            in_channels=latent_shape[0],
+            num_classes=config.num_classes,
+            label_dropout=config.label_dropout,
+        )
+        samples = -(-config.batch_size // (world.size * config.accumulation_steps))
+        activations = activation_bytes(model, samples, latent_shape, config.precision)
+    parameters = num_parameters(model)
+    flops = model.flops_per_sample()
+    state = {"weights": 4, "gradients": 4, "AdamW": 8, "EMA": 4}  # bytes per parameter, all float32
+    parts = {name: size * parameters for name, size in state.items()} | {"activations": activations}
+    length = f"{config.steps} steps" if config.steps else f"{config.epochs:g} epochs"
+    if config.epochs and num_items:
+        length += f" = {total_steps(config, num_items)} steps over {num_items} items"
+    lines = [json.dumps(config.as_dict(), indent=2)]
+    lines += [
+        f"network: {config.model}, latents {'x'.join(map(str, latent_shape))}, {parameters:,} parameters",
+        f"length: {length}, {config.batch_size} images per step on {world.size} rank(s) of {world.device.type}",
+        f"FLOPs per image: {3 * flops / 1e9:.2f} G in training (3 x the forward's {flops / 1e9:.2f} G)",
+        f"memory per rank: {sum(parts.values()) / 1e9:.2f} GB ("
+        + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+        + f"); 20 bytes per parameter and what autograd keeps of {samples} samples in {config.precision}, counted on "
+        "tensors without storage; the autoencoder, PyTorch itself and kernels' scratch come on top",
+    ]
+    return "\n".join(lines)
+
+
+def activation_bytes(model, samples, latent_shape, precision):
+    """Bytes that autograd keeps between forward and backward: every storage saved for it, parameters excepted."""
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    t, z = torch.empty(samples), torch.empty(samples, *latent_shape)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        velocity = model(t, z)
+    return sum(storage.nbytes() for storage in kept.values()) + velocity.untyped_storage().nbytes()

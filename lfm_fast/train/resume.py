@@ -1,0 +1,261 @@
+"""Stopping and going on: run folders, training checkpoints, and which of them to continue from.
+
+A checkpoint is one safetensors file, `checkpoints/0050000.safetensors`, with the tensors `model.*`, `ema.*` and
+`optimizer.*` and JSON metadata. It is written under another name and renamed, so the folder holds only whole ones.
+"""
+
+import contextlib
+import json
+import os
+import re
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from lfm_fast.checkpoint import atomic_write, read_weights, save_weights
+from lfm_fast.train.journal import read_metrics
+
+try:
+    import fcntl  # not on Windows, where run folders are not locked
+except ImportError:
+    fcntl = None
+
+FORMAT_VERSION = 1
+UNREADABLE = (OSError, SafetensorError, ValueError, KeyError)  # what a damaged file can raise while it is read
+
+
+# --- one checkpoint ---
+
+
+def checkpoint_path(folder, step):
+    return Path(folder) / "checkpoints" / f"{step:07d}.safetensors"
+
+
+def save_checkpoint(folder, state, config):
+    """Write the whole state. Raises OSError with one sentence if it cannot; nothing of it then stays behind."""
+    path = checkpoint_path(folder, state.step)
+    tensors = {f"model.{key}": value for key, value in state.model.state_dict().items()}
+    tensors |= {f"ema.{key}": value for key, value in state.ema.average.state_dict().items()}
+    for name, parameter in state.model.named_parameters():
+        for key, value in state.optimizer.state[parameter].items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    metadata = {
+        "config": state.model.config,
+        "training": config.as_dict(),
+        "version": FORMAT_VERSION,
+        "step": state.step,
+        "samples": state.samples,
+        "loss_sum": float(state.loss_sum),
+        "loss_steps": state.loss_steps,
+        "checksum": _checksum(tensors),
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_weights(path, tensors, metadata)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"could not save {path} ({reason}); the checkpoints before it are whole") from error
+    return path
+
+
+def load_checkpoint(path, state, world):
+    """Put a checkpoint into `state`. Raises ValueError if it belongs to another network."""
+    tensors, metadata = read_verified(path)
+    if metadata["config"] != state.model.config:
+        raise ValueError(
+            f"{path} holds the network {metadata['config']}, but the settings ask for {state.model.config}; "
+            "give the same --model, --image-size, --num-classes and --label-dropout, or --resume never"
+        )
+    state.model.load_state_dict(_under("model.", tensors))
+    state.ema.average.load_state_dict(_under("ema.", tensors))
+    for name, parameter in state.model.named_parameters():
+        kept = _under(f"optimizer.{name}.", tensors)
+        # the step count stays where a new optimizer would have it: on the CPU unless the optimizer is fused on CUDA
+        fused = state.optimizer.defaults.get("fused")
+        homes = {key: "cpu" if key == "step" and not fused else parameter.device for key in kept}
+        if kept:
+            state.optimizer.state[parameter] = {key: value.to(homes[key]) for key, value in kept.items()}
+    state.step, state.samples = metadata["step"], metadata["samples"]
+    # the losses not yet logged, summed over ranks, go on with rank 0
+    state.loss_sum.fill_(metadata["loss_sum"] if world.is_main else 0.0)
+    state.loss_steps = metadata["loss_steps"]
+
+
+def read_verified(path):
+    """(tensors, metadata) of a training checkpoint. Raises one of UNREADABLE if a byte of it is wrong."""
+    tensors, metadata = read_weights(path)
+    missing = {"config", "training", "step", "samples", "loss_sum", "loss_steps", "checksum"} - set(metadata)
+    if missing:
+        raise ValueError(f"{path} is no training checkpoint: its metadata lacks {', '.join(sorted(missing))}")
+    if metadata["version"] > FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {metadata['version']}; this lfm_fast reads up to {FORMAT_VERSION}")
+    if _checksum(tensors) != metadata["checksum"]:
+        raise ValueError(f"{path} is damaged: its checksum does not match its contents")
+    return tensors, metadata
+
+
+def _checksum(tensors):
+    """CRC-32 over all bytes in the order of the names: safetensors itself notices a wrong length only."""
+    crc = 0
+    for key in sorted(tensors):
+        crc = zlib.crc32(tensors[key].contiguous().flatten().view(torch.uint8).numpy(), zlib.crc32(key.encode(), crc))
+    return crc
+
+
+def _under(prefix, tensors):
+    return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+# --- a folder of them ---
+
+
+def checkpoints(folder):
+    """Checkpoint paths of a run folder, newest first."""
+    found = [path for path in Path(folder, "checkpoints").glob("*.safetensors") if path.stem.isdigit()]
+    return sorted(found, key=lambda path: int(path.stem), reverse=True)
+
+
+def newest_step(folder):
+    return max((int(path.stem) for path in checkpoints(folder)), default=0)
+
+
+def keep_newest(folder, count):
+    """Delete all but the `count` newest checkpoints."""
+    for path in checkpoints(folder)[count:]:
+        path.unlink(missing_ok=True)
+
+
+def newest_whole(paths, say):
+    """The first of `paths` that reads without fault, or None; each one passed over gets a sentence."""
+    for path in paths:
+        try:
+            read_verified(path)
+        except UNREADABLE as error:
+            say(f"Skipping {path}, which cannot be read ({error}).")
+        else:
+            return path
+    return None
+
+
+# --- run folders ---
+
+
+def new_run(output, model):
+    """Make and return `output/NNN-model`. mkdir is atomic, so two runs starting together never share a folder."""
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    while True:
+        numbers = [int(path.name[:3]) for path in output.iterdir() if re.match(r"\d{3}-", path.name)]
+        folder = output / f"{max(numbers, default=-1) + 1:03d}-{model.replace('/', '-')}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+
+
+def lock(folder):
+    """Hold the run folder for this process until it ends, however it ends. False if another process holds it."""
+    if fcntl is None:
+        return True
+    file = os.open(Path(folder) / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        return False
+    _HELD[str(folder)] = file
+    return True
+
+
+def unlock(folder):
+    file = _HELD.pop(str(folder), None)
+    if file is not None:
+        os.close(file)
+
+
+_HELD = {}  # folder -> the open file whose lock ends when it is closed
+
+
+def choose_run(config, total_steps):
+    """Where to write and what to go on from: (run folder, checkpoint paths to try newest first). Locks the folder."""
+    if config.resume not in ("auto", "never"):
+        return _named_run(config)
+    if config.resume == "auto":
+        pattern = re.compile(r"\d{3}-" + re.escape(config.model.replace("/", "-")))
+        runs = [path for path in Path(config.output).glob("*") if pattern.fullmatch(path.name)]
+        for folder in sorted(runs, reverse=True):
+            settings = _read_config(folder)
+            if settings is None or config.different_curve(settings) or newest_step(folder) >= total_steps:
+                continue
+            if lock(folder):
+                _clean(folder)
+                return folder, checkpoints(folder)
+    folder = new_run(config.output, config.model)
+    lock(folder)
+    return folder, []
+
+
+def _named_run(config):
+    path = Path(config.resume)
+    if path.is_dir():
+        folder, paths = path, checkpoints(path)
+    elif path.is_file():
+        folder, paths = path.parent.parent, [path]
+        if not (folder / "config.json").exists() or checkpoints(folder)[0] != path:
+            # going on from an older checkpoint must not overwrite what came after it
+            new = new_run(config.output, config.model)
+            lock(new)
+            if (folder / "metrics.jsonl").exists():
+                (new / "metrics.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes())
+            return new, paths
+    else:
+        raise ValueError(f"--resume {config.resume}: there is no such checkpoint or run folder")
+    if not paths:
+        raise ValueError(f"--resume {config.resume}: the folder holds no checkpoint; start anew with --resume never")
+    if not lock(folder):
+        raise ValueError(f"--resume {config.resume}: another process is training in that folder")
+    _clean(folder)
+    return folder, paths
+
+
+def _clean(folder):
+    """Remove what a killed process had begun to write: whoever holds the lock knows that nobody is writing now."""
+    for leftover in (*Path(folder).glob("**/.*.partial"), *Path(folder).glob("**/*.tmp")):
+        leftover.unlink(missing_ok=True)
+
+
+def settings_of(path):
+    """The training settings of a run folder or a checkpoint, as a dict. Raises ValueError if there are none."""
+    path = Path(path)
+    settings = _read_config(path) if path.is_dir() else None
+    if path.is_file():
+        try:
+            settings = read_weights(path)[1].get("training")
+        except UNREADABLE as error:
+            raise ValueError(f"--resume {path}: the file cannot be read ({error})") from error
+    if settings is None:
+        raise ValueError(f"--resume {path}: this is no run folder (with a config.json) and no training checkpoint")
+    return settings
+
+
+def write_config(folder, config):
+    with atomic_write(Path(folder) / "config.json") as temporary:
+        Path(temporary).write_text(json.dumps(config.as_dict(), indent=2) + "\n")
+
+
+def _read_config(folder):
+    try:
+        return json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def truncate_metrics(folder, step):
+    """Drop the lines of steps after `step`: they will be written again."""
+    path = Path(folder) / "metrics.jsonl"
+    if path.exists():
+        kept = [json.dumps(line) + "\n" for line in read_metrics(Path(folder)) if line["step"] <= step]
+        with atomic_write(path) as temporary:
+            Path(temporary).write_text("".join(kept))

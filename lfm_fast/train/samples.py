@@ -1,0 +1,59 @@
+"""Sample grids during training: the same noise and labels every time, so that grids of one run compare."""
+
+import torch
+
+import lfm_fast
+from lfm_fast import pictures
+
+MOST_ROWS = 16  # of a grid; with more classes than this, evenly spaced ones are drawn
+UNLABELLED_ROWS = 4
+PER_FORWARD = 64
+
+
+def sample_grid(state, source, autoencoder, config, path, world):
+    """(images (N, 3, H, W) in [-1, 1], row captions or None), sampled from the EMA weights on all ranks together."""
+    labels, captions = grid_labels(source, config)
+    return sample_images(state.ema.average, labels, source.latent_shape, autoencoder, config, path, world), captions
+
+
+def save_grid(file, images, columns, captions):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pictures.grid((images + 1) / 2, columns=columns, captions=captions).save(file)
+
+
+def grid_labels(source, config):
+    """(labels (N,) int64 or None, row captions or None) of the run's grids."""
+    if not config.num_classes:
+        return None, None
+    rows = min(config.num_classes, MOST_ROWS)
+    classes = [row * config.num_classes // rows for row in range(rows)]
+    names = dict(enumerate(source.class_names))
+    captions = [names.get(label, f"class {label}") for label in classes]
+    return torch.tensor(classes).repeat_interleave(config.samples_per_class), captions
+
+
+@torch.no_grad()
+def sample_images(model, labels, latent_shape, autoencoder, config, path, world):
+    """(N, 3, H, W) in [-1, 1] on every rank's CPU; picture i depends on (seed, i) and not on the number of ranks."""
+    count = UNLABELLED_ROWS * config.samples_per_class if labels is None else labels.numel()
+    images = [torch.empty(0, 3, *(side * autoencoder.downsampling for side in latent_shape[1:]))]
+    for numbers in world.shard(count).split(PER_FORWARD):
+        if not numbers.numel():
+            continue
+        # another seed than training's: the noise of sample i of the data is not the noise of picture i
+        z_1 = lfm_fast.noise(len(numbers), latent_shape, seed=config.seed + 1, indices=numbers, device=world.device)
+        y = None if labels is None else labels[numbers].to(world.device)
+        guided = y is not None and model.null_label is not None
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            z_0 = lfm_fast.sample(
+                model,
+                path.prior(z_1),
+                y=y,
+                guidance_scale=config.guidance_scale if guided else 1.0,
+                null_label=model.null_label,
+                method="heun",
+                num_steps=25,
+                path=path,
+            )
+        images.append(autoencoder.decode(z_0).cpu())
+    return world.gather(torch.cat(images))

@@ -1,0 +1,83 @@
+"""One optimizer step of flow matching, the whole pass on one screen."""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+
+from lfm_fast import ops
+from lfm_fast.flow import time_samplers
+from lfm_fast.flow.noise import label_dropout_mask
+from lfm_fast.train.ema import EMA
+
+
+@dataclass
+class TrainState:
+    """Everything a step changes. `network` is how the model is called: itself, or DistributedDataParallel around it."""
+
+    model: torch.nn.Module
+    network: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: EMA
+    step: int = 0  # optimizer steps done
+    samples: int = 0  # samples drawn, over all ranks; the next one's global number
+    loss_sum: torch.Tensor | None = None  # () float64: this rank's part of the losses of the steps not yet logged
+    loss_steps: int = 0  # how many steps those are
+    grad_norm: torch.Tensor | None = None  # () of the last step, before clipping
+
+
+def train_step(state, source, config, path, world):
+    """Minimise the mean over the global batch of |v(t, z_t, y) - u_t|^2 / numel (arXiv 2210.02747, eq. 9) by one step.
+
+    Rank r takes its slice of the sample numbers and passes over it in `accumulation_steps` parts; every random draw
+    depends on (seed, sample number) alone and each loss is divided by the GLOBAL batch size, so the step is the same,
+    up to rounding, however the batch is split over ranks and parts.
+    """
+    seed = config.seed
+    numbers = world.shard(config.batch_size, first=state.samples)  # (b,) int64
+    parts = numbers.tensor_split(min(config.accumulation_steps, numbers.numel()))
+    for part, numbers in enumerate(parts):
+        # data -> z_0
+        z_0, y = source.batch(numbers, seed)  # (B, C, h, w) and (B,)
+        z_0, y, index = (tensor.to(world.device, non_blocking=True) for tensor in (z_0, y, numbers))
+        # t, noise -> z_t and the velocity to be learned
+        t = time_samplers.draw(config.time_sampler, index, seed, path.t_min, path.t_max)  # (B,)
+        coefficients = path.coefficients(t)  # (4, B): alpha, sigma, d_alpha, d_sigma
+        z_t, target = ops.interpolate(z_0, coefficients, index=index, seed=seed)
+        # model -> velocity -> loss -> gradient
+        y = _some_dropped(y, index, config, state.model.null_label) if config.num_classes else None
+        with _gradients_summed_over_ranks(state.network, last=part == len(parts) - 1):
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                velocity = state.network(t, z_t, y)
+            loss = ops.velocity_loss(velocity, target).sum() / config.batch_size
+            (loss * world.size).backward()  # DistributedDataParallel divides by the number of ranks
+        state.loss_sum += loss.detach()
+    # AdamW, then the average of the weights
+    state.grad_norm = _clip(state.model.parameters(), config.clip_grad_norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.ema.update(state.step)
+    state.step += 1
+    state.loss_steps += 1
+    state.samples += config.batch_size
+
+
+def _some_dropped(y, index, config, null_label):
+    """Labels (B,) with a share of them, chosen by sample number, replaced by the label that means none."""
+    if not config.label_dropout:
+        return y
+    return y.masked_fill(label_dropout_mask(index, config.seed, config.label_dropout), null_label)
+
+
+def _clip(parameters, largest):
+    """The norm of the whole gradient, () float32; the gradient is scaled down to `largest` unless that is 0."""
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters], foreach=True)
+    if largest:
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm, foreach=True)
+    return norm
+
+
+def _gradients_summed_over_ranks(network, last):
+    """Ranks exchange gradients in the last part of a step only."""
+    return contextlib.nullcontext() if last or not hasattr(network, "no_sync") else network.no_sync()

@@ -1,0 +1,43 @@
+"""SIGTERM and SIGINT ask a run to stop; all ranks stop after the same step."""
+
+import signal
+import time
+
+
+class StopSignals:
+    """Context in which a first SIGTERM or SIGINT sets a flag and a second Ctrl-C interrupts at once.
+
+    torchrun passes a Ctrl-C on to ranks that the terminal has already interrupted, so a second one counts only when
+    it comes a second or more after the first.
+    """
+
+    def __init__(self, world):
+        self.world, self._first, self._vote = world, None, None
+
+    def __enter__(self):
+        self._before = {sign: signal.signal(sign, self._handle) for sign in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for sign, handler in self._before.items():
+            signal.signal(sign, handler)
+        if self._vote is not None:
+            self._vote.result()
+
+    def _handle(self, sign, _):
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+        elif sign == signal.SIGINT and now - self._first >= 1:
+            raise KeyboardInterrupt
+
+    def asked(self):
+        """Whether any rank was asked to stop. Called once per step; with several ranks the answer is a step old,
+
+        so that nobody waits for it, and the same on every rank.
+        """
+        if self.world.size == 1:
+            return self._first is not None
+        answer = self._vote is not None and self._vote.result()
+        self._vote = self.world.vote(self._first is not None)
+        return answer

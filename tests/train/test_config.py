@@ -1,0 +1,149 @@
+import dataclasses
+import math
+
+import pytest
+
+from lfm_fast.train import resume
+from lfm_fast.train.config import TrainConfig, build_parser, from_preset, parse_args
+from lfm_fast.train.presets import PRESETS
+from lfm_fast.train.schedule import learning_rate, total_steps
+
+# name -> network, batch over all GPUs, learning rate, schedule, epochs, label dropout (arXiv 2307.08698, appendix)
+PUBLISHED = {
+    "celeba256-dit-l2": ("DiT-L/2", 32, 2e-4, "constant", 500, 0.0),
+    "ffhq256-dit-l2": ("DiT-L/2", 32, 2e-4, "cosine", 500, 0.0),
+    "bedroom256-dit-l2": ("DiT-L/2", 32, 1e-4, "constant", 600, 0.0),
+    "church256-dit-l2": ("DiT-L/2", 96, 1e-4, "constant", 600, 0.0),
+    "imagenet256-dit-b2": ("DiT-B/2", 1280, 1e-4, "constant", 1000, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_hold_the_published_numbers(name):
+    config = from_preset(name)
+    optimisation = (config.batch_size, config.learning_rate, config.schedule, config.epochs)
+    found = (config.model, *optimisation, config.label_dropout)
+    assert found == PUBLISHED[name]
+    assert (config.image_size, config.autoencoder) == (256, "stabilityai/sd-vae-ft-mse")
+    assert (config.path, config.sigma_min, config.time_sampler) == ("linear", 1e-5, "uniform")
+    assert (config.ema_decay, config.weight_decay, config.final_learning_rate) == (0.9999, 0.0, 1e-5)
+    assert config.max_items == (120_000 if name.startswith(("bedroom", "church")) else None)
+    assert config.num_classes == (1000 if name.startswith("imagenet") else 0)
+
+
+def test_every_preset_is_tested():
+    assert set(PRESETS) == set(PUBLISHED) | {"embedded"}
+
+
+def test_no_argument_means_the_embedded_preset():
+    config = parse_args([])
+    assert (config.preset, config.data, config.autoencoder, config.model) == (
+        "embedded",
+        "embedded",
+        "embedded",
+        "DiT-Emoji",
+    )
+    assert (config.image_size, config.batch_size, config.label_dropout) == (64, 128, 0.1)
+
+
+def test_every_field_is_a_flag_with_help():
+    flags = {action.dest: action for action in build_parser()._actions}
+    for field in dataclasses.fields(TrainConfig):
+        assert field.name in flags
+        assert len(flags[field.name].help) > 10
+
+
+def test_flags_go_over_the_preset():
+    config = parse_args(["--preset", "imagenet256-dit-b2", "--batch-size", "64", "--data", "photos", "--no-flip"])
+    assert (config.batch_size, config.data, config.flip, config.learning_rate) == (64, "photos", False, 1e-4)
+
+
+def test_steps_and_epochs_replace_each_other():
+    assert parse_args(["--epochs", "3"]).steps is None
+    config = parse_args(["--preset", "ffhq256-dit-l2", "--steps", "10"])
+    assert (config.steps, config.epochs) == (10, None)
+
+
+BAD = [
+    ({"batch_size": 0}, "batch_size is 0"),
+    ({"steps": 0}, "steps is 0"),
+    ({"steps": None}, "neither was given"),
+    ({"steps": 5, "epochs": 5.0}, "both were"),
+    ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+    ({"learning_rate": math.nan}, "learning_rate is nan"),
+    ({"learning_rate": math.inf}, "learning_rate is inf"),
+    ({"weight_decay": -1.0}, "weight_decay is -1.0"),
+    ({"weight_decay": math.nan}, "weight_decay is nan"),
+    ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+    ({"label_dropout": 1.5}, "label_dropout is 1.5"),
+    ({"precision": "fp8"}, "precision is 'fp8'; there is auto, fp32, tf32 and bf16"),
+    ({"task": "inpainting"}, "task is 'inpainting'; there is unconditional and labelled"),
+    ({"schedule": "linear"}, "schedule is 'linear'"),
+    ({"compile": "yes"}, "compile is 'yes'"),
+    ({"path": "curved"}, "path is 'curved'"),
+    ({"time_sampler": "beta"}, "time_sampler is 'beta'"),
+    ({"task": "labelled", "num_classes": 0}, "num_classes is 0"),
+    ({"num_classes": -1}, "num_classes is -1"),
+    ({"checkpoint_every": 0}, "checkpoint_every is 0"),
+    ({"keep_checkpoints": 0}, "keep_checkpoints is 0"),
+    ({"seed": -1}, "seed is -1"),
+    ({"seed": 2**63}, "below 2\\^63"),
+    ({"path": "ve", "sigma_min": 0.0}, "ve path"),
+    ({"sigma_min": 1.0}, "sigma_min is 1.0"),
+    ({"preset": "imagenet"}, "preset is 'imagenet'"),
+]
+
+
+@pytest.mark.parametrize(("settings", "sentence"), BAD)
+def test_a_bad_value_is_one_sentence(settings, sentence):
+    merged = {"steps": 5, **settings}
+    with pytest.raises(ValueError, match=sentence) as caught:
+        TrainConfig(**merged) if settings.get("preset") is None else from_preset(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bad_flag_ends_with_status_2_and_the_sentence(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_args(["--precision", "fp16"])
+    assert caught.value.code == 2
+    assert "precision is 'fp16'; there is auto, fp32, tf32 and bf16" in capsys.readouterr().err
+
+
+def test_settings_survive_json(tmp_path):
+    config = from_preset("church256-dit-l2", data="photos")
+    resume.write_config(tmp_path, config)
+    assert TrainConfig(**resume.settings_of(tmp_path)) == config
+
+
+def test_same_curve_ignores_what_only_changes_the_outside():
+    config = from_preset()
+    outside = dataclasses.replace(config, output="elsewhere", checkpoint_every=7, resume="never", samples_per_class=2)
+    assert config.different_curve(outside.as_dict()) == []
+    other = dataclasses.replace(config, seed=1, batch_size=64)
+    assert config.different_curve(other.as_dict()) == ["batch_size", "seed"]
+
+
+def test_constant_rate_after_linear_warm_up():
+    config = TrainConfig(steps=100, learning_rate=1e-3, warmup_steps=4)
+    rates = [learning_rate(config, step, 50) for step in range(6)]
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+
+
+def test_cosine_by_steps_goes_from_the_rate_to_the_final_one():
+    config = TrainConfig(steps=101, learning_rate=1e-3, final_learning_rate=1e-5, schedule="cosine")
+    rates = [learning_rate(config, step, 50) for step in range(101)]
+    assert (rates[0], rates[50], rates[100]) == pytest.approx((1e-3, (1e-3 + 1e-5) / 2, 1e-5))
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_cosine_by_epochs_is_constant_within_an_epoch():
+    config = TrainConfig(epochs=4, batch_size=10, learning_rate=2e-4, final_learning_rate=1e-5, schedule="cosine")
+    rates = [learning_rate(config, step, 100) for step in range(40)]
+    assert len(set(rates)) == 4
+    # after k of 4 epochs: 1e-5 + (2e-4 - 1e-5) (1 + cos(pi k / 4)) / 2
+    assert rates[::10] == pytest.approx([1e-5 + 1.9e-4 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)])
+
+
+@pytest.mark.parametrize(("epochs", "items", "steps"), [(2, 100, 20), (2.5, 100, 25), (1, 101, 11), (0.01, 10, 1)])
+def test_epochs_become_steps(epochs, items, steps):
+    assert total_steps(TrainConfig(epochs=epochs, batch_size=10), items) == steps
