@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,7 +48,8 @@ def test_the_order_is_pinned():
 
 def test_the_order_is_the_same_in_another_process():
     code = "import torch; from lfm_fast.data.order import item_of; print(item_of(torch.arange(50), 23, 9).tolist())"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    root = Path(__file__).parents[2]
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root).stdout
     assert output.strip() == str(item_of(torch.arange(50), 23, 9).tolist())
 
 
