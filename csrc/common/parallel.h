@@ -1,5 +1,5 @@
-// Splits a range over PyTorch's own threads: follows torch.set_num_threads, runs serially inside an outer parallel region,
-// and brings no second OpenMP runtime beside the one torch has.
+// Splits a range over PyTorch's own threads: follows torch.set_num_threads, runs serially inside an outer parallel
+// region, and brings no second OpenMP runtime beside the one torch has.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,8 @@
 
 namespace lfm_fast {
 
-// body(first, last) over disjoint ranges that cover [begin, end), each at least `grain` long where there is more than one.
+// body(first, last) over disjoint ranges that cover [begin, end), each at least `grain` long where there is more than
+// one.
 template <typename Body>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
   if (begin >= end) return;

@@ -1,7 +1,7 @@
 // Counter-based standard normals: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
 // followed by Box-Muller with our own log, sin and cos.
 //
-// This file and its mirror in lfm_fast/ops/philox_normal.py DEFINE the noise: every line of arithmetic is one rounding in
+// This file and its mirror in lfm_fast/ops/philox_normal.py DEFINE the noise: every operation is rounded once to
 // float32, in the order written, and must be compiled without contraction to fused multiply-adds. Changing a constant
 // or an order changes every sample that anybody has drawn.
 #pragma once

@@ -5,10 +5,6 @@
 
 #include "common/signatures.h"
 
-#define LFM_REGISTER(device, name, function)                                        \
-  STABLE_TORCH_LIBRARY_IMPL(lfm_fast_cpp, device, library) {                        \
-    library.impl(#name, TORCH_BOX(&function));                                      \
-  }                                                                                 \
-  static const lfm_fast::SignatureLine signature_line_of_##name {                   \
-    lfm_fast::signature(#name, &function)                                           \
-  }
+#define LFM_REGISTER(device, name, function)                                                              \
+  STABLE_TORCH_LIBRARY_IMPL(lfm_fast_cpp, device, library) { library.impl(#name, TORCH_BOX(&function)); } \
+  static const lfm_fast::SignatureLine signature_line_of_##name { lfm_fast::signature(#name, &function) }

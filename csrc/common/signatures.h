@@ -1,7 +1,7 @@
 // "name(Tensor, Tensor?, int) -> Tensor", derived from a kernel's C++ type.
 //
-// Across the stable ABI arguments travel as untyped 64-bit words, so a kernel whose C++ parameters differ from its schema
-// does not fail, it reads a pointer as a number. A test holds these lines against the schemas.
+// Across the stable ABI arguments travel as untyped 64-bit words, so a kernel whose C++ parameters differ from its
+// schema does not fail, it reads a pointer as a number. A test holds these lines against the schemas.
 #pragma once
 
 #include <cstdint>

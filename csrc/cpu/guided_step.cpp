@@ -102,11 +102,25 @@ std::tuple<Tensor, Tensor, Tensor> guided_step(const Tensor& z, const Tensor& ve
                                                const std::optional<Tensor>& index, int64_t seed, int64_t offset,
                                                bool keep) {
   check_dtype(z, "z", ScalarType::Float);
-  STD_TORCH_CHECK(unconditional.has_value() == scale.has_value(), "unconditional and scale go together: one is missing.");
-  STD_TORCH_CHECK(noise_scale.has_value() == index.has_value(), "noise_scale and index go together: one is missing.");
-  STD_TORCH_CHECK(stored.size() <= kMostStored, "stored holds ", stored.size(), " velocities, at most ", kMostStored, " fit.");
-  GuidedStep kernel{Chunks(0, 0), Rows(z, "z"), rows_like(velocity, "velocity", z), {}, {}, {}, {}, {},
-                    static_cast<float>(atol), static_cast<float>(rtol), {}, {}, {}, {}, nullptr};
+  LFM_CHECK(unconditional.has_value() == scale.has_value(), "unconditional and scale go together, one is missing.");
+  LFM_CHECK(noise_scale.has_value() == index.has_value(), "noise_scale and index go together: one is missing.");
+  LFM_CHECK(stored.size() <= kMostStored, "stored holds ", stored.size(), " velocities, at most ", kMostStored,
+            " fit.");
+  GuidedStep kernel{Chunks(0, 0),
+                    Rows(z, "z"),
+                    rows_like(velocity, "velocity", z),
+                    {},
+                    {},
+                    {},
+                    {},
+                    {},
+                    static_cast<float>(atol),
+                    static_cast<float>(rtol),
+                    {},
+                    {},
+                    {},
+                    {},
+                    nullptr};
   const int64_t samples = z.size(0), elements = elements_per_sample(z);
   const int64_t terms = static_cast<int64_t>(stored.size());
   kernel.chunks = Chunks(samples, elements);
@@ -123,9 +137,9 @@ std::tuple<Tensor, Tensor, Tensor> guided_step(const Tensor& z, const Tensor& ve
     kernel.noise = Noise{read_index(*index, samples), seed, kNoiseStream, offset};
   }
 
-  Tensor z_next = new_tensor(z, shape_of(z), ScalarType::Float);
-  Tensor blended = new_tensor(z, keep ? shape_of(z) : std::vector<int64_t>{0}, ScalarType::Float);
-  Tensor error = new_tensor(z, {error_weights ? samples : 0}, ScalarType::Float);
+  Tensor z_next = new_tensor(shape_of(z), ScalarType::Float);
+  Tensor blended = new_tensor(keep ? shape_of(z) : std::vector<int64_t>{0}, ScalarType::Float);
+  Tensor error = new_tensor({error_weights ? samples : 0}, ScalarType::Float);
   kernel.z_next = OutputRows(z_next, "z_next");
   if (keep) kernel.blended = OutputRows(blended, "blended");
   std::vector<float> sums(error_weights ? static_cast<size_t>(kernel.chunks.count()) : 0);
@@ -134,7 +148,8 @@ std::tuple<Tensor, Tensor, Tensor> guided_step(const Tensor& z, const Tensor& ve
 
   if (error_weights) {
     float* out = static_cast<float*>(error.mutable_data_ptr());
-    for (int64_t b = 0; b < samples; ++b) out[b] = static_cast<float>(std::sqrt(mean_of_chunks(sums, b, kernel.chunks)));
+    for (int64_t b = 0; b < samples; ++b)
+      out[b] = static_cast<float>(std::sqrt(mean_of_chunks(sums, b, kernel.chunks)));
   }
   return {z_next, blended, error};
 }

@@ -1,4 +1,5 @@
-// interpolate: z_t = alpha z_0 + sigma z_1 and target = d_alpha z_0 + d_sigma z_1, z_1 given or made from (seed, index).
+// interpolate: z_t = alpha z_0 + sigma z_1 and target = d_alpha z_0 + d_sigma z_1, z_1 given or made from (seed,
+// index).
 #include <tuple>
 
 #include "common/flow_math.h"
@@ -49,7 +50,7 @@ std::tuple<Tensor, Tensor> interpolate(const Tensor& z_0, const Tensor& coeffici
                                        const std::optional<Tensor>& index, int64_t seed, int64_t stream) {
   Interpolate kernel{Chunks(0, 0), Rows(z_0, "z_0"), {}, {}, {}, {}, {}};
   const int64_t samples = z_0.size(0), elements = elements_per_sample(z_0);
-  STD_TORCH_CHECK(z_1.has_value() != index.has_value(), "pass exactly one of z_1 and index.");
+  LFM_CHECK(z_1.has_value() != index.has_value(), "pass exactly one of z_1 and index.");
   if (z_1) {
     check_same_shape(*z_1, "z_1", z_0, "z_0");
     kernel.z_1 = Rows(*z_1, "z_1");
@@ -59,8 +60,8 @@ std::tuple<Tensor, Tensor> interpolate(const Tensor& z_0, const Tensor& coeffici
   }
   kernel.coefficients = read_floats(coefficients, "coefficients", {4, samples});
   kernel.chunks = Chunks(samples, elements);
-  Tensor z_t = new_tensor(z_0, shape_of(z_0), z_0.scalar_type());
-  Tensor target = new_tensor(z_0, shape_of(z_0), z_0.scalar_type());
+  Tensor z_t = new_tensor(shape_of(z_0), z_0.scalar_type());
+  Tensor target = new_tensor(shape_of(z_0), z_0.scalar_type());
   kernel.z_t = OutputRows(z_t, "z_t");
   kernel.target = OutputRows(target, "target");
   run_kernel(kernel, kernel.chunks.count(), kernel.chunks.grain(z_1 ? 1 << 15 : 1 << 14));

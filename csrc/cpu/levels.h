@@ -1,8 +1,9 @@
 // Function multiversioning: each kernel body is compiled for AVX-512, AVX2 and the baseline, one is chosen at load.
 //
-// A kernel is a struct with `template <Level> void run(int64_t first, int64_t last) const`, forced inline together with all it
-// calls, so that its loops are vectorised with the instructions of the function it ends up in. Results are the same to
-// the bit at every level: no contraction (-ffp-contract=off), and every reduction has a lane structure of its own.
+// A kernel is a struct with `template <Level> void run(int64_t first, int64_t last) const`, forced inline together with
+// all it calls, so that its loops are vectorised with the instructions of the function it ends up in. Results are the
+// same to the bit at every level: no contraction (-ffp-contract=off), and every reduction has a lane structure of its
+// own.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +14,11 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #define LFM_X86_LEVELS 1
 #if defined(__clang__)
-#define LFM_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi,bmi2,fma,f16c"), min_vector_width(512)))
+#define LFM_AVX512 \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi,bmi2,fma,f16c"), min_vector_width(512)))
 #else
-#define LFM_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi,bmi2,fma,f16c,prefer-vector-width=512")))
+#define LFM_AVX512 \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi,bmi2,fma,f16c,prefer-vector-width=512")))
 #endif
 #define LFM_AVX2 __attribute__((target("avx2,bmi,bmi2,fma,f16c")))
 #endif

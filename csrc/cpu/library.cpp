@@ -2,8 +2,7 @@
 #include <cstdlib>
 #include <string>
 
-#include <torch/headeronly/util/Exception.h>
-
+#include "common/checks.h"
 #include "common/signatures.h"
 #include "cpu/levels.h"
 
@@ -56,8 +55,8 @@ Choice choose_level() {
     if (machine_has(level))
       choice.level = level;
     else
-      choice.refusal = "LFM_FAST_CPU_LEVEL asks for " + std::string(wish) + ", which this machine does not have; its best is " +
-                       name_of(choice.level) + ".";
+      choice.refusal = "LFM_FAST_CPU_LEVEL asks for " + std::string(wish) +
+                       ", which this machine does not have; its best is " + name_of(choice.level) + ".";
     return choice;
   }
   choice.refusal = "LFM_FAST_CPU_LEVEL must be avx512, avx2 or baseline, got \"" + std::string(wish) + "\".";
@@ -69,7 +68,7 @@ const Choice kChoice = choose_level();
 }  // namespace
 
 Level active_level() {
-  STD_TORCH_CHECK(kChoice.refusal.empty(), kChoice.refusal);
+  LFM_CHECK(kChoice.refusal.empty(), kChoice.refusal);
   return kChoice.level;
 }
 

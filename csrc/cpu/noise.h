@@ -1,7 +1,7 @@
 // A tile of counter-based normals at a time.
 //
-// The ten rounds of Philox are two 32 x 32 -> 64 multiplications each, which compilers vectorise poorly, so x86's widening
-// multiply is called by name; all else is common/philox.h, vectorised by the compiler.
+// The ten rounds of Philox are two 32 x 32 -> 64 multiplications each, which compilers vectorise poorly, so x86's
+// widening multiply is called by name; all else is common/philox.h, vectorised by the compiler.
 #pragma once
 
 #include <cstdint>
@@ -37,19 +37,22 @@ LFM_HD void philox_words_portable(const PhiloxKey& key, uint32_t block, int bloc
 #if defined(LFM_X86_LEVELS)
 
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 takes the undefined pass-through operand inside its own AVX-512 intrinsics for a mistake of ours (GCC bug 105593).
+// GCC 12 takes the undefined pass-through operand inside its own AVX-512 intrinsics for a mistake of ours (GCC bug
+// 105593).
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
-// Even blocks in one vector, odd blocks in another, each counter word in the low half of a 64-bit lane. The multiply reads
-// low halves only, so the upper halves may carry rubbish from round to round; the last step keeps the low halves alone.
+// Even blocks in one vector, odd blocks in another, each counter word in the low half of a 64-bit lane. The multiply
+// reads low halves only, so the upper halves may carry rubbish from round to round; the last step keeps the low halves
+// alone.
 
 LFM_AVX2 inline void philox_words_avx2(const PhiloxKey& key, uint32_t block, int blocks, TileWords& out) {
   const __m256i m0 = _mm256_set1_epi64x(kPhiloxMultiplier0), m1 = _mm256_set1_epi64x(kPhiloxMultiplier1);
   for (int i = 0; i < blocks; i += 8) {
-    const __m256i first = _mm256_add_epi32(_mm256_set1_epi64x(block + static_cast<uint32_t>(i)), _mm256_setr_epi64x(0, 2, 4, 6));
+    const __m256i first =
+        _mm256_add_epi32(_mm256_set1_epi64x(block + static_cast<uint32_t>(i)), _mm256_setr_epi64x(0, 2, 4, 6));
     __m256i c[2][4];
     for (int h = 0; h < 2; ++h) {
       c[h][0] = _mm256_add_epi32(first, _mm256_set1_epi64x(h));
@@ -93,7 +96,8 @@ LFM_AVX512 inline void philox_words_avx512(const PhiloxKey& key, uint32_t block,
       const __m512i key0 = _mm512_set1_epi64(k0), key1 = _mm512_set1_epi64(k1);
       for (int h = 0; h < 2; ++h) {
         const __m512i product0 = _mm512_mul_epu32(m0, c[h][0]), product1 = _mm512_mul_epu32(m1, c[h][2]);
-        c[h][0] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product1, 32), c[h][1], key0, 0x96);  // 0x96: xor of three
+        c[h][0] =
+            _mm512_ternarylogic_epi64(_mm512_srli_epi64(product1, 32), c[h][1], key0, 0x96);  // 0x96: xor of three
         c[h][1] = product1;
         c[h][2] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product0, 32), c[h][3], key1, 0x96);
         c[h][3] = product0;

@@ -30,11 +30,11 @@ struct PhiloxNormal {
 };
 
 Tensor philox_normal(const Tensor& index, int64_t numel, int64_t seed, int64_t stream, int64_t offset) {
-  STD_TORCH_CHECK(numel >= 0, "numel must not be negative, got ", numel, ".");
-  STD_TORCH_CHECK(index.dim() == 1, "index must have shape (B,), got ", shape_text(index), ".");
+  LFM_CHECK(numel >= 0, "numel must not be negative, got ", numel, ".");
+  LFM_CHECK(index.dim() == 1, "index must have shape (B,), got ", shape_text(index), ".");
   check_counter(stream, offset, numel);
   const int64_t samples = index.size(0);
-  Tensor out = new_tensor(index, {samples, numel}, ScalarType::Float);
+  Tensor out = new_tensor({samples, numel}, ScalarType::Float);
   const PhiloxNormal kernel{Chunks(samples, numel), Noise{read_index(index, samples), seed, stream, offset},
                             static_cast<float*>(out.mutable_data_ptr())};
   run_kernel(kernel, kernel.chunks.count(), kernel.chunks.grain(1 << 14));

@@ -24,8 +24,7 @@ inline Element element_of(const Tensor& tensor, const char* name) {
     case ScalarType::Half: return Element::float16;
     default: break;
   }
-  STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16, got ",
-                  torch::headeronly::toString(tensor.scalar_type()), ".");
+  refuse(name, " must be float32, bfloat16 or float16, got ", dtype_name(tensor.scalar_type()), ".");
 }
 
 // Whether the elements of each sample lie side by side; the stride between samples is free (0 where expanded).
@@ -123,7 +122,7 @@ std::vector<T> read_table(const Tensor& tensor, const char* name, ScalarType dty
     fits = fits && sizes[i] == shape[i];
     expected += (i ? ", " : "") + std::to_string(shape[i]);
   }
-  STD_TORCH_CHECK(fits, name, " must have shape (", expected, "), got ", shape_text(tensor), ".");
+  LFM_CHECK(fits, name, " must have shape (", expected, "), got ", shape_text(tensor), ".");
   const T* data = tensor.const_data_ptr<T>();
   const int64_t rows = shape[0], columns = shape.size() > 1 ? shape[1] : 1;
   const int64_t row_stride = tensor.stride(0), column_stride = shape.size() > 1 ? tensor.stride(1) : 0;
@@ -142,9 +141,18 @@ inline std::vector<int64_t> read_index(const Tensor& tensor, int64_t samples) {
   return read_table<int64_t>(tensor, "index", ScalarType::Long, {samples});
 }
 
-// A fresh contiguous CPU tensor.
-inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), dtype);
+// A fresh contiguous CPU tensor. Made by the C call under torch::stable::new_empty: that goes through the dispatcher,
+// which costs more than a small step itself.
+inline Tensor new_tensor(const std::vector<int64_t>& shape, ScalarType dtype) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) strides[i] = stride;
+  const auto dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                         strides.data(), dtype_code, aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
+  return Tensor(handle);
 }
 
 inline std::vector<int64_t> shape_of(const Tensor& tensor) {

@@ -1,8 +1,8 @@
 // Samples cut into chunks, chunks into tiles.
 //
 // A chunk (4096 elements of ONE sample) is the unit of parallel work and of partial sums; a tile (256 elements) is what
-// fits the innermost cache beside its noise and its copies in float32. Both are constants of the definition of a sum, not of
-// the machine: the same bits come out for any number of threads, batch size and instruction set.
+// fits the innermost cache beside its noise and its copies in float32. Both are constants of the definition of a sum,
+// not of the machine: the same bits come out for any number of threads, batch size and instruction set.
 #pragma once
 
 #include <algorithm>

@@ -12,7 +12,7 @@ namespace {
 struct VelocityLoss {
   Chunks chunks;
   Rows velocity, target;
-  Rows z_0;                       // with the next two: the target is rebuilt as d_alpha z_0 + d_sigma noise
+  Rows z_0;  // with the next two: the target is rebuilt as d_alpha z_0 + d_sigma noise
   Noise noise;
   std::vector<float> coefficients;  // (4, B)
   std::vector<float> slope;         // (B,) d loss / d velocity = slope (velocity - target)
@@ -68,11 +68,11 @@ std::tuple<Tensor, Tensor> velocity_loss(const Tensor& velocity, const std::opti
   const int64_t samples = velocity.size(0), elements = elements_per_sample(velocity);
   kernel.chunks = Chunks(samples, elements);
   if (target) {
-    STD_TORCH_CHECK(!z_0 && !coefficients && !index, "pass either target, or z_0, coefficients and index, not both.");
+    LFM_CHECK(!z_0 && !coefficients && !index, "pass either target, or z_0, coefficients and index, not both.");
     check_same_shape(*target, "target", velocity, "velocity");
     kernel.target = Rows(*target, "target");
   } else {
-    STD_TORCH_CHECK(z_0 && coefficients && index, "without target, pass all of z_0, coefficients and index.");
+    LFM_CHECK(z_0 && coefficients && index, "without target, pass all of z_0, coefficients and index.");
     check_same_shape(*z_0, "z_0", velocity, "velocity");
     check_counter(stream, 0, elements);
     kernel.z_0 = Rows(*z_0, "z_0");
@@ -84,13 +84,13 @@ std::tuple<Tensor, Tensor> velocity_loss(const Tensor& velocity, const std::opti
   const double count = static_cast<double>(std::max<int64_t>(elements, 1));
   for (const float w : weights) kernel.slope.push_back(static_cast<float>(2.0 * w / count));
 
-  Tensor gradient = new_tensor(velocity, shape_of(velocity), velocity.scalar_type());
+  Tensor gradient = new_tensor(shape_of(velocity), velocity.scalar_type());
   kernel.gradient = OutputRows(gradient, "gradient");
   std::vector<float> sums(static_cast<size_t>(kernel.chunks.count()));
   kernel.sums = sums.data();
   run_kernel(kernel, kernel.chunks.count(), kernel.chunks.grain(target ? 1 << 15 : 1 << 14));
 
-  Tensor loss = new_tensor(velocity, {samples}, ScalarType::Float);
+  Tensor loss = new_tensor({samples}, ScalarType::Float);
   float* out = static_cast<float*>(loss.mutable_data_ptr());
   for (int64_t b = 0; b < samples; ++b)
     out[b] = static_cast<float>(weights[static_cast<size_t>(b)] * mean_of_chunks(sums, b, kernel.chunks));
