@@ -19,7 +19,7 @@ phase() {
   if [ "$status" -eq 0 ]; then
     printf '%-44s ok     %4d s\n' "$name" $((SECONDS - start))
   else
-    cat "$log"
+    tail -n 150 "$log"
     printf '%-44s FAILED %4d s\n' "$name" $((SECONDS - start))
   fi
   rm -f "$log"
