@@ -1,0 +1,177 @@
+"""Fixed-step Runge-Kutta: order, evaluations, one fused step per stage, agreement with torchdiffeq."""
+
+import math
+
+import pytest
+import torch
+from problems import PROBLEMS, Counting
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchdiffeq import odeint
+
+from lfm_fast import ops
+from lfm_fast.solvers import METHODS, Settings, fixed, get_solver, tableaus
+from lfm_fast.solvers.grids import time_grid
+
+FIXED = [name for name, row in METHODS.items() if row.evaluations_per_step]
+each_method = pytest.mark.parametrize("method", FIXED)
+each_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+each_direction = pytest.mark.parametrize(("start", "end"), [(1.0, 0.0), (0.0, 1.0), (0.9, 0.3)])
+
+
+def solve(method, problem, times, **settings):
+    field = Counting(problem.velocity)
+    return get_solver(method).integrate(field, problem.start, times, Settings(**settings)), field
+
+
+@each_method
+@each_problem
+@each_direction
+def test_observed_order(method, problem, start, end):
+    exact = problem.exact(problem.start, start, end)
+    errors = []
+    for num_steps in (40, 80):
+        solution, _ = solve(method, problem, time_grid(None, num_steps, start, end))
+        errors.append(float((solution.z - exact).abs().max()))
+    order = math.log2(errors[0] / errors[1])
+    # the next term of the error series is smaller by a few dt: a quarter of an order at dt = 1/40
+    assert order == pytest.approx(METHODS[method].order, abs=0.25), errors
+    assert errors[1] < 0.1 * float(exact.abs().max())
+
+
+@each_method
+def test_order_holds_on_an_uneven_grid(method):
+    problem = PROBLEMS[2]
+    exact = problem.exact(problem.start, 1.0, 0.0)
+    errors = [float((solve(method, problem, time_grid(("shift", 3.0), n))[0].z - exact).abs().max()) for n in (60, 120)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(METHODS[method].order, abs=0.25), errors
+
+
+@pytest.mark.parametrize(("method", "per_step"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
+def test_evaluations_and_fused_steps_are_exactly_stages_times_steps(method, per_step, monkeypatch):
+    steps, original = [], ops.guided_step
+    monkeypatch.setattr(ops, "guided_step", lambda *args, **kwargs: steps.append(args) or original(*args, **kwargs))
+    _, field = solve(method, PROBLEMS[0], time_grid(None, 7))
+    assert field.nfe == 7 * per_step
+    assert len(steps) == 7 * per_step
+    assert METHODS[method].evaluations_per_step == per_step
+
+
+def test_velocities_are_kept_and_read_only_where_the_tableau_has_a_weight():
+    assert fixed.plan(tableaus.EULER) == [fixed.Stage((), False, (1,))]
+    assert fixed.plan(tableaus.MIDPOINT) == [fixed.Stage((), False, (1 / 2,)), fixed.Stage((), False, (1,))]
+    assert fixed.plan(tableaus.HEUN) == [fixed.Stage((), True, (1,)), fixed.Stage((0,), False, (1 / 2, 1 / 2))]
+    assert [stage.stored for stage in fixed.plan(tableaus.RK4)] == [(), (), (), (0, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    "tableau", [tableaus.EULER, tableaus.MIDPOINT, tableaus.HEUN, tableaus.RK4], ids=lambda t: f"order {t.order}"
+)
+def test_tableaus_are_consistent(tableau):
+    assert sum(tableau.b) == pytest.approx(1)
+    for i, (row, c) in enumerate(zip(tableau.a, tableau.c)):
+        assert len(row) == i
+        assert sum(row) == pytest.approx(c)
+
+
+@pytest.mark.parametrize(("method", "theirs"), [("euler", "euler"), ("midpoint", "midpoint"), ("heun", "heun2")])
+@each_problem
+@each_direction
+def test_agrees_with_torchdiffeq_to_rounding(method, theirs, problem, start, end):
+    times = time_grid(None, 16, start, end)
+    solution, _ = solve(method, problem, times, trajectory=True)
+    expected = odeint(
+        lambda t, z: problem.velocity(t.expand(3), z),
+        problem.start,
+        torch.tensor(times, dtype=torch.float64),
+        method=theirs,
+    )
+    assert len(solution.states) == 17
+    # 16 steps of a few float64 roundings of values up to 8
+    torch.testing.assert_close(torch.stack(solution.states), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_rk4_is_the_classical_one():
+    """One step on z' = t z by hand; torchdiffeq's 3/8 rule differs in the sixth digit."""
+    z, h = torch.tensor([[1.0, 1.0]], dtype=torch.float64), -1.0
+    k1 = 1.0 * 1.0
+    k2 = 0.5 * (1 + h / 2 * k1)
+    k3 = 0.5 * (1 + h / 2 * k2)
+    k4 = 0.0
+    expected = 1 + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    field = Counting(lambda t, z: t[:, None] * z)
+    solution = get_solver("rk4").integrate(field, z, [1.0, 0.0], Settings())
+    assert solution.z[0, 0].item() == pytest.approx(expected, rel=1e-15)
+    assert [t.item() for t in field.times] == [1.0, 0.5, 0.5, 0.0]
+
+
+@each_method
+def test_the_last_time_is_hit_exactly_in_float32(method):
+    field = Counting(lambda t, z: z * t[:, None])
+    get_solver(method).integrate(field, torch.ones(2, 3), time_grid(None, 30), Settings())
+    assert min(float(t.min()) for t in field.times) >= 0.0
+    if method in ("heun", "rk4"):
+        assert field.times[-1].tolist() == [0.0, 0.0]
+
+
+@each_method
+def test_guidance_is_blended_per_sample(method):
+    """z' = scale a z + (1 - scale) b z, one scale per sample, against the same field blended beforehand."""
+    scale, z, times = torch.tensor([1.0, 2.5, -1.0], dtype=torch.float64), PROBLEMS[0].start, time_grid(None, 9)
+
+    def apart(t, z):
+        return torch.sin(z), torch.cos(z), scale
+
+    def together(t, z):
+        return scale[:, None] * torch.sin(z) + (1 - scale[:, None]) * torch.cos(z), None, None
+
+    ours, expected = (get_solver(method).integrate(field, z, times, Settings()).z for field in (apart, together))
+    torch.testing.assert_close(ours, expected, rtol=1e-13, atol=1e-13)
+
+
+@each_method
+def test_callback_and_trajectory_see_every_step_and_the_start_is_untouched(method):
+    seen, problem = [], PROBLEMS[1]
+    start = problem.start.clone()
+    solution, _ = solve(method, problem, time_grid(None, 4), trajectory=True, on_step=lambda *step: seen.append(step))
+    assert [(step, t) for step, t, _ in seen] == [(1, 0.75), (2, 0.5), (3, 0.25), (4, 0.0)]
+    assert torch.equal(problem.start, start)
+    assert torch.equal(solution.states[0], start)
+    for (_, _, z), state in zip(seen, solution.states[1:]):
+        assert torch.equal(z, state)
+    assert torch.equal(solution.z, solution.states[-1])
+    assert (solution.accepted, solution.rejected, solution.reached, solution.time) == (4, 0, True, 0.0)
+
+
+@each_method
+def test_the_host_time_is_offered_to_a_field_that_wants_it(method):
+    class Field(Counting):
+        def at(self, time):
+            self.announced = [*getattr(self, "announced", []), time]
+            return self
+
+    field = Field(lambda t, z: z)
+    get_solver(method).integrate(field, PROBLEMS[0].start, time_grid(None, 5), Settings())
+    assert field.announced == [t[0].item() for t in field.times]
+
+
+class _NoReadback(TorchDispatchMode):
+    """Fails when a value is read back to the host, which on a GPU waits for all work before it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a tensor was read back inside the loop"
+        assert func is not torch.ops.aten.nonzero.default
+        return func(*args, **(kwargs or {}))
+
+
+@each_method
+def test_nothing_in_the_loop_reads_a_tensor_back(method):
+    with _NoReadback():
+        solve(method, PROBLEMS[0], time_grid(None, 3), on_step=lambda *step: None)
+        with pytest.raises(AssertionError, match="read back"):
+            torch.ones(()).item()
+
+
+def test_an_unknown_method_lists_what_there_is():
+    for name in ("unipc", "torchdiffeq:tsit5", "heun2", None):
+        with pytest.raises(ValueError, match=r"there are euler, midpoint, heun, rk4, dopri5.*torchdiffeq:NAME.*heun3"):
+            get_solver(name)
