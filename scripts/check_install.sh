@@ -56,7 +56,7 @@ copy_tree() { # the files git knows or would add, without anything built
 
 new_environment() { # [further packages]: torch first, as the README says
   "${PYTHON:-python3}" -m venv "$work/$way.venv"
-  "$bin/python" -m pip install -q ${TORCH_SPEC:-torch==2.13.0} numpy "$@"
+  "$bin/python" -m pip install -q --no-compile ${TORCH_SPEC:-torch==2.13.0} numpy "$@"
 }
 
 use_it() { # compiled|plain: with nothing of the environment on the PATH, from a folder that is not the source's
