@@ -1,12 +1,17 @@
 """A training problem of seconds: a small network on latents in memory. Imported by tests, and run by them."""
 
+import multiprocessing
+import os
+import socket
 import sys
+import time
+from pathlib import Path
 
 import torch
 
 from lfm_fast.models import NETWORKS, DiT
+from lfm_fast.train import loop
 from lfm_fast.train.config import parse_args
-from lfm_fast.train.loop import main, train
 
 NETWORKS["DiT-Tiny"] = (DiT, {"hidden_size": 32, "depth": 2, "num_heads": 2, "patch_size": 2})
 
@@ -37,7 +42,8 @@ class TinySource:
     num_items, num_classes, latent_shape = 20, 3, (4, 8, 8)
     class_names = ["a", "b", "c"]
 
-    def __init__(self):
+    def __init__(self, delay=0.0):
+        self.delay = delay  # seconds a batch takes, for tests that need a slow run
         generator = torch.Generator().manual_seed(0)
         patterns = torch.randn(3, 4, 8, 8, generator=generator)
         self.labels = torch.arange(20) % 3
@@ -46,6 +52,7 @@ class TinySource:
 
     def batch(self, sample_numbers, seed):
         self.asked.append(sample_numbers.clone())
+        time.sleep(self.delay)
         items = sample_numbers * 7 % self.num_items
         return self.latents[items], self.labels[items]
 
@@ -59,8 +66,74 @@ class TinyAutoencoder:
         return latents[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3).clamp(-1, 1)
 
 
-if __name__ == "__main__":
-    import lfm_fast.train.loop as loop
+class Run:
+    """`tiny_run.py FLAGS` as a process forked from a server that has imported everything: starts at once.
 
-    loop.train = lambda config: train(config, TinySource(), TinyAutoencoder())
-    sys.exit(main(parse_args()))
+    `environment` is added to the process's; `largest_file` is a limit in bytes, as a full disk would set one.
+    """
+
+    _context = multiprocessing.get_context("forkserver")
+    _context.set_forkserver_preload(["tiny_run"])
+
+    def __init__(self, flags, output, environment=None, largest_file=None):
+        self.output = output
+        here = Path(__file__).parent
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent.parent)])  # for the server's imports
+        arguments = (list(flags), str(output), environment or {}, largest_file)
+        self.process = self._context.Process(target=_in_child, args=arguments)
+        self.process.start()
+
+    def signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def wait_for(self, text, seconds=60):
+        """Wait until the output holds `text`."""
+        end = time.monotonic() + seconds
+        while text not in self.text():
+            assert time.monotonic() < end, self.text()
+            assert self.process.is_alive(), self.text()
+            time.sleep(0.005)
+
+    def status(self):
+        """Exit status, after the end; minus the signal's number if one ended it."""
+        self.process.join(120)
+        assert not self.process.is_alive(), self.text()
+        return self.process.exitcode
+
+    def text(self):
+        return self.output.read_text() if self.output.exists() else ""
+
+
+def _in_child(flags, output, environment, largest_file):
+    os.environ.update(environment)
+    file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    if largest_file is not None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    run(flags)
+
+
+def two_ranks(flags, folder):
+    """Both processes of a world of two gloo ranks, and their exit statuses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    runs = [Run(flags, folder / f"rank{k}.txt", {**shared, **rank}) for k, rank in enumerate(ranks)]
+    return runs, [run.status() for run in runs]
+
+
+def run(flags=None):
+    """Train by the flags and leave with the status of the command line."""
+    train = loop.train
+    delay = float(os.environ.get("TINY_DELAY", "0"))
+    loop.train = lambda config: train(config, TinySource(delay), TinyAutoencoder())
+    sys.exit(loop.main(parse_args(flags)))
+
+
+if __name__ == "__main__":
+    run()
