@@ -24,8 +24,10 @@ TINY = {"hidden_size": 16, "depth": 2, "num_heads": 4, "patch_size": 2}
 
 @pytest.fixture(autouse=True)
 def tiny_network(monkeypatch):
-    """A known configuration small enough for files of a few kilobytes."""
+    """A known configuration small enough for files of a few kilobytes, and two of its hidden size beside it."""
+    monkeypatch.setitem(NETWORKS, "DiT-Deep", (DiT, {**TINY, "depth": 4}))
     monkeypatch.setitem(NETWORKS, "DiT-Tiny", (DiT, TINY))
+    monkeypatch.setitem(NETWORKS, "DiT-Shallow", (DiT, {**TINY, "depth": 1}))
 
 
 def tiny(seed=0, **arguments):
@@ -37,6 +39,7 @@ def assert_same_weights(model, state_dict):
     found = model.state_dict()
     assert list(found) == list(state_dict)
     for name, tensor in state_dict.items():
+        assert found[name].dtype == tensor.dtype, name
         assert torch.equal(found[name], tensor), name
 
 
@@ -378,9 +381,10 @@ def test_a_kill_leaves_the_previous_file_and_the_next_write_clears_the_rest(tmp_
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert path.read_bytes() == b"previous"
     assert len(list(tmp_path.iterdir())) == 2
-    with atomic_write(tmp_path / "running") as other, atomic_write(path) as temporary:
+    with atomic_write(tmp_path / "running") as other:
         other.write_bytes(b"of a process that runs")
-        temporary.write_bytes(b"next")
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(b"next")
         assert other.exists()
     assert {p.name for p in tmp_path.iterdir()} == {"w.safetensors", "running"}
     assert path.read_bytes() == b"next"
