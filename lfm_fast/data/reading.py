@@ -55,6 +55,7 @@ def centre_crop(picture: Image.Image, image_size: int) -> np.ndarray:
     Sides are halved by box averaging while the shorter one is at least twice too long, then resized bicubically: the
     preprocessing under which the published ImageNet and CelebA-HQ numbers were computed (Dhariwal & Nichol 2021).
     """
+    picture = _without_far_ends(picture)
     while min(picture.size) >= 2 * image_size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = image_size / min(picture.size)
@@ -62,6 +63,13 @@ def centre_crop(picture: Image.Image, image_size: int) -> np.ndarray:
     picture = picture.resize(size, Image.Resampling.BICUBIC)
     left, top = (size[0] - image_size) // 2, (size[1] - image_size) // 2
     return np.array(picture.crop((left, top, left + image_size, top + image_size)))
+
+
+def _without_far_ends(picture, ratio: int = 8):
+    """Cut what lies far outside the middle square: enlarging 100,000 x 2 pixels whole would fill the memory."""
+    width, height = (min(side, ratio * min(picture.size)) for side in picture.size)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
 
 
 def _decode(path) -> tuple[Image.Image, str | None]:
@@ -86,9 +94,8 @@ def _decode(path) -> tuple[Image.Image, str | None]:
         raise UnusableImage("it has more pixels than can be decoded safely") from error
     except Image.UnidentifiedImageError as error:
         raise UnusableImage("it is not an image that Pillow knows") from error
-    except (
-        Exception
-    ) as error:  # on damaged files Pillow's plugins raise a dozen kinds, from SyntaxError to struct.error
+    # on damaged files Pillow's plugins raise a dozen kinds, from SyntaxError to struct.error
+    except Exception as error:
         detail = " ".join(str(error).split())[:120] or type(error).__name__
         raise UnusableImage(f"it is damaged or truncated ({detail})") from error
 

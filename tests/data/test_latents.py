@@ -238,6 +238,18 @@ def test_an_interrupted_encoding_goes_on_where_it_stopped(tmp_path, source):
     assert files_of(broken) == files_of(whole)
 
 
+def test_a_shard_whose_writing_fails_leaves_nothing(tmp_path, source, monkeypatch):
+    def full_disk(path):
+        raise OSError("no space left")
+
+    from lfm_fast.data import cache
+
+    monkeypatch.setattr(cache.os, "fsync", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        encode_images(source, Pooling(), tmp_path, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_finished_cache_is_not_made_again(tmp_path, source):
     encode_images(source, Pooling(), tmp_path, progress=False)
     before, autoencoder = files_of(tmp_path), Pooling()
@@ -263,6 +275,14 @@ def test_a_damaged_shard_is_refused_and_made_anew(tmp_path, source, damage):
     path.unlink(missing_ok=True)
     encode_images(source, Pooling(), tmp_path, shard_size=4, progress=False)
     assert files_of(tmp_path) == whole
+
+
+def test_a_truncated_shard_is_refused_even_where_checksums_are_not_compared(tmp_path, source):
+    encode_images(source, Pooling(), tmp_path, progress=False)
+    path = tmp_path / "latents-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(ValueError, match=r"bytes instead of"):
+        LatentCache.open(tmp_path, verify=False)
 
 
 def test_every_flipped_bit_of_a_small_shard_is_found(tmp_path, source):
