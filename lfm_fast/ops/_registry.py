@@ -75,16 +75,16 @@ class Op:
     backward: Callable | None = None  # (ctx, *gradients or None) -> {argument name: gradient}
     not_differentiable: tuple[str, ...] = ()  # arguments for which a gradient is refused rather than left out
     overload: Callable = field(init=False, repr=False)
+    argument_names: tuple[str, ...] = field(init=False)
 
     def __call__(self, *args):
         self.check(*args)
-        if not torch.compiler.is_compiling():
-            # PyTorch gives a custom op a ZERO tangent without a word, and has no batching rule for it: under a
-            # transform the reference runs, whose every operation is PyTorch's own.
-            if _inside_transform():
-                return self.reference(*args)
-            if self.not_differentiable and torch.is_grad_enabled():
-                self._refuse_gradient(args)
+        # PyTorch gives a custom op a ZERO tangent without a word, and has no batching rule for it: under a transform
+        # the reference runs, whose every operation is PyTorch's own.
+        if _inside_transform():
+            return self.reference(*args)
+        if self.not_differentiable and torch.is_grad_enabled():
+            self._refuse_gradient(args)
         return self.overload(*args)
 
     def bind(self, *args, **kwargs) -> tuple:
@@ -95,10 +95,6 @@ class Op:
             raise ValueError(f"{self.name}: {error}.") from None
         bound.apply_defaults()
         return tuple(bound.arguments.values())
-
-    @cached_property
-    def argument_names(self) -> tuple[str, ...]:
-        return tuple(argument.name for argument in self.overload._schema.arguments)
 
     @cached_property
     def kernels(self) -> dict[str, Callable]:
@@ -173,6 +169,7 @@ def register(op: Op) -> Op:
     for backend in op.compiled:
         _library_of(f"lfm_fast_{backend.name}").define(op.name + op.schema)
     op.overload = getattr(torch.ops.lfm_fast, op.name).default
+    op.argument_names = tuple(argument.name for argument in op.overload._schema.arguments)
     _ROWS[op.name] = op
     return op
 
