@@ -62,10 +62,8 @@ def recognise(shapes: Shapes, hints: dict | None = None) -> nn.Module:
 def _dit_candidates(shapes: Shapes):
     """(name, configuration) of every named DiT, with what a checkpoint may vary taken from the shapes."""
     try:
-        (_, tokens, hidden_size), (_, in_channels, patch_size, _) = (
-            shapes["pos_embed"],
-            shapes["x_embedder.proj.weight"],
-        )
+        _, tokens, hidden_size = shapes["pos_embed"]
+        _, in_channels, patch_size, _ = shapes["x_embedder.proj.weight"]
         rows, _ = shapes["y_embedder.embedding_table.weight"]
     except (KeyError, ValueError):
         return
@@ -81,16 +79,13 @@ def _with_labels(config: dict, shapes: Shapes, hints: dict) -> nn.Module:
     """Rebuild the matching network with the meaning of its label table's rows settled."""
     rows, _ = shapes["y_embedder.embedding_table.weight"]
     num_classes, label_dropout = hints.get("num_classes"), hints.get("label_dropout")
-    if isinstance(num_classes, int) and isinstance(label_dropout, float | int):
-        told = max(num_classes + (label_dropout > 0), 1) == rows and rows > 1
-    else:
-        told = False
-    if not told and rows not in _KNOWN_LABELS:
-        raise ValueError(
-            f"the label table of these weights has {rows} rows, which may be {rows - 1} classes and a null label or "
-            f"{rows} classes without; build the network with create_model and give it as `model`."
-        )
-    if not told:
+    told = isinstance(num_classes, int) and isinstance(label_dropout, float | int)
+    if not (told and rows > 1 and num_classes + (label_dropout > 0) == rows):
+        if rows not in _KNOWN_LABELS:
+            raise ValueError(
+                f"the label table of these weights has {rows} rows, which may be {rows - 1} classes and a null label or "
+                f"{rows} classes without; build the network with create_model and give it as `model`."
+            )
         num_classes, label_dropout = _KNOWN_LABELS[rows]
     with torch.device("meta"):
         return from_config({**config, "num_classes": num_classes, "label_dropout": float(label_dropout)})

@@ -236,3 +236,13 @@ def test_flops_are_what_a_forward_multiplies():
     with FlopCounterMode(display=False) as counter:
         model(t, z)
     assert model.flops_per_sample() == counter.get_total_flops()
+
+
+@torch.no_grad()
+def test_one_dynamic_graph_serves_every_batch_above_one():
+    torch._dynamo.reset()
+    model, graphs = small_dit(), []
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counting_backend(graphs))
+    for batch in (2, 3, 7):
+        assert torch.equal(compiled(*inputs(batch)), model(*inputs(batch)))
+    assert len(graphs) == 1

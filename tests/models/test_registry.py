@@ -25,6 +25,14 @@ def test_all_published_sizes_are_there():
     assert {f"DiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)} <= set(NETWORKS)
 
 
+def test_no_two_names_share_their_shapes():
+    # A checkpoint without a configuration is recognised by its shapes, which do not show the number of heads.
+    sizes = [
+        tuple(arguments[key] for key in ("hidden_size", "depth", "patch_size")) for _, arguments in NETWORKS.values()
+    ]
+    assert len(set(sizes)) == len(sizes)
+
+
 def test_create_model_counts_in_pixels_and_takes_overrides():
     model = lfm_fast.create_model("DiT-Emoji", image_size=64, downsampling=4, in_channels=3, depth=1)
     assert isinstance(model, DiT)
