@@ -91,7 +91,7 @@ def test_arguments_in_the_file_settle_the_label_table(tmp_path, num_classes, lab
     torch.save(resumable(model, num_classes=num_classes, label_dropout=label_dropout), path)
     assert lfm_fast.load_checkpoint(path).config == model.config
     torch.save(model.state_dict(), path)  # nothing in the file tells which it is
-    with pytest.raises(ValueError, match=r"11 rows, which may be 10 classes and a null label or 11 classes without"):
+    with pytest.raises(ValueError, match=r"11 rows, maybe 10 classes and a null label or 11 classes without"):
         lfm_fast.load_checkpoint(path)
     assert_same_weights(lfm_fast.load_checkpoint(path, tiny(seed=1, num_classes=11)), model.state_dict())
 

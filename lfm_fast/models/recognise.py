@@ -83,7 +83,7 @@ def _with_labels(config: dict, shapes: Shapes, hints: dict) -> nn.Module:
     if not (told and rows > 1 and num_classes + (label_dropout > 0) == rows):
         if rows not in _KNOWN_LABELS:
             raise ValueError(
-                f"the label table of these weights has {rows} rows, which may be {rows - 1} classes and a null label or "
+                f"the label table of these weights has {rows} rows, maybe {rows - 1} classes and a null label or "
                 f"{rows} classes without; build the network with create_model and give it as `model`."
             )
         num_classes, label_dropout = _KNOWN_LABELS[rows]
