@@ -73,7 +73,7 @@ class Run:
     """
 
     _context = multiprocessing.get_context("forkserver")
-    _context.set_forkserver_preload(["tiny_run"])
+    _context.set_forkserver_preload(["tiny_run", "torch._dynamo"])  # an optimizer imports the latter, in seconds
 
     def __init__(self, flags, output, environment=None, largest_file=None):
         self.output = output
@@ -116,14 +116,17 @@ def _in_child(flags, output, environment, largest_file):
     run(flags)
 
 
-def two_ranks(flags, folder):
-    """Both processes of a world of two gloo ranks, and their exit statuses."""
+def two_ranks(flags, folder, environment=None, meanwhile=None):
+    """Both processes of a world of two gloo ranks, and their exit statuses; `meanwhile(runs)` is called in between."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= environment or {}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     runs = [Run(flags, folder / f"rank{k}.txt", {**shared, **rank}) for k, rank in enumerate(ranks)]
+    if meanwhile is not None:
+        meanwhile(runs)
     return runs, [run.status() for run in runs]
 
 
