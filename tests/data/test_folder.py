@@ -203,7 +203,7 @@ def truncated_jpg(path):
 def png_with_a_broken_chunk(path):
     halves().save(path)
     content = bytearray(path.read_bytes())
-    content[37] ^= 255  # in the name of the second chunk: Pillow raises SyntaxError, not OSError
+    content[36] ^= 255  # in the length of the second chunk: Pillow raises SyntaxError, not OSError
     path.write_bytes(content)
 
 
