@@ -68,6 +68,14 @@ def check_together(**values) -> None:
         raise ValueError(f"{' and '.join(values)} go together: {' and '.join(missing)} is missing.")
 
 
+def check_tolerance(**values) -> None:
+    for name, value in values.items():
+        if not isinstance(value, (int, float)):
+            raise ValueError(f"{name} is a {type(value).__name__}: pass a number.")
+        if not value >= 0:
+            raise ValueError(f"{name} is {value}, expected a number >= 0.")
+
+
 def check_counter(numel: int, seed, stream=0, offset=0) -> None:
     """Numbers of the counter that the generator can hold."""
     for name, value in (("seed", seed), ("stream", stream), ("offset", offset)):

@@ -14,6 +14,7 @@ from lfm_fast.ops._checks import (
     check_per_sample,
     check_state,
     check_together,
+    check_tolerance,
     flat,
     numel_per_sample,
     refuse_float64,
@@ -60,19 +61,19 @@ def _check(
     check_state("z", z)
     batch = z.shape[0]
     check_like("velocity", velocity, "z", z, VELOCITY)
-    if unconditional is not None:
+    if unconditional is not None or scale is not None:
+        check_together(unconditional=unconditional, scale=scale)
         check_like("unconditional", unconditional, "z", z, VELOCITY)
-        if scale is None:
-            raise ValueError("scale is missing beside unconditional: pass one guidance scale per sample.")
-    if scale is not None:
         check_per_sample("scale", scale, (batch,), "z", z)
-    if not isinstance(stored, (list, tuple)) or len(stored) > _MOST_STORED:
-        raise ValueError(f"stored is a {type(stored).__name__}, expected a list of at most {_MOST_STORED} tensors.")
+    if not isinstance(stored, list) or len(stored) > _MOST_STORED:
+        came = type(stored).__name__ + (f" of {len(stored)}" if isinstance(stored, list) else "")
+        raise ValueError(f"stored is a {came}, expected a list of at most {_MOST_STORED} tensors.")
     for stage in stored:
         check_like("a stored velocity", stage, "z", z, VELOCITY)
     check_per_sample("weights", weights, (batch, 2 + len(stored)), "z", z)
     if error_weights is not None:
         check_per_sample("error_weights", error_weights, (batch, 1 + len(stored)), "z", z)
+    check_tolerance(atol=atol, rtol=rtol)
     if noise_scale is not None or index is not None:
         check_together(noise_scale=noise_scale, index=index)
         check_per_sample("noise_scale", noise_scale, (batch,), "z", z)
@@ -244,7 +245,10 @@ def guided_step(
     Source: Ho and Salimans 2022, "Classifier-free diffusion guidance"; Hairer, Norsett and Wanner, "Solving Ordinary
     Differential Equations I", II.4 (error norm).
     """
+    # a field that leaves the unconditional forward out (outside the guidance interval) may still name its scale
+    scale = None if unconditional is None else scale
+    stored = list(stored) if isinstance(stored, tuple) else stored
     return _row(
-        z, velocity, unconditional, scale, list(stored) if isinstance(stored, tuple) else stored, weights,
-        error_weights, atol, rtol, noise_scale, index, seed, offset, keep,
+        z, velocity, unconditional, scale, stored, weights, error_weights, atol, rtol, noise_scale, index, seed, offset,
+        keep,
     )  # fmt: skip

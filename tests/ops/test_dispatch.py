@@ -1,0 +1,223 @@
+"""The registry: which backend runs, how to force one, what explain says, and what one row is made of."""
+
+import inspect
+import re
+import threading
+
+import pytest
+import torch
+from row_cases import ROWS, arguments_of, outputs
+
+from lfm_fast import _library, ops
+from lfm_fast.ops import _registry
+from lfm_fast.ops._registry import Backend, Op, Tolerance
+
+Z, C = torch.ones(2, 3), torch.ones(4, 2)
+
+
+@pytest.fixture
+def without_library(monkeypatch):
+    """As on a machine without a compiler."""
+    sentence = "the compiled library is not installed: there was no compiler"
+    # a Backend holds the function itself, so the row's backends are replaced
+    for row in ROWS.values():
+        gone = tuple(
+            Backend(name=b.name, devices=b.devices, why_not=b.why_not, available=lambda: sentence) for b in row.backends
+        )
+        monkeypatch.setattr(row, "backends", gone)
+    return sentence
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """A row registered by a test: what adding an op takes."""
+    row = Op(
+        name="toy_double",
+        schema="(Tensor x, float by=2.0) -> Tensor",
+        reference=lambda x, by=2.0: x * by,
+        check=lambda x, by=2.0: None,
+        backends=(
+            Backend(
+                name="triton",
+                devices=("cpu",),
+                why_not=lambda x, by=2.0: "x is negative" if bool((x < 0).any()) else None,
+                available=lambda: None,
+                kernel=lambda x, by=2.0: x * by + 1000,  # tells which one ran
+            ),
+        ),
+        arguments=lambda shape=(2,): {"x": torch.ones(shape)},
+        cases=({},),
+        sizes=({},),
+        cost=lambda x, by=2.0: (0, 0),
+        tolerance=Tolerance(absolute=0.0, relative=0.0, origin="exact"),
+    )
+    yield _registry.register(row)
+    del _registry._ROWS["toy_double"]
+
+
+def test_first_willing_backend_runs_else_the_reference(toy):
+    assert toy(torch.ones(1)).item() == 1002
+    assert toy(-torch.ones(1)).item() == -2
+    assert torch.ops.lfm_fast.toy_double(torch.ones(1), 3.0).item() == 1003
+    assert toy(torch.ones(1, device="meta")).is_meta
+
+
+def test_a_row_named_in_ops_refuses_with_the_reason(toy):
+    with ops.use_backend("triton", ops="toy_double"):
+        assert toy(torch.ones(1)).item() == 1002
+        with pytest.raises(ValueError, match="toy_double cannot run on backend 'triton': x is negative"):
+            toy(-torch.ones(1))
+    with ops.use_backend("triton"):
+        assert toy(-torch.ones(1)).item() == -2, "not named: keeps its default"
+
+
+def test_contexts_nest_and_end(toy):
+    one = torch.ones(1)
+    with ops.use_backend("reference"):
+        assert toy(one).item() == 2
+        with ops.use_backend("triton", ops=["toy_double"]):
+            assert toy(one).item() == 1002
+            with ops.use_backend("reference", ops=["interpolate"]):
+                assert toy(one).item() == 1002, "the inner context speaks of another row"
+        assert toy(one).item() == 2
+    assert toy(one).item() == 1002
+    with pytest.raises(ZeroDivisionError), ops.use_backend("reference"):
+        raise ZeroDivisionError
+    assert toy(one).item() == 1002
+
+
+def test_another_thread_keeps_its_own_choice(toy):
+    seen = []
+    with ops.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(toy(torch.ones(1)).item()))
+        thread.start()
+        thread.join()
+    assert seen == [1002]
+
+
+def test_wrong_names_are_refused():
+    with pytest.raises(ValueError, match="no backend 'gpu'; there are reference, cpp, cuda, triton"):
+        ops.use_backend("gpu").__enter__()
+    with pytest.raises(ValueError, match="no op 'interpolat'; there are guided_step"):
+        ops.use_backend("cpp", ops=["interpolat"]).__enter__()
+    with pytest.raises(ValueError, match="interpolate has no backend 'triton'; it has cpp, reference"):
+        ops.use_backend("triton", ops=ops.interpolate).__enter__()
+
+
+def test_rows_without_the_backend_keep_their_default():
+    with ops.use_backend("triton"):
+        for row in ROWS.values():
+            row(*arguments_of(row, row.cases[0]))
+
+
+def test_forcing_the_library_that_is_missing_says_why(without_library):
+    sentence = f"interpolate cannot run on backend 'cpp': {without_library}"
+    with ops.use_backend("cpp", ops="interpolate"), pytest.raises(ValueError, match=sentence):
+        ops.interpolate(Z, C, Z)
+    with ops.use_backend("cpp"):
+        ops.interpolate(Z, C, Z)
+
+
+def test_without_the_library_everything_runs_on_the_reference(without_library):
+    for row in ROWS.values():
+        args = arguments_of(row, row.cases[0])
+        assert row.choose(args) == "reference"
+        row(*args)
+        explanation = ops.explain(row.name, *args)
+        assert explanation.backend == "reference"
+        assert explanation.refused == {"cpp": without_library}
+
+
+def test_explain_names_the_backend_and_each_refusal(library):
+    explanation = ops.explain(ops.interpolate, Z, C, z_1=Z)
+    assert (explanation.backend, explanation.refused) == ("cpp", {})
+    wide = ops.explain("interpolate", Z.double(), C.double(), index=torch.arange(2))
+    assert wide.backend == "reference"
+    assert str(wide) == "interpolate runs on reference.\n  not cpp: it computes in float32, and an argument is float64."
+    meta = ops.explain("philox_normal", torch.arange(2, device="meta"), 8, seed=0)
+    assert "it runs on cpu, the tensors are on meta" in meta.refused["cpp"]
+    with ops.use_backend("reference"):
+        assert ops.explain("interpolate", Z, C, Z).refused == {"cpp": "reference comes first"}
+
+
+def test_explain_refuses_what_the_op_refuses():
+    with pytest.raises(ValueError, match="coefficients is"):
+        ops.explain("interpolate", Z, Z, Z)
+    with pytest.raises(ValueError, match="interpolate: missing a required argument"):
+        ops.explain("interpolate", Z)
+    with pytest.raises(ValueError, match="no op 'attention'"):
+        ops.explain("attention")
+
+
+def test_explain_without_arguments_tells_of_every_row():
+    text = ops.explain()
+    for name in ROWS:
+        assert f"{name} runs on" in text
+    assert ops.explain("guided_step").op == "guided_step"
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_one_row_speaks_with_one_voice(row):
+    """Reference, check, cost and public function take the schema's arguments with the schema's defaults."""
+    schema = {a.name: a.default_value if a.has_default_value() else "required" for a in row.overload._schema.arguments}
+    for function in (row.reference, row.check, row.cost, getattr(ops, row.name)):
+        parameters = inspect.signature(function).parameters.values()
+        found = {p.name: "required" if p.default is p.empty else p.default for p in parameters}
+        assert found == schema, function
+    for backend in row.backends:
+        args = arguments_of(row, row.cases[0])
+        assert backend.why_not(*args) is None
+    assert row.tolerance.origin
+    assert row.sizes
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_compiled_signature_is_the_rows_schema(row, library):
+    """A wrong argument type across the stable ABI is a crash, not an error."""
+    compiled = dict(re.match(r"(\w+)(\(.*)", line).groups() for line in library.signatures().splitlines() if line)
+    schema = row.overload._schema
+    kinds = {"SymInt": "int"}
+    taken = ", ".join(kinds.get(str(a.real_type), str(a.real_type)) for a in schema.arguments)
+    given = ", ".join(str(r.real_type) for r in schema.returns)
+    expected = f"({taken}) -> " + (f"({given})" if len(schema.returns) > 1 else given)
+    assert compiled[row.name].replace("SymInt", "int") == normalised(expected)
+
+
+def normalised(signature):
+    """PyTorch prints types as Optional[Tensor] and List[Tensor], the library as Tensor? and Tensor[]."""
+    signature = re.sub(r"Optional\[(\w+)\]", r"\1?", signature)
+    return re.sub(r"List\[(\w+)\]", r"\1[]", signature)
+
+
+def test_every_compiled_kernel_has_a_row(library):
+    compiled = {line.split("(")[0] for line in library.signatures().splitlines() if line}
+    assert compiled == {row.name for row in ROWS.values() if any(b.name == "cpp" for b in row.backends)}
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_compiled_kernels_refuse_what_would_read_out_of_bounds(row, library):
+    """Called without the row in front of them."""
+    kernel = getattr(torch.ops.lfm_fast_cpp, row.name)
+    args = list(arguments_of(row, row.cases[0]))
+    assert outputs(kernel(*args))
+    spoilers = {"coefficients": lambda x: x[:3], "weights": lambda x: x[:, :1], "target": lambda x: x[:, :1]}
+    for position, (name, value) in enumerate(zip(row.argument_names, args)):
+        if isinstance(value, torch.Tensor) and name in spoilers:
+            with pytest.raises(RuntimeError):
+                kernel(*args[:position], spoilers[name](value), *args[position + 1 :])
+        if isinstance(value, torch.Tensor):
+            with pytest.raises(RuntimeError):
+                kernel(*args[:position], value.to(torch.complex64), *args[position + 1 :])
+
+
+def test_importing_ops_loads_and_decides_nothing():
+    """The library is loaded at the first call that could use it."""
+    import subprocess
+    import sys
+
+    code = (
+        "import lfm_fast.ops, lfm_fast._library as l; assert l.load.cache_info().currsize == 0;"
+        "import torch; assert hasattr(torch.ops.lfm_fast, 'interpolate');"
+        "lfm_fast.ops.philox_normal(torch.arange(2), 4, 0); assert l.load.cache_info().currsize == 1"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=_library.__file__.rsplit("/", 2)[0])
