@@ -78,17 +78,17 @@ class FirstImages(ImageSource):
 
 def resolve_labels(config, data_classes):
     """`config` with task, num_classes and label_dropout as the data has them. Raises ValueError where they disagree."""
-    task = config.task or ("labelled" if (config.num_classes or data_classes) >= 2 else "unconditional")
+    classes = data_classes if config.num_classes is None else config.num_classes
+    task = config.task or ("labelled" if classes >= 2 else "unconditional")
     if task == "unconditional":
         return dataclasses.replace(config, task=task, num_classes=0, label_dropout=0.0, guidance_scale=1.0)
     if data_classes < 1:
         raise ValueError(f"task is labelled, but {config.data} has no labels; use --task unconditional")
-    num_classes = config.num_classes or data_classes
-    if num_classes < data_classes:
+    if classes < data_classes:
         raise ValueError(
-            f"num_classes is {num_classes}, but {config.data} has {data_classes} classes; give that number or more"
+            f"num_classes is {classes}, but {config.data} has {data_classes} classes; give that number or more"
         )
-    return dataclasses.replace(config, task=task, num_classes=num_classes)
+    return dataclasses.replace(config, task=task, num_classes=classes)
 
 
 def check_source(config, source, world):
