@@ -11,7 +11,7 @@ MARGINAL quantities too: they are linear, so they map E[u_t | z_t] to E[z_0 | z_
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import torch
@@ -249,3 +249,9 @@ def make_path(name, **arguments):
         return PATHS[name](**arguments)
     except TypeError as error:
         raise ValueError(f"Path {name!r} does not take these arguments ({error}).") from error
+
+
+def describe(path):
+    """The inverse of `make_path`: {"name": ..., **arguments}, JSON-able, so make_path(**describe(path)) == path."""
+    name = next(name for name, kind in PATHS.items() if kind is type(path))
+    return {"name": name, **asdict(path)}

@@ -1,0 +1,139 @@
+"""The command line, `lfm-fast`: one sub-command per function below, each a few lines over the library."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(argv=None):
+    """Run one sub-command; returns the exit status. The user's mistakes end in one sentence and status 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["train"]:  # it has a parser of its own, the one of train_fast.py
+        return _train(arguments[1:])
+    args = _parser().parse_args(arguments)
+    try:
+        return args.run(args) or 0
+    except (ValueError, OSError) as error:
+        print(f"lfm-fast {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="lfm-fast", description="Latent flow matching, fast.")
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("train", help="train a flow (the same flags as train_fast.py)", add_help=False)
+    _add_sample(commands)
+    _add_encode(commands)
+    _add_info(commands)
+    return parser
+
+
+def _version():
+    from lfm_fast import __version__
+
+    return f"lfm_fast {__version__}"
+
+
+def _train(arguments):
+    from lfm_fast.train.config import parse_args
+    from lfm_fast.train.loop import main as train
+
+    return train(parse_args(arguments, prog="lfm-fast train"))
+
+
+def _add_sample(commands):
+    parser = commands.add_parser("sample", help="draw images from a trained flow")
+    parser.set_defaults(run=_sample)
+    add = parser.add_argument
+    add("--model", default="embedded", help="'embedded', a saved folder, a training run's folder or a checkpoint file")
+    add("--autoencoder", help="'embedded', a folder or a hub name; default: the one recorded with the model")
+    add("--num-images", type=int, default=16)
+    add("--class", dest="label", metavar="NAME_OR_INDEX", help="label of all images; default: unconditional")
+    add("--guidance-scale", type=float, help="1 is none; default: what suits the model")
+    add("--method", help="solver: euler, midpoint, heun, rk4, dopri5, ... (default: what suits the model, or dopri5)")
+    add("--num-steps", type=int, help="steps of a fixed-step solver")
+    add("--tolerance", type=float, help="atol and rtol of an adaptive solver")
+    add("--seed", type=int, default=0)
+    add("--batch-size", type=int, help="images at a time (default 64)")
+    add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add("--output", type=Path, default=Path("samples.png"), help="a .png file for one grid, or a folder for one each")
+
+
+def _sample(args):
+    from lfm_fast.pictures import grid
+    from lfm_fast.pipeline import LatentFlow
+
+    if args.output.suffix and args.output.suffix.lower() != ".png":
+        raise ValueError(f"--output {args.output} must end in .png, or be a folder")
+    flow = LatentFlow.from_pretrained(args.model, args.autoencoder, device=args.device or _best_device())
+    chosen = {name: getattr(args, name) for name in ("guidance_scale", "method", "num_steps")}
+    chosen |= {"atol": args.tolerance, "rtol": args.tolerance, "progress": sys.stderr.isatty()}
+    sampling = {name: value for name, value in chosen.items() if value is not None}
+    images = flow.sample(args.num_images, y=args.label, seed=args.seed, batch_size=args.batch_size, **sampling)
+    if args.output.suffix:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        grid(images).save(args.output)
+    else:
+        args.output.mkdir(parents=True, exist_ok=True)
+        for number, image in enumerate(images):
+            grid(image[None], padding=0).save(args.output / f"{number:06d}.png")
+    print(f"wrote {len(images)} images to {args.output}")
+
+
+def _best_device():
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _add_encode(commands):
+    from lfm_fast.autoencoder import DEFAULT_HUB_NAME
+
+    parser = commands.add_parser("encode", help="encode images into a latent cache, to train from")
+    parser.set_defaults(run=_encode)
+    add = parser.add_argument
+    add("--data", required=True, help="'embedded' or a folder of images (class = sub-folder)")
+    add("--image-size", type=int, default=256)
+    add("--autoencoder", default=DEFAULT_HUB_NAME, help="'embedded', a folder or a hub name (default: %(default)s)")
+    add("--flip", action="store_true", help="store mirrored latents too")
+    add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add("--output", type=Path, required=True, help="folder of the cache")
+
+
+def _encode(args):
+    from lfm_fast.autoencoder import load_autoencoder
+    from lfm_fast.data import open_images
+    from lfm_fast.data.latents import encode_images
+
+    source = open_images(args.data, args.image_size, flip=args.flip)
+    autoencoder = load_autoencoder(args.autoencoder, device=args.device or _best_device())
+    encode_images(source, autoencoder, args.output, flip=args.flip)
+    if source.report.skipped:
+        print(source.report.summary())
+    print(f"wrote the latents of {len(source)} images to {args.output}")
+
+
+def _add_info(commands):
+    parser = commands.add_parser("info", help="say what is installed and which kernels run")
+    parser.set_defaults(run=_info)
+
+
+def _info(args):
+    import platform
+
+    import torch
+
+    from lfm_fast import _library
+
+    reason = _library.load()
+    print(_version())
+    print(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
+    print(f"compiled CPU kernels: {'loaded' if reason is None else reason}")
+    print(f"CUDA: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no device'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

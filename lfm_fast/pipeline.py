@@ -1,0 +1,246 @@
+"""Noise becomes an image: the network, its path and its autoencoder as one object that is loaded, sampled and saved."""
+
+import json
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from lfm_fast import __version__
+from lfm_fast.autoencoder import DEFAULT_HUB_NAME, WEIGHTS_FILE, Autoencoder, load_autoencoder
+from lfm_fast.checkpoint import atomic_write, load_checkpoint, read_weights, save_weights
+from lfm_fast.flow.noise import noise
+from lfm_fast.flow.paths import Linear, describe, make_path
+from lfm_fast.flow.paths import Path as ProbabilityPath
+from lfm_fast.models import from_config
+from lfm_fast.sampling import sample
+
+EMBEDDED_FOLDER = resources.files("lfm_fast") / "embedded"
+INDEX = "model_index.json"
+
+
+@dataclass
+class LatentFlow:
+    """A trained latent flow: z_1 ~ N(0, I), dz/dt = v(t, z, y) from t = 1 to t = 0, image = decode(z_0).
+
+    Attributes:
+        model: the velocity network, called model(t, z, y).
+        autoencoder: turns latents (B, C, h, w) into images and back.
+        path: the probability path the network was trained on.
+        class_names: names of the labels, empty when there are none.
+        sampling: arguments of `lfm_fast.sample` that suit this network; `sample` uses them unless told otherwise.
+
+    >>> flow = lfm_fast.LatentFlow.from_pretrained("embedded")
+    >>> flow.sample(2, y=[0, 8], num_steps=4).shape
+    torch.Size([2, 3, 64, 64])
+
+    Source: Dao et al., "Flow Matching in Latent Space", arXiv 2307.08698.
+    """
+
+    model: torch.nn.Module
+    autoencoder: Autoencoder
+    path: ProbabilityPath = field(default_factory=Linear)
+    class_names: tuple[str, ...] = ()
+    sampling: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.class_names = tuple(self.class_names)
+        channels = self.model.config["in_channels"]
+        if channels != self.autoencoder.latent_channels:
+            raise ValueError(
+                f"the network works on {channels} latent channels, but the autoencoder {self.autoencoder.name} has "
+                f"{self.autoencoder.latent_channels}; give the autoencoder that the network was trained with"
+            )
+
+    @property
+    def device(self):
+        return next(self.model.parameters()).device
+
+    @property
+    def latent_shape(self):
+        """(C, h, w) of one latent."""
+        config = self.model.config
+        return (config["in_channels"], config["image_size"], config["image_size"])
+
+    @property
+    def image_size(self):
+        """Side of the images in pixels."""
+        return self.model.config["image_size"] * self.autoencoder.downsampling
+
+    def to(self, device):
+        """Move network and autoencoder; returns self."""
+        self.model.to(device)
+        self.autoencoder.to(device)
+        return self
+
+    def sample(self, num_images, y=None, seed=0, batch_size=None, indices=None, **sampling):
+        """Draw images, (num_images, 3, H, W) float32 in [0, 1] on the CPU.
+
+        Image i depends on (seed, i, y[i]) alone, whatever the batch size (up to the rounding of matrix products, for
+        fixed-step methods).
+
+        Args:
+            num_images: how many.
+            y: labels: None (unconditional), one label for all, or one for each image; names or indices.
+            seed: of the noise.
+            batch_size: images integrated and decoded at a time; None makes it 64.
+            indices: (num_images,) int64 sample numbers instead of 0, 1, ...
+            sampling: any argument of `lfm_fast.sample` (method, num_steps, guidance_scale, ...).
+
+        Raises ValueError for a count below 1, unknown labels, and whatever `lfm_fast.sample` refuses.
+        """
+        if not isinstance(num_images, int) or isinstance(num_images, bool) or num_images < 1:
+            raise ValueError(f"num_images is {num_images!r}; it must be an integer from 1 on")
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"batch_size is {batch_size!r}; it must be an integer from 1 on, or None")
+        for name in ("trajectory", "return_stats"):
+            if sampling.get(name):
+                raise ValueError(f"{name} is for lfm_fast.sample on latents; LatentFlow.sample returns images alone")
+        arguments = {**self._defaults(y), **sampling, "path": self.path, "seed": seed}
+        labels = self.labels(y, num_images)
+        indices = torch.arange(num_images) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
+        if indices.shape != (num_images,):
+            raise ValueError(f"indices has shape {tuple(indices.shape)}; {num_images} images need ({num_images},)")
+        self.model.eval()
+        images = []
+        for part in torch.arange(num_images).split(batch_size or 64):
+            z_1 = noise(len(part), self.latent_shape, seed=seed, indices=indices[part], device=self.device)
+            part_y = None if labels is None else labels[part].to(self.device)
+            z_0 = sample(self.model, self.path.prior(z_1), y=part_y, indices=indices[part], **arguments)
+            images.append((self.autoencoder.decode(z_0).cpu() + 1) / 2)
+        return torch.cat(images)
+
+    def _defaults(self, y):
+        """This network's own sampling arguments; without labels there is nothing to guide towards."""
+        null_label = self.model.null_label if y is not None else None
+        defaults = {"null_label": null_label, **self.sampling}
+        if y is None or null_label is None:
+            defaults.pop("guidance_scale", None)
+        return defaults
+
+    def labels(self, y, num_images):
+        """Names or indices, one or many -> (num_images,) int64; None stays None. Raises ValueError for unknown ones."""
+        if y is None:
+            return None
+        count = self.model.config["num_classes"]
+        if not count:
+            raise ValueError("this network was trained without labels; leave y out")
+        given = y.tolist() if isinstance(y, torch.Tensor) else y
+        given = list(given) if isinstance(given, (list, tuple)) else [given] * num_images
+        if len(given) != num_images:
+            raise ValueError(f"y holds {len(given)} labels for {num_images} images; give one, or one for each")
+        return torch.tensor([self._label(value, count) for value in given], dtype=torch.int64)
+
+    def _label(self, value, count):
+        if isinstance(value, str) and not value.isdecimal():
+            folded = [name.casefold() for name in self.class_names]
+            if value.casefold() not in folded:
+                raise ValueError(
+                    f"there is no class {value!r}; there is {', '.join(self.class_names) or 'none by name'}"
+                )
+            return folded.index(value.casefold())
+        if not 0 <= int(value) < count:
+            raise ValueError(f"label {value} is out of range: the network knows 0 to {count - 1}")
+        return int(value)
+
+    def save_pretrained(self, folder, dtype=torch.float32):
+        """Write model_index.json, transformer/ and vae/ into `folder` (diffusers' layout); `dtype` of the weights."""
+        folder = Path(folder)
+        weights = {key: value.to(dtype) for key, value in self.model.state_dict().items()}
+        save_weights(folder / "transformer" / WEIGHTS_FILE, weights)
+        _write_json(folder / "transformer" / "config.json", {"_class_name": "DiT", **self.model.config})
+        self.autoencoder.save_pretrained(folder / "vae")
+        index = {
+            "_class_name": "LatentFlowPipeline",
+            "_lfm_fast_version": __version__,
+            "transformer": ["lfm_fast", "DiT"],
+            "vae": _component(self.autoencoder.network),
+            "path": describe(self.path),
+            "class_names": list(self.class_names),
+            "sampling": self.sampling,
+        }
+        _write_json(folder / INDEX, index)  # last: a folder that has it is complete
+
+    @classmethod
+    def from_pretrained(cls, source, autoencoder=None, device=None):
+        """Load from "embedded", a folder that `save_pretrained` wrote, a training run's folder, or a checkpoint file.
+
+        Args:
+            source: any of these. A run's folder gives its newest checkpoint; `.pth` files are LFM's.
+            autoencoder: an `Autoencoder`, or a name or folder for `load_autoencoder`; None takes the one recorded with
+                the weights, and for LFM's files, which record none, stabilityai/sd-vae-ft-mse.
+            device: where to put it; None is the CPU.
+
+        Raises ValueError with one sentence when nothing usable is there.
+        """
+        folder = EMBEDDED_FOLDER if str(source) == "embedded" else Path(source).expanduser()
+        if (folder / INDEX).is_file():
+            flow = _from_folder(cls, folder, autoencoder)
+        elif folder.is_dir():
+            flow = _from_checkpoint(cls, _newest_checkpoint(folder), autoencoder)
+        else:
+            flow = _from_checkpoint(cls, folder, autoencoder)
+        flow.model.eval()
+        return flow.to(device) if device is not None else flow
+
+
+def _component(network):
+    return [type(network).__module__.split(".")[0], type(network).__name__]
+
+
+def _write_json(path, content):
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _opened(autoencoder, otherwise):
+    if isinstance(autoencoder, Autoencoder):
+        return autoencoder
+    return load_autoencoder(otherwise if autoencoder is None else autoencoder)
+
+
+def _from_folder(cls, folder, autoencoder):
+    index = json.loads((folder / INDEX).read_text())
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    model = from_config({key: value for key, value in config.items() if not key.startswith("_")})
+    weights, _ = read_weights(folder / "transformer" / WEIGHTS_FILE)
+    model.load_state_dict({key: value.float() for key, value in weights.items()})
+    return cls(
+        model,
+        _opened(autoencoder, "embedded" if folder == EMBEDDED_FOLDER else folder / "vae"),
+        make_path(**index["path"]),
+        index["class_names"],
+        index["sampling"],
+    )
+
+
+def _newest_checkpoint(folder):
+    files = sorted((folder / "checkpoints").glob("*.safetensors")) or sorted(folder.glob("[0-9]*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"{folder} holds neither {INDEX} nor a checkpoint of a training run (checkpoints/*.safetensors)"
+        )
+    return files[-1]
+
+
+def _from_checkpoint(cls, path, autoencoder):
+    model = load_checkpoint(path)
+    recorded = _recorded(path)
+    if recorded is None:  # weights alone, LFM's among them: the paper's path and autoencoder
+        return cls(model, _opened(autoencoder, DEFAULT_HUB_NAME), Linear(sigma_min=1e-5))
+    return cls(
+        model,
+        _opened(autoencoder, recorded["autoencoder"]),
+        make_path(**recorded["path"]),
+        recorded["class_names"],
+        recorded["sampling"],
+    )
+
+
+def _recorded(path):
+    """What a training checkpoint says about the flow around its network; None for any other file."""
+    if path.suffix != ".safetensors":
+        return None
+    _, metadata = read_weights(path, prefix="no tensor: the metadata alone")
+    return metadata.get("flow")
