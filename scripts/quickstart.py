@@ -1,0 +1,82 @@
+"""Train the embedded preset for a few minutes and show what came of it (run it through scripts/quickstart.sh).
+
+Leaves in quickstart/: samples.png (one row per category), compare.png (the untrained network, this one, the shipped
+one), nearest.png (samples over their nearest training images), loss.png, and run/ with checkpoints and metrics.
+"""
+
+import argparse
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from lfm_fast import LatentFlow, pictures
+from lfm_fast.data import open_images
+from lfm_fast.train.config import from_preset
+from lfm_fast.train.journal import read_metrics
+from lfm_fast.train.loop import train
+
+PER_CLASS = 10
+FEWEST_STEPS, MOST_STEPS = 200, 4000
+
+
+def steps_within(minutes, settings):
+    """How many steps fit: a few are timed in a folder that is thrown away, because a schedule has to know its length."""
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = {**settings, "output": folder, "sample_every": 0, "log_every": 4, "resume": "never"}
+        run = train(from_preset("embedded", **quiet, steps=12))
+        steps_per_s = read_metrics(run)[-1]["steps_per_s"]
+    return int(min(MOST_STEPS, max(FEWEST_STEPS, steps_per_s * 60 * minutes)))
+
+
+def sample_rows(flow):
+    """(N, 3, H, W): PER_CLASS images of every category, the same noise for every flow."""
+    labels = torch.arange(len(flow.class_names)).repeat_interleave(PER_CLASS)
+    return flow.sample(len(labels), y=labels, seed=1)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=3.0, help="of training; default %(default)s")
+    parser.add_argument("--steps", type=int, help="train this many steps instead")
+    parser.add_argument("--output", type=Path, default=Path("quickstart"))
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    args = parser.parse_args()
+    began = time.time()
+    shutil.rmtree(args.output / "run", ignore_errors=True)
+    settings = {"device": args.device, "samples_per_class": PER_CLASS}
+    steps = args.steps or steps_within(args.minutes, settings)
+    config = from_preset(
+        "embedded", **settings, steps=steps, sample_every=steps, checkpoint_every=steps, output=str(args.output / "run")
+    )
+    run = train(config)
+
+    flow = LatentFlow.from_pretrained(run)
+    images = sample_rows(flow)
+    pictures.grid(images, columns=PER_CLASS, captions=flow.class_names).save(args.output / "samples.png")
+    pictures.loss_curve(run / "metrics.jsonl", args.output / "loss.png")
+    shipped = sample_rows(LatentFlow.from_pretrained("embedded"))
+    panels = [
+        ("before training", Image.open(run / "samples" / "0000000.png")),
+        (f"after {steps} steps", pictures.grid(images, columns=PER_CLASS)),
+        ("the shipped model", pictures.grid(shipped, columns=PER_CLASS)),
+    ]
+    pictures.side_by_side(panels).save(args.output / "compare.png")
+    training_set = open_images("embedded", flow.image_size, split="train")
+    some = images[:: PER_CLASS // 2]
+    pairs = pictures.samples_and_nearest(some, training_set.batch(range(len(training_set))))
+    pairs.save(args.output / "nearest.png")
+
+    print(f"\ndone in {time.time() - began:.0f} s. Look at")
+    print(f"  {args.output / 'samples.png'}   what the network draws now, one row per category")
+    print(f"  {args.output / 'compare.png'}   before training, now, and the model that ships with the package")
+    print(f"  {args.output / 'nearest.png'}   samples beside the nearest training image: is it more than a copy?")
+    print(f"  {args.output / 'loss.png'}      the loss curve")
+    print(f"checkpoint: {run}/checkpoints. Draw more: lfm-fast sample --model {run} --class Flags")
+
+
+if __name__ == "__main__":
+    main()
