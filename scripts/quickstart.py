@@ -24,7 +24,7 @@ FEWEST_STEPS, MOST_STEPS = 200, 4000
 
 
 def steps_within(minutes, settings):
-    """How many steps fit: a few are timed in a folder that is thrown away, because a schedule has to know its length."""
+    """How many steps fit, by timing a few in a folder that is thrown away: a schedule has to know its length."""
     with tempfile.TemporaryDirectory() as folder:
         quiet = {**settings, "output": folder, "sample_every": 0, "log_every": 4, "resume": "never"}
         run = train(from_preset("embedded", **quiet, steps=12))
