@@ -1,11 +1,11 @@
-"""The user's cache folder, atomic files, and small notes that save work done before."""
+"""The user's cache folder, and small notes in it that save work done before."""
 
 import hashlib
 import json
 import os
-import threading
-from contextlib import contextmanager
 from pathlib import Path
+
+from lfm_fast.checkpoint import atomic_write
 
 
 def cache_folder() -> Path:
@@ -15,24 +15,6 @@ def cache_folder() -> Path:
     if os.environ.get("XDG_CACHE_HOME"):
         return Path(os.environ["XDG_CACHE_HOME"]).expanduser() / "lfm_fast"
     return Path.home() / ".cache" / "lfm_fast"
-
-
-@contextmanager
-def replacing(path: Path):
-    """Yield a temporary path of our own beside `path`; on success it is synced and renamed, on failure removed.
-
-    Whoever reads `path` sees the old file or the whole new one; of processes that race, the last rename wins.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_note(kind: str, subject) -> dict:
@@ -47,7 +29,7 @@ def read_note(kind: str, subject) -> dict:
 def write_note(kind: str, subject, note: dict) -> None:
     """Remember `note` for later runs; where the cache folder cannot be written, the work is simply done again."""
     try:
-        with replacing(_note_path(kind, subject)) as temporary:
+        with atomic_write(_note_path(kind, subject)) as temporary:
             temporary.write_text(json.dumps(note), encoding="utf-8")
     except OSError:
         return

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lfm_fast.data.cache import cache_folder, replacing
+from lfm_fast.checkpoint import atomic_write
+from lfm_fast.data.cache import cache_folder
 from lfm_fast.data.emoji_font import PRIVATE_BASE, with_private_code_points
 from lfm_fast.data.source import ImageSource
 
@@ -177,7 +178,7 @@ def _write(path: Path, pictures: np.ndarray, emojis: list[Emoji]):
     from safetensors.numpy import save_file
 
     rows = [[list(emoji.code_points), emoji.name, emoji.category] for emoji in emojis]
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file({"rgba": pictures}, temporary, metadata={"emojis": json.dumps(rows), "attribution": ATTRIBUTION})
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lfm_fast.data.cache import replacing
+from lfm_fast.checkpoint import atomic_write
 from lfm_fast.data.latent_cache import (
     FORMAT,
     LATENTS,
@@ -175,7 +175,7 @@ def _stands(folder: Path, number: int, provenance: dict) -> bool:
 def _write_shard(path: Path, shard: dict, header: dict) -> None:
     from safetensors.torch import save_file
 
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(shard, temporary, metadata={"lfm_fast": json.dumps(header)})
 
 
@@ -191,5 +191,5 @@ def _write_stats(folder: Path, ranges, names, source, provenance) -> None:
     ]
     stats = {"format": FORMAT, "mean": mean, "std": std, "class_names": source.class_names}
     stats |= {"provenance": provenance, "shards": rows}
-    with replacing(folder / STATS_FILE) as temporary:
+    with atomic_write(folder / STATS_FILE) as temporary:
         temporary.write_text(json.dumps(stats, indent=1) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+import PIL
 import torch
 from tqdm import tqdm
 
@@ -14,7 +15,7 @@ from lfm_fast.data.reading import SUFFIXES, Checked, UnusableImage, check_image,
 from lfm_fast.data.source import ImageSource, Report
 
 _THREADS = min(16, os.cpu_count() or 1)  # Pillow decodes without holding Python's lock
-_NOTE_FORMAT = 1
+_NOTE_FORMAT = f"1, Pillow {PIL.__version__}"  # another Pillow may read other files
 
 
 class FolderImages(ImageSource):

@@ -200,18 +200,14 @@ def truncated_jpg(path):
     path.write_bytes(path.read_bytes()[:-400])
 
 
-def png_with_a_broken_chunk(path):
-    halves().save(path)
-    content = bytearray(path.read_bytes())
-    content[36] ^= 255  # in the length of the second chunk: Pillow raises SyntaxError, not OSError
-    path.write_bytes(content)
-
-
 FAULTY = {
     "zero.png": (lambda path: path.write_bytes(b""), "zero bytes"),
     "text.jpg": (lambda path: path.write_text("hello"), "not an image"),
     "cut.png": (truncated_png, "damaged or truncated"),
-    "chunk.png": (png_with_a_broken_chunk, "damaged or truncated"),
+    "width.ppm": (
+        lambda path: path.write_bytes(b"P6\n2x 20\n255\n" + bytes(1200)),
+        "damaged or truncated",
+    ),  # ValueError
     "cut.jpg": (truncated_jpg, "damaged or truncated"),
     "bomb.png": (lambda path: path.write_bytes(png_header(60000, 60000)), "more pixels than can be decoded"),
     "large.png": (lambda path: path.write_bytes(png_header(10000, 10000)), "damaged or truncated"),
