@@ -176,14 +176,22 @@ class SmallVAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Read what ``save_pretrained`` wrote; weights become float32."""
+        """Read what ``save_pretrained`` wrote; weights become float32. Raises ValueError for a damaged folder."""
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
         config = {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if not k.startswith("_")}
         network = cls(**config)
-        network.load_state_dict(
-            {key: value.float() for key, value in load((folder / WEIGHTS_FILE).read_bytes()).items()}
-        )
+        try:
+            weights = load((folder / WEIGHTS_FILE).read_bytes())
+        except OSError as error:
+            raise ValueError(f"{folder} holds a config.json but no {WEIGHTS_FILE}") from error
+        except SafetensorError as error:
+            raise ValueError(f"{folder / WEIGHTS_FILE} is truncated or no safetensors file ({error})") from error
+        try:
+            network.load_state_dict({key: value.float() for key, value in weights.items()})
+        except RuntimeError as error:
+            raise ValueError(f"{folder / WEIGHTS_FILE} does not fit the config.json beside it") from error
         return network
 
 

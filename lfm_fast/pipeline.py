@@ -140,6 +140,8 @@ class LatentFlow:
                     f"there is no class {value!r}; there is {', '.join(self.class_names) or 'none by name'}"
                 )
             return folded.index(value.casefold())
+        if isinstance(value, bool) or not isinstance(value, (int, str)):
+            raise ValueError(f"label {value!r} is neither a name nor an index")
         if not 0 <= int(value) < count:
             raise ValueError(f"label {value} is out of range: the network knows 0 to {count - 1}")
         return int(value)

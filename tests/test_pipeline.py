@@ -1,0 +1,167 @@
+"""LatentFlow: images depend on (seed, number, label) alone, survive saving, and bad arguments get one sentence."""
+
+import pytest
+import torch
+
+import lfm_fast
+from lfm_fast import LatentFlow, pictures
+from lfm_fast.autoencoder import Autoencoder, SmallVAE
+from lfm_fast.checkpoint import save_weights
+from lfm_fast.data import open_images
+from lfm_fast.flow.paths import Linear, VariancePreserving, describe, make_path
+from lfm_fast.models import DiT
+
+
+def tiny_flow(num_classes=3, label_dropout=0.1, **settings):
+    torch.manual_seed(0)
+    model = DiT(
+        image_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=num_classes, label_dropout=label_dropout
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))  # fresh weights give velocity zero
+    network = SmallVAE(block_out_channels=(16, 32))
+    names = tuple("abc"[:num_classes])
+    return LatentFlow(model.eval(), Autoencoder(network, "tiny"), class_names=names, **settings)
+
+
+@pytest.fixture(scope="module")
+def flow():
+    return tiny_flow(sampling={"method": "heun", "num_steps": 5, "guidance_scale": 2.0})
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return LatentFlow.from_pretrained("embedded")
+
+
+def test_images_are_in_range_and_of_the_right_size(flow):
+    images = flow.sample(5, y=1)
+    assert images.shape == (5, 3, flow.image_size, flow.image_size) == (5, 3, 16, 16)
+    assert images.dtype == torch.float32
+    assert 0 <= images.min() <= images.max() <= 1
+
+
+def test_an_image_depends_on_its_number_alone(flow):
+    together = flow.sample(7, y=[0, 1, 2, 0, 1, 2, 0], seed=5)
+    # matrix products of other sizes sum in another order
+    torch.testing.assert_close(
+        flow.sample(7, y=[0, 1, 2, 0, 1, 2, 0], seed=5, batch_size=3), together, atol=1e-4, rtol=0
+    )
+    alone = flow.sample(1, y=[1], seed=5, indices=[4])
+    torch.testing.assert_close(alone[0], together[4], atol=1e-4, rtol=0)
+    assert not torch.allclose(flow.sample(1, y=[1], seed=6, indices=[4])[0], together[4], atol=1e-3)
+
+
+def test_labels_by_name_index_and_tensor_agree(flow):
+    by_name = flow.sample(2, y=["c", "A"])
+    assert torch.equal(by_name, flow.sample(2, y=[2, 0]))
+    assert torch.equal(by_name, flow.sample(2, y=torch.tensor([2, 0])))
+    assert not torch.equal(by_name, flow.sample(2))
+
+
+def test_its_own_sampling_arguments_are_defaults(flow):
+    same = flow.sample(2, y=0, method="heun", num_steps=5, guidance_scale=2.0)
+    assert torch.equal(flow.sample(2, y=0), same)
+    assert not torch.equal(flow.sample(2, y=0, guidance_scale=1.0), same)
+
+
+def test_equals_the_three_stages_by_hand(flow):
+    z_1 = lfm_fast.noise(2, flow.latent_shape, seed=9)
+    y = torch.tensor([0, 2])
+    z_0 = lfm_fast.sample(flow.model, z_1, y=y, null_label=3, guidance_scale=2.0, method="heun", num_steps=5)
+    by_hand = (flow.autoencoder.decode(z_0) + 1) / 2
+    assert torch.equal(flow.sample(2, y=y, seed=9), by_hand)
+
+
+def test_survives_saving(tmp_path, flow):
+    flow.save_pretrained(tmp_path / "saved")
+    again = LatentFlow.from_pretrained(tmp_path / "saved")
+    # the small VAE is written in float16
+    torch.testing.assert_close(again.sample(3, y=1), flow.sample(3, y=1), atol=5e-3, rtol=0)
+    assert (again.class_names, again.sampling, again.path) == (flow.class_names, flow.sampling, flow.path)
+    again.save_pretrained(tmp_path / "again")
+    twice = LatentFlow.from_pretrained(tmp_path / "again")
+    assert torch.equal(twice.sample(3, y=1), again.sample(3, y=1))
+
+
+@pytest.mark.parametrize("path", [Linear(sigma_min=1e-5), VariancePreserving(beta_max=15.0)])
+def test_path_survives_being_described(path):
+    assert make_path(**describe(path)) == path
+
+
+def test_reads_lfm_checkpoints(tmp_path):
+    reference = tiny_flow()
+    model = lfm_fast.create_model("DiT-S/8", image_size=256)
+    torch.save({f"module.{key}": value for key, value in model.state_dict().items()}, tmp_path / "model_5.pth")
+    flow = LatentFlow.from_pretrained(tmp_path / "model_5.pth", autoencoder=reference.autoencoder)
+    assert flow.path == Linear(sigma_min=1e-5)
+    assert torch.equal(flow.model.state_dict()["pos_embed"], model.state_dict()["pos_embed"])
+
+
+def test_reads_a_run_s_newest_checkpoint(tmp_path, flow):
+    recorded = {
+        "path": {"name": "linear", "sigma_min": 1e-5},
+        "autoencoder": "embedded",
+        "class_names": ["x", "y", "z"],
+        "sampling": {"method": "euler", "num_steps": 3},
+    }
+    tensors = {f"ema.{key}": value for key, value in flow.model.state_dict().items()}
+    metadata = {"config": flow.model.config, "flow": recorded, "training": {}}
+    for step, scale in ((10, 0.0), (20, 1.0)):
+        scaled = {key: value * scale for key, value in tensors.items()}
+        save_weights(tmp_path / "checkpoints" / f"{step:07d}.safetensors", scaled, metadata)
+    read = LatentFlow.from_pretrained(tmp_path)
+    assert torch.equal(read.model.state_dict()["pos_embed"], flow.model.state_dict()["pos_embed"])
+    assert (read.path, read.class_names, read.sampling["num_steps"]) == (Linear(sigma_min=1e-5), ("x", "y", "z"), 3)
+    assert read.sample(1, y="z").shape == (1, 3, 32, 32)
+
+
+def test_embedded_flow_draws_its_categories(embedded):
+    """Guided samples look most like training images of the category asked for."""
+    training_set = open_images("embedded", embedded.image_size, split="train")
+    references = training_set.batch(range(len(training_set)))
+    flags = embedded.class_names.index("Flags")
+    images = embedded.sample(16, y="Flags", seed=3, num_steps=10)
+    labels = training_set.labels[torch.from_numpy(pictures.nearest(images, references))]
+    assert (labels == flags).float().mean() >= 0.75  # one training image in seven is a flag
+    smileys = embedded.sample(16, y="Smileys & Emotion", seed=3, num_steps=10)
+    labels = training_set.labels[torch.from_numpy(pictures.nearest(smileys, references))]
+    assert (labels == flags).float().mean() <= 0.25
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"num_images": 0}, "from 1 on"),
+        ({"num_images": 2, "y": "nobody"}, "there is no class 'nobody'; there is a, b, c"),
+        ({"num_images": 2, "y": 3}, "knows 0 to 2"),
+        ({"num_images": 2, "y": -1}, "knows 0 to 2"),
+        ({"num_images": 2, "y": [0, 1, 2]}, "3 labels for 2 images"),
+        ({"num_images": 2, "y": [0.5, 1]}, "neither a name nor an index"),
+        ({"num_images": 2, "batch_size": 0}, "batch_size"),
+        ({"num_images": 2, "indices": [1]}, "indices has shape"),
+        ({"num_images": 2, "return_stats": True}, "images alone"),
+        ({"num_images": 2, "method": "newton"}, "method is 'newton'"),
+    ],
+)
+def test_refuses_with_a_sentence(flow, arguments, says):
+    with pytest.raises(ValueError, match=says):
+        flow.sample(**arguments)
+
+
+def test_unlabelled_network_refuses_labels():
+    with pytest.raises(ValueError, match="without labels"):
+        tiny_flow(num_classes=0, label_dropout=0.0).sample(1, y=0)
+
+
+def test_refuses_an_autoencoder_of_other_latents(flow):
+    with pytest.raises(ValueError, match="works on 4 latent channels"):
+        LatentFlow(flow.model, Autoencoder(SmallVAE(block_out_channels=(16, 32), latent_channels=8), "wide"))
+
+
+def test_nothing_there_gets_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match="holds neither"):
+        LatentFlow.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="there is no file"):
+        LatentFlow.from_pretrained(tmp_path / "nothing.safetensors")
