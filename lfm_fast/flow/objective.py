@@ -64,9 +64,9 @@ def flow_matching_loss(
         ValueError: an argument of the wrong shape, type or value, before the model is called.
 
     >>> import torch, lfm_fast
-    >>> z_0, z_1 = torch.zeros(2, 4), torch.ones(2, 4)
-    >>> float(lfm_fast.flow_matching_loss(lambda t, z: torch.zeros_like(z), z_0, z_1=z_1))   # the target is z_1 - z_0
-    = 1 1.0
+    >>> z_0, z_1 = torch.zeros(2, 4), torch.ones(2, 4)  # the target is z_1 - z_0 = 1
+    >>> lfm_fast.flow_matching_loss(lambda t, z: torch.zeros_like(z), z_0, z_1=z_1).item()
+    1.0
 
     Source: Lipman et al., arXiv 2210.02747, eq. 9; in latent space Dao et al., arXiv 2307.08698, eq. 6.
     """

@@ -61,9 +61,15 @@ def test_noise_and_times_come_from_seed_and_index():
     torch.testing.assert_close(sum(halves) / 2, whole, rtol=1e-6, atol=0)
 
 
+class Middle(Linear):
+    """A path that is defined for some times only."""
+
+    t_min, t_max = 0.25, 0.5
+
+
 def test_every_sample_has_its_own_time_inside_the_path():
     net, z_0 = Net(), latents().repeat(100, 1, 1, 1)
-    for path in PATHS:
+    for path in (*PATHS, Middle()):
         lfm_fast.flow_matching_loss(net, z_0, path=path, seed=1)
         t = net.seen[0]
         assert t.shape == (600,)

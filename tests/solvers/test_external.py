@@ -83,6 +83,21 @@ def test_adaptive_methods_stay_inside_the_grid_unless_told_otherwise(name):
     assert 0.0 <= min(float(t.min()) for t in kept.times) < 1e-300  # it asks a last bit before the end
 
 
+def test_the_last_step_ends_on_the_last_time():
+    """Not read off inside a longer step: as torchdiffeq does when it is told to stop there."""
+    ours, field = solve("dopri5", PROBLEMS[2], DOWN)
+    landing = {"step_t": torch.zeros(1, dtype=torch.float64)}
+    states, evaluations = theirs("dopri5", PROBLEMS[2], DOWN, rtol=1e-5, atol=1e-5, options=landing)
+    assert torch.equal(ours.z, states[-1])
+    assert field.nfe == evaluations
+
+
+def test_the_first_guess_of_a_step_does_not_look_beyond_the_grid():
+    field = Counting(lambda t, z: 1e-3 * z)  # so slow that torchdiffeq's first guess is a step of 10
+    get_solver("dopri5").integrate(field, PROBLEMS[0].start, DOWN, Settings())
+    assert min(float(t.min()) for t in field.times) >= 0.0
+
+
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
 def test_dopri5_makes_two_evaluations_and_six_per_attempt(problem):
     solution, field = solve("dopri5", problem, DOWN, atol=1e-9, rtol=1e-9)
