@@ -38,7 +38,7 @@ def memory_used(device):
 
 def describe(config, world, latent_shape, num_items=None):
     """The dry run's text: resolved settings, parameters, FLOPs per image and a memory estimate."""
-    with FakeTensorMode():  # shapes alone: no memory, whatever the size
+    with FakeTensorMode(), torch.device(world.device.type):  # shapes alone: no memory, whatever the size
         model = create_model(
             config.model,
             image_size=latent_shape[1],
@@ -64,7 +64,8 @@ def describe(config, world, latent_shape, num_items=None):
         f"memory per rank: {sum(parts.values()) / 1e9:.2f} GB ("
         + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
         + f"); 20 bytes per parameter and what autograd keeps of {samples} samples in {config.precision}, counted on "
-        "tensors without storage; the autoencoder, PyTorch itself and kernels' scratch come on top",
+        "tensors without storage; measured on a CPU (DiT-Emoji, 128 samples) a step held 11 % (fp32) to 15 % (bf16) "
+        "more, and PyTorch itself 0.2 GB",
     ]
     return "\n".join(lines)
 
@@ -81,7 +82,7 @@ def activation_bytes(model, samples, latent_shape, precision):
         return tensor
 
     t, z = torch.empty(samples), torch.empty(samples, *latent_shape)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    autocast = torch.autocast(t.device.type, torch.bfloat16, enabled=precision == "bf16")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
         velocity = model(t, z)
     return sum(storage.nbytes() for storage in kept.values()) + velocity.untyped_storage().nbytes()
