@@ -1,6 +1,7 @@
 """The probability paths: convention, derivatives, conversions, marginals. All tolerances are float64 rounding unless
 said."""
 
+import json
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from lfm_fast.flow.paths import (
     VarianceExploding,
     VariancePreserving,
     VariancePreservingTrig,
+    describe,
     make_path,
 )
 
@@ -159,6 +161,11 @@ def test_paths_by_name_and_from_the_package():
         VariancePreservingTrig,
         VarianceExploding,
     }
+
+
+@each_path
+def test_a_path_described_is_made_again(path):
+    assert make_path(**json.loads(json.dumps(describe(path)))) == path
 
 
 @pytest.mark.parametrize(
