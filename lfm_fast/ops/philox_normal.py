@@ -83,9 +83,8 @@ def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def reference(index: Tensor, numel: int, seed: int, stream: int = 0, offset: int = 0) -> Tensor:
     words = philox_words(index, (numel + 3) // 4, seed, stream, offset)
-    n0, n1 = box_muller(words[..., 0], words[..., 1])
-    n2, n3 = box_muller(words[..., 2], words[..., 3])
-    return torch.stack((n0, n1, n2, n3), dim=-1).flatten(1)[:, :numel].clone(memory_format=torch.contiguous_format)
+    normals = torch.stack(box_muller(words[..., 0::2], words[..., 1::2]), dim=-1)  # (B, blocks, pair, cosine or sine)
+    return normals.flatten(1)[:, :numel].clone(memory_format=torch.contiguous_format)
 
 
 def _check(index, numel, seed, stream=0, offset=0) -> None:
