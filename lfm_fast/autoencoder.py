@@ -227,7 +227,9 @@ def load_autoencoder(name_or_folder="embedded", device=None):
     """
     device = device or "cpu"
     if str(name_or_folder) == "embedded":
-        return Autoencoder(SmallVAE.from_pretrained(EMBEDDED_FOLDER), "embedded").to(device)
+        network = SmallVAE.from_pretrained(EMBEDDED_FOLDER)
+        network.to(memory_format=torch.channels_last)  # convolutions run twice as fast on CPUs
+        return Autoencoder(network, "embedded").to(device)
     folder = Path(name_or_folder)
     if folder.is_dir():
         return Autoencoder(_from_folder(folder), str(name_or_folder)).to(device)

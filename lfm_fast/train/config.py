@@ -63,7 +63,7 @@ class TrainConfig:
     time_sampler: str = _curve("uniform", str, "distribution of t", TIME_SAMPLERS)
     seed: int = _curve(0, int, "of the weights, data order, noise, times and dropout")
     device: str = _setting("auto", str, "where to train", DEVICES)
-    compile: str = _setting("auto", str, "torch.compile: auto is block on CUDA and off on CPUs", COMPILE)
+    compile: str = _setting("auto", str, "torch.compile: auto is block on CUDA, and in longer runs on CPUs", COMPILE)
     output: str = _setting("results", str, "folder that holds the numbered run folders")
     resume: str = _setting("auto", str, "auto: go on with an unfinished run of these settings; never; or a path")
     log_every: int = _setting(10, int, "steps between lines of metrics.jsonl")

@@ -11,9 +11,10 @@ from lfm_fast import distributed
 from lfm_fast.flow import paths
 from lfm_fast.models import create_model, num_parameters
 from lfm_fast.train import report, resume
+from lfm_fast.train.compiling import compile_network
 from lfm_fast.train.ema import EMA
 from lfm_fast.train.journal import Journal, read_metrics
-from lfm_fast.train.samples import sample_grid, save_grid
+from lfm_fast.train.samples import SAMPLING, sample_grid, save_grid
 from lfm_fast.train.schedule import learning_rate, total_steps
 from lfm_fast.train.source import check_source, facts, open_source, resolve_labels
 from lfm_fast.train.step import TrainState, train_step
@@ -81,7 +82,7 @@ def build_state(config, source, world):
         label_dropout=config.label_dropout,
     ).to(world.device)
     ema = EMA(model, config.ema_decay)  # before compiling: sampling uses other batch sizes
-    _compile(model, config.compile, world.device)
+    compile_network(model, config, world.device)
     network = model
     if world.size > 1:
         network = torch.nn.parallel.DistributedDataParallel(
@@ -95,18 +96,13 @@ def build_state(config, source, world):
         fused=True,
     )
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-    return TrainState(model=model, network=network, optimizer=optimizer, ema=ema, loss_sum=loss_sum)
-
-
-def _compile(model, mode, device):
-    """In place, so that the names of the weights stay. Blocks compile in seconds, the whole network in a minute."""
-    if mode == "auto":
-        mode = "block" if device.type == "cuda" else "off"
-    if mode == "full":
-        model.compile()
-    elif mode == "block":
-        for block in model.blocks:
-            block.compile()
+    flow = {
+        "path": paths.describe(training_path(config)),
+        "autoencoder": config.autoencoder,
+        "class_names": list(source.class_names) if config.num_classes else [],
+        "sampling": {**SAMPLING, "guidance_scale": config.guidance_scale},
+    }
+    return TrainState(model=model, network=network, optimizer=optimizer, ema=ema, flow=flow, loss_sum=loss_sum)
 
 
 def training_path(config):

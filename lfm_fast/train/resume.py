@@ -45,6 +45,7 @@ def save_checkpoint(folder, state, config):
     metadata = {
         "config": state.model.config,
         "training": config.as_dict(),
+        "flow": state.flow,
         "version": FORMAT_VERSION,
         "step": state.step,
         "samples": state.samples,

@@ -8,6 +8,7 @@ from lfm_fast import pictures
 MOST_ROWS = 16  # of a grid; with more classes than this, evenly spaced ones are drawn
 UNLABELLED_ROWS = 4
 PER_FORWARD = 64
+SAMPLING = {"method": "heun", "num_steps": 25}
 
 
 def sample_grid(state, source, autoencoder, config, path, world):
@@ -51,8 +52,7 @@ def sample_images(model, labels, latent_shape, autoencoder, config, path, world)
                 y=y,
                 guidance_scale=config.guidance_scale if guided else 1.0,
                 null_label=model.null_label,
-                method="heun",
-                num_steps=25,
+                **SAMPLING,
                 path=path,
             )
         images.append(autoencoder.decode(z_0).cpu())

@@ -21,6 +21,7 @@ class TrainState:
     ema: EMA
     step: int = 0  # optimizer steps done
     samples: int = 0  # samples drawn, over all ranks; the next one's global number
+    flow: dict | None = None  # what its checkpoints say about sampling from it: path, autoencoder, class names
     loss_sum: torch.Tensor | None = None  # () float64: this rank's part of the losses of the steps not yet logged
     loss_steps: int = 0  # how many steps those are
     grad_norm: torch.Tensor | None = None  # () of the last step, before clipping

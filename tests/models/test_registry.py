@@ -34,7 +34,7 @@ def test_no_two_names_share_their_shapes():
 
 
 def test_create_model_counts_in_pixels_and_takes_overrides():
-    model = lfm_fast.create_model("DiT-Emoji", image_size=64, downsampling=4, in_channels=3, depth=1)
+    model = lfm_fast.create_model("DiT-Emoji/2", image_size=64, downsampling=4, in_channels=3, depth=1)
     assert isinstance(model, DiT)
     assert model.config["image_size"] == 16
     assert model(torch.rand(2), torch.randn(2, 3, 16, 16)).shape == (2, 3, 16, 16)

@@ -2,8 +2,10 @@ import dataclasses
 import math
 
 import pytest
+import torch
 
-from lfm_fast.train import resume
+from lfm_fast.models import DiT
+from lfm_fast.train import compiling, resume
 from lfm_fast.train.config import TrainConfig, build_parser, from_preset, parse_args
 from lfm_fast.train.presets import PRESETS
 from lfm_fast.train.schedule import learning_rate, total_steps
@@ -41,7 +43,7 @@ def test_no_argument_means_the_embedded_preset():
         "embedded",
         "embedded",
         "embedded",
-        "DiT-Emoji",
+        "DiT-Emoji/4",
     )
     assert (config.image_size, config.batch_size, config.label_dropout) == (64, 128, 0.1)
 
@@ -147,3 +149,23 @@ def test_cosine_by_epochs_is_constant_within_an_epoch():
 @pytest.mark.parametrize(("epochs", "items", "steps"), [(2, 100, 20), (2.5, 100, 25), (1, 101, 11), (0.01, 10, 1)])
 def test_epochs_become_steps(epochs, items, steps):
     assert total_steps(TrainConfig(epochs=epochs, batch_size=10), items) == steps
+
+
+@pytest.mark.parametrize(
+    ("mode", "steps", "tools", "compiled"),
+    [
+        ("auto", 300, True, ["DiTBlock"] * 2),
+        ("auto", 299, True, []),
+        ("auto", 300, False, []),
+        ("off", 300, True, []),
+        ("block", 1, False, ["DiTBlock"] * 2),
+        ("full", 1, False, ["DiT"]),
+    ],
+)
+def test_compiles_on_a_cpu_where_it_pays_and_can(mode, steps, tools, compiled, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: seen.append(type(module).__name__))
+    monkeypatch.setattr(compiling, "_can_compile_for_cpu", lambda: tools)
+    model = DiT(image_size=4, hidden_size=16, depth=2, num_heads=2)
+    compiling.compile_network(model, from_preset("embedded", compile=mode, steps=steps), torch.device("cpu"))
+    assert seen == compiled
