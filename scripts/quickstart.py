@@ -34,8 +34,34 @@ def steps_within(minutes, settings):
 
 def sample_rows(flow):
     """(N, 3, H, W): PER_CLASS images of every category, the same noise for every flow."""
-    labels = torch.arange(len(flow.class_names)).repeat_interleave(PER_CLASS)
-    return flow.sample(len(labels), y=labels, seed=1)
+    return flow.sample(len(rows(flow)), y=rows(flow), seed=1)
+
+
+def rows(flow):
+    return torch.arange(len(flow.class_names)).repeat_interleave(PER_CLASS)
+
+
+def show(run, steps, output):
+    """Write the pictures of a finished run and return, in words, how often samples look like their category."""
+    flow, shipped = LatentFlow.from_pretrained(run), LatentFlow.from_pretrained("embedded")
+    images, theirs = sample_rows(flow), sample_rows(shipped)
+    pictures.grid(images, columns=PER_CLASS, captions=flow.class_names).save(output / "samples.png")
+    panels = [
+        ("before training", Image.open(run / "samples" / "0000000.png")),
+        (f"after {steps} steps", pictures.grid(images, columns=PER_CLASS)),
+        ("the shipped model", pictures.grid(theirs, columns=PER_CLASS)),
+    ]
+    pictures.side_by_side(panels).save(output / "compare.png")
+    training_set = open_images("embedded", flow.image_size, split="train")
+    references = training_set.batch(range(len(training_set)))
+    pictures.samples_and_nearest(images[:: PER_CLASS // 3], references, pairs_per_row=9).save(output / "nearest.png")
+    pictures.loss_curve(run / "metrics.jsonl", output / "loss.png")
+
+    def hits(samples):
+        nearest = torch.from_numpy(pictures.nearest(samples, references))
+        return f"{(training_set.labels[nearest] == rows(flow)).float().mean():.0%}"
+
+    return f"nearest training image is of the category asked for: {hits(images)} (shipped model: {hits(theirs)})"
 
 
 def main():
@@ -49,31 +75,21 @@ def main():
     shutil.rmtree(args.output / "run", ignore_errors=True)
     settings = {"device": args.device, "samples_per_class": PER_CLASS}
     steps = args.steps or steps_within(args.minutes, settings)
-    config = from_preset(
-        "embedded", **settings, steps=steps, sample_every=steps, checkpoint_every=steps, output=str(args.output / "run")
+    run = train(
+        from_preset(
+            "embedded",
+            **settings,
+            steps=steps,
+            sample_every=steps,
+            checkpoint_every=steps,
+            output=str(args.output / "run"),
+        )
     )
-    run = train(config)
-
-    flow = LatentFlow.from_pretrained(run)
-    images = sample_rows(flow)
-    pictures.grid(images, columns=PER_CLASS, captions=flow.class_names).save(args.output / "samples.png")
-    pictures.loss_curve(run / "metrics.jsonl", args.output / "loss.png")
-    shipped = sample_rows(LatentFlow.from_pretrained("embedded"))
-    panels = [
-        ("before training", Image.open(run / "samples" / "0000000.png")),
-        (f"after {steps} steps", pictures.grid(images, columns=PER_CLASS)),
-        ("the shipped model", pictures.grid(shipped, columns=PER_CLASS)),
-    ]
-    pictures.side_by_side(panels).save(args.output / "compare.png")
-    training_set = open_images("embedded", flow.image_size, split="train")
-    some = images[:: PER_CLASS // 2]
-    pairs = pictures.samples_and_nearest(some, training_set.batch(range(len(training_set))))
-    pairs.save(args.output / "nearest.png")
-
-    print(f"\ndone in {time.time() - began:.0f} s. Look at")
+    summary = show(run, steps, args.output)
+    print(f"\ndone in {time.time() - began:.0f} s; {summary}. Look at")
     print(f"  {args.output / 'samples.png'}   what the network draws now, one row per category")
     print(f"  {args.output / 'compare.png'}   before training, now, and the model that ships with the package")
-    print(f"  {args.output / 'nearest.png'}   samples beside the nearest training image: is it more than a copy?")
+    print(f"  {args.output / 'nearest.png'}   samples over the training images closest to them: more than copies?")
     print(f"  {args.output / 'loss.png'}      the loss curve")
     print(f"checkpoint: {run}/checkpoints. Draw more: lfm-fast sample --model {run} --class Flags")
 
