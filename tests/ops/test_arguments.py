@@ -1,5 +1,6 @@
 """Arguments: a wrong one is named in one sentence before any work; any other call is right."""
 
+import os
 import re
 
 import pytest
@@ -108,10 +109,7 @@ PICKED = {
 }
 
 
-@pytest.mark.parametrize("name", PICKED)
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_any_call_is_right_or_refused(name, data):
+def check_any_call(name, data):
     """Any mixture of shapes, dtypes and layouts, now and then with one argument swapped for that of another call."""
     row = ROWS[name]
 
@@ -130,6 +128,28 @@ def test_any_call_is_right_or_refused(name, data):
     got, want = row(*args), row.reference(*in_float64(args))
     for g, w in zip(outputs(got), outputs(want)):
         assert_close(g, w, absolute=row.tolerance.absolute, relative=max(row.tolerance.relative, 1e-6), what=name)
+
+
+@pytest.mark.parametrize("name", PICKED)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_call_is_right_or_refused(name, data):
+    check_any_call(name, data)
+
+
+@pytest.mark.slow
+@pytest.mark.fuzz
+@pytest.mark.parametrize("name", PICKED)
+def test_very_many_calls_are_right_or_refused(name):
+    """Different calls in every full run; the same few hundred in the quick one."""
+    quick = os.environ.get("LFM_FAST_SAMPLE", "quick") == "quick"
+
+    @settings(max_examples=200 if quick else 10_000, deadline=None, derandomize=quick)
+    @given(data=st.data())
+    def run(data):
+        check_any_call(name, data)
+
+    run()
 
 
 def test_a_scale_without_an_unconditional_velocity_has_no_effect():

@@ -1,6 +1,7 @@
 """The noise: the published generator, the same bits in every batch and backend, and normal."""
 
 import hashlib
+import os
 
 import numpy as np
 import philox_oracle
@@ -174,3 +175,29 @@ def test_samples_streams_seeds_and_neighbours_are_uncorrelated():
     for step in (1, 2, 3, 4):
         assert _pair(x[:, :-step], x[:, step:]) < 4.5, f"elements {step} apart"
         assert _pair(x[:, :-step].abs(), x[:, step:].abs()) < 4.5, f"sizes of elements {step} apart"
+
+
+@pytest.mark.slow
+@pytest.mark.statistics
+def test_a_long_draw_is_standard_normal():
+    """Chi-square over 1,024 equally likely bins, the tails beyond 4 by count, moments up to 6; five seeds.
+
+    The seeds are fixed; each p-value bound, 1e-6, would be met by chance once in 50,000 changes of the generator.
+    """
+    per_seed = 2**20 if os.environ.get("LFM_FAST_SAMPLE", "quick") == "quick" else 2**25
+    edges = stats.norm.ppf(np.arange(1, 1024) / 1024)
+    for seed in (0, 1, -1, 2**40, 987654321):
+        counts, tail, powers = np.zeros(1024), 0, np.zeros(6)
+        for first in range(0, per_seed // 4096, 256):
+            x = ops.philox_normal(torch.arange(first, first + 256), 4096, seed=seed).double().flatten().numpy()
+            counts += np.bincount(np.searchsorted(edges, x), minlength=1024)
+            tail += int((np.abs(x) > 4).sum())
+            power = np.ones_like(x)
+            for k in range(6):
+                power *= x
+                powers[k] += power.sum()
+        assert stats.chisquare(counts).pvalue > 1e-6, f"bins, seed {seed}"
+        assert stats.binomtest(tail, per_seed, 2 * stats.norm.sf(4.0)).pvalue > 1e-6, f"tails, seed {seed}"
+        for k, total in enumerate(powers, start=1):
+            mean, variance = stats.norm.moment(k), stats.norm.moment(2 * k) - stats.norm.moment(k) ** 2
+            assert abs(total / per_seed - mean) < 5 * (variance / per_seed) ** 0.5, f"moment {k}, seed {seed}"

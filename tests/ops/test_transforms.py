@@ -130,13 +130,15 @@ def test_compiles_into_one_graph(compiler):
             assert_close(got, want.detach(), absolute=1e-4, relative=1e-5, what=compiler)
 
 
+@pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_each_row_compiles(row):
+def test_each_row_compiles(row, gradients):
     torch._dynamo.reset()
     args = arguments_of(row, row.cases[0])
-    got = torch.compile(lambda *a: row(*a), fullgraph=True, backend="aot_eager")(*args)
-    for g, w in zip(outputs(got), outputs(row(*args))):
-        assert_close(g, w)
+    with torch.set_grad_enabled(gradients):
+        got = torch.compile(lambda *a: row(*a), fullgraph=True, backend="aot_eager")(*args)
+        for g, w in zip(outputs(got), outputs(row(*args))):
+            assert_close(g, w)
 
 
 def test_a_wrong_argument_is_named_when_compiled():
