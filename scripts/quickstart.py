@@ -15,6 +15,7 @@ from PIL import Image
 
 from lfm_fast import LatentFlow, pictures
 from lfm_fast.data import open_images
+from lfm_fast.train.compiling import can_compile_for_cpu
 from lfm_fast.train.config import from_preset
 from lfm_fast.train.journal import read_metrics
 from lfm_fast.train.loop import train
@@ -74,6 +75,7 @@ def main():
     began = time.time()
     shutil.rmtree(args.output / "run", ignore_errors=True)
     settings = {"device": args.device, "samples_per_class": PER_CLASS}
+    settings["compile"] = "block" if torch.cuda.is_available() or can_compile_for_cpu() else "off"
     steps = args.steps or steps_within(args.minutes, settings)
     run = train(
         from_preset(

@@ -12,7 +12,7 @@ def compile_network(model, config, device):
     """In place, so that the names of the weights stay. Blocks compile in seconds, the whole network in a minute."""
     mode = config.compile
     if mode == "auto":
-        worth_it = device.type == "cuda" or (_long_enough(config) and _can_compile_for_cpu())
+        worth_it = device.type == "cuda" or (_long_enough(config) and can_compile_for_cpu())
         mode = "block" if worth_it else "off"
     if mode == "full":
         model.compile()
@@ -26,7 +26,7 @@ def _long_enough(config):
     return config.steps is None or config.steps >= SHORTEST_COMPILED
 
 
-def _can_compile_for_cpu():
+def can_compile_for_cpu():
     """Inductor's CPU code needs a C++ compiler and Python's headers; without them the first step would fail."""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++")), None)
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"

@@ -165,7 +165,7 @@ def test_epochs_become_steps(epochs, items, steps):
 def test_compiles_on_a_cpu_where_it_pays_and_can(mode, steps, tools, compiled, monkeypatch):
     seen = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: seen.append(type(module).__name__))
-    monkeypatch.setattr(compiling, "_can_compile_for_cpu", lambda: tools)
+    monkeypatch.setattr(compiling, "can_compile_for_cpu", lambda: tools)
     model = DiT(image_size=4, hidden_size=16, depth=2, num_heads=2)
     compiling.compile_network(model, from_preset("embedded", compile=mode, steps=steps), torch.device("cpu"))
     assert seen == compiled
