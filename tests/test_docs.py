@@ -83,7 +83,7 @@ def prose(text):
 
 
 def in_backticks(text):
-    return re.findall(r"`([^`\n]+)`", prose(text))
+    return [" ".join(words.split()) for words in re.findall(r"`([^`]+)`", prose(text))]
 
 
 def missing_paths(text):
