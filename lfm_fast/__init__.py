@@ -16,8 +16,16 @@ _EXPORTS = {
     "sample": "lfm_fast.sampling",
     "SampleStats": "lfm_fast.sampling",
     "LatentFlow": "lfm_fast.pipeline",
+    # the classes that saved folders name
+    "DiT": "lfm_fast.models",
+    "SmallVAE": "lfm_fast.autoencoder",
 }
-_MODULES = {"paths": "lfm_fast.flow.paths", "ops": "lfm_fast.ops", "models": "lfm_fast.models"}
+_MODULES = {
+    "autoencoder": "lfm_fast.autoencoder",
+    "models": "lfm_fast.models",
+    "ops": "lfm_fast.ops",
+    "paths": "lfm_fast.flow.paths",
+}
 
 __all__ = ["__version__", *_EXPORTS, *_MODULES]
 

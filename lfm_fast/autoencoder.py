@@ -169,10 +169,10 @@ class SmallVAE(nn.Module):
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
         half = {key: value.detach().to(torch.float16).contiguous() for key, value in self.state_dict().items()}
+        folder.mkdir(parents=True, exist_ok=True)
         save_file(half, str(folder / WEIGHTS_FILE))
+        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")  # last: then it is whole
 
     @classmethod
     def from_pretrained(cls, folder):

@@ -27,6 +27,7 @@ def _parser():
     commands.add_parser("train", help="train a flow (the same flags as train_fast.py)", add_help=False)
     _add_sample(commands)
     _add_encode(commands)
+    _add_convert(commands)
     _add_info(commands)
     return parser
 
@@ -114,6 +115,26 @@ def _encode(args):
     if source.report.skipped:
         print(source.report.summary())
     print(f"wrote the latents of {len(source)} images to {args.output}")
+
+
+def _add_convert(commands):
+    parser = commands.add_parser("convert", help="write a model (a run, a checkpoint) as one folder to load or share")
+    parser.set_defaults(run=_convert)
+    add = parser.add_argument
+    add("--model", required=True, help="a training run's folder, a checkpoint file or a saved folder")
+    add("--autoencoder", help="'embedded', a folder or a hub name; default: the one recorded with the model")
+    add("--dtype", default="fp32", choices=("fp32", "fp16", "bf16"), help="of the network's weights on disk")
+    add("--output", type=Path, required=True)
+
+
+def _convert(args):
+    import torch
+
+    from lfm_fast.pipeline import LatentFlow
+
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
+    LatentFlow.from_pretrained(args.model, args.autoencoder).save_pretrained(args.output, dtype=dtype)
+    print(f"wrote {args.output}")
 
 
 def _add_info(commands):

@@ -154,7 +154,7 @@ class LatentFlow:
         _write_json(folder / "transformer" / "config.json", {"_class_name": "DiT", **self.model.config})
         self.autoencoder.save_pretrained(folder / "vae")
         index = {
-            "_class_name": "LatentFlowPipeline",
+            "_class_name": "LatentFlow",
             "_lfm_fast_version": __version__,
             "transformer": ["lfm_fast", "DiT"],
             "vae": _component(self.autoencoder.network),

@@ -6,7 +6,7 @@
 #   PYTHON          the interpreter a new environment is made with (default python3)
 #   TORCH_SPEC      what pip installs when there is no torch >= 2.10 yet (default torch==2.13.0). PyPI's Linux wheel brings
 #                   several GB of CUDA along; without a GPU the small one does:
-#                   TORCH_SPEC="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+#                   TORCH_SPEC="torch==2.13.0 --index-url URL" with the CPU index that pytorch.org names
 
 VENV="${LFM_FAST_VENV:-.venv}"
 export PIP_DISABLE_PIP_VERSION_CHECK=1

@@ -47,6 +47,13 @@ def test_encode_writes_a_cache_that_training_reads(tmp_path, capsys):
     assert (cache.num_items, cache.latent_shape, list(cache.class_names)) == (4, (4, 8, 8), ["blue", "red"])
 
 
+def test_convert_keeps_what_is_drawn(tmp_path):
+    assert main(["convert", "--model", "embedded", "--output", str(tmp_path / "flow")]) == 0
+    for model, name in (("embedded", "a.png"), (tmp_path / "flow", "b.png")):
+        assert main(["sample", "--model", str(model), "--class", "Flags", *FAST, "--output", str(tmp_path / name)]) == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
 def test_info_names_version_and_kernels(capsys):
     assert main(["info"]) == 0
     said = capsys.readouterr().out
