@@ -1,0 +1,46 @@
+"""What a result file says about the machine, and the table at the end of a run."""
+
+import os
+from importlib import metadata
+
+import pytest
+import torch
+
+from benchmarks import ceilings, measure, report
+from benchmarks.settings import MODE
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _session(tmp_path_factory):
+    """Compile afresh, so that the compile times mean something; measure the ceilings at both ends."""
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
+    ceilings.measure()
+    yield
+    measure.compare_with_ceilings()
+
+
+def about() -> dict:
+    return {
+        "mode": MODE,
+        "versions": {name: metadata.version(name) for name in ("torch", "torchdiffeq", "pytest-benchmark")},
+        "device": "cpu",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset"),
+        "load_average": list(os.getloadavg()),
+        "ceilings": ceilings.measured(),
+    }
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    del machine_info["node"]  # the machine's name is nobody's business
+    machine_info["lfm_fast"] = about()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter):
+    if measure.records:
+        terminalreporter.section("lfm_fast benchmarks")
+        terminalreporter.write_line(report.text(about(), measure.records))

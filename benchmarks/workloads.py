@@ -1,0 +1,113 @@
+"""What is timed. A workload is built from a specification of plain values, so that another process builds the same.
+
+`call` is one run of it with whatever backends are forced around; `compile` puts torch.compile in place; `result` gives
+the tensors that `truth` has in float64. Numbers are drawn, never zeros: a processor may be faster on zeros.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.ceilings import working_set_bytes
+from lfm_fast import ops  # noqa: F401  (its import registers the rows)
+from lfm_fast.ops import _registry
+from lfm_fast.ops.philox_normal import philox_words
+
+LARGE = 2**20  # bytes of inputs from which a call is made to find them outside the cache
+
+
+class Workload:
+    """`moved` bytes that have to be read and written, and `flops`, of one call; `images` that it serves."""
+
+    precision = "float32"
+    moved: int | None = None
+    flops: int | None = None
+    images: int | None = None
+    note = ""
+
+    def call(self):
+        raise AssertionError("every workload says what it runs")
+
+    def compile(self) -> None:
+        raise AssertionError("this workload has no compiled contender")
+
+    def result(self) -> list[Tensor]:
+        return tensors_of(self.call())
+
+    def truth(self) -> list[Tensor] | None:
+        return None
+
+    def others(self) -> dict[str, tuple[Callable, Callable | None]]:
+        """Further contenders in this process: name -> (call, what gives its result or None where none compares)."""
+        return {}
+
+
+class OpWorkload(Workload):
+    """One row of the op table at one of its sizes.
+
+    Inputs of a megabyte or more are held in as many copies as exceed the cache, and each call takes the next.
+    """
+
+    def __init__(self, row: str, size: dict):
+        self.row = _registry.row(row)
+        args = self.row.bind(**self.row.arguments(**size))
+        self.moved, self.flops = self.row.cost(*args)
+        dtypes = {x.dtype for x in _tensors_in(args) if x.is_floating_point()}
+        self.precision = "bfloat16" if torch.bfloat16 in dtypes else "float32"
+        held = sum(x.numel() * x.element_size() for x in _tensors_in(args))
+        copies = math.ceil(working_set_bytes() / held) if held >= LARGE else 1
+        self.note = "inputs from memory" if copies > 1 else "inputs in the cache"
+        self.sets = itertools.cycle([args, *(_map_tensors(torch.clone, args) for _ in range(copies - 1))])
+        self.function = self.row
+
+    def call(self):
+        return self.function(*next(self.sets))
+
+    def compile(self) -> None:
+        self.function = torch.compile(self.row.reference, fullgraph=True, dynamic=False)
+
+    def truth(self) -> list[Tensor]:
+        args = next(self.sets)  # all copies hold the same numbers
+        if self.row.name == "philox_normal":
+            return [exact_normals(*args)]
+        wide = _map_tensors(lambda x: x.double() if x.is_floating_point() else x, args)
+        return tensors_of(self.row.reference(*wide))
+
+    def others(self):
+        if self.row.name != "philox_normal":
+            return {}
+        index, numel = next(self.sets)[:2]
+        generator = torch.Generator().manual_seed(0)
+        # no sample number goes in: the same noise for any batch size is what it does not give
+        return {"torch.randn": (lambda: torch.randn(len(index), numel, generator=generator), None)}
+
+
+def exact_normals(index: Tensor, numel: int, seed: int, stream: int, offset: int) -> Tensor:
+    """Box-Muller in float64 of the words that philox_normal draws: (B, numel)."""
+    words = philox_words(index, math.ceil(numel / 4), seed, stream, offset).double()
+    radius = ((words[..., 0::2] + 1) * 2.0**-32).log().mul(-2).sqrt()  # (B, blocks, 2)
+    angle = words[..., 1::2] * (2 * math.pi * 2.0**-32)
+    return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(1)[:, :numel]
+
+
+def tensors_of(result) -> list[Tensor]:
+    return [x for x in (result if isinstance(result, (tuple, list)) else [result]) if x.numel()]
+
+
+def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
+    """The worst, over the tensors, of |got - want| / |want| in the Euclidean norm."""
+    assert [x.shape for x in got] == [x.shape for x in want]
+    return max(float((g.double() - w).norm() / w.norm()) for g, w in zip(got, want))
+
+
+def _tensors_in(args) -> list[Tensor]:
+    return [x for a in args for x in (a if isinstance(a, list) else [a]) if isinstance(x, Tensor)]
+
+
+def _map_tensors(function, args) -> tuple:
+    return tuple(
+        [function(x) for x in a] if isinstance(a, list) else function(a) if isinstance(a, Tensor) else a for a in args
+    )
