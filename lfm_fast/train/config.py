@@ -149,6 +149,14 @@ def _over(base, settings):
     return merged
 
 
+def _known(settings):
+    """`settings` of an earlier run. Raises ValueError if another version, with other settings, wrote them."""
+    unknown = sorted(set(settings) - {setting.name for setting in dataclasses.fields(TrainConfig)})
+    if unknown:
+        raise ValueError(f"the run to resume has settings this version does not know ({', '.join(unknown)})")
+    return settings
+
+
 def build_parser(prog=None):
     """One flag per field; a flag not given is absent, so that the preset or the resumed run supplies it."""
     parser = argparse.ArgumentParser(
@@ -179,6 +187,6 @@ def parse_args(argv=None, prog=None):
             return from_preset(given.pop("preset", "embedded"), **given)
         from lfm_fast.train.resume import settings_of  # resume reads configurations, so it cannot be imported above
 
-        return TrainConfig(**_over(settings_of(given["resume"]), given))
+        return TrainConfig(**_over(_known(settings_of(given["resume"])), given))
     except ValueError as error:
         return parser.error(str(error))

@@ -4,6 +4,7 @@ import dataclasses
 import shlex
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -164,9 +165,9 @@ class Run:
         """Step until the end or until asked to stop."""
         state, config = self.state, self.config
         self.journal.open_bar(self.steps, state.step)
-        if state.step == 0:
-            self.make_grid()
         with StopSignals(self.world) as stop:
+            if state.step == 0:
+                self.make_grid()
             while state.step < self.steps:
                 self.step()
                 stopping = stop.asked()
@@ -256,9 +257,17 @@ class Run:
                 self.journal.say(f"Training goes on, but {error}")
 
     def say_how_to_go_on(self):
-        program = [part for part in (sys.argv[0] if sys.argv else "",) if part.endswith(".py")] or ["train_fast.py"]
-        command = shlex.join(["python", *program, "--resume", str(self.folder)])
+        command = shlex.join([*_program(self.world), "--resume", str(self.folder)])
         self.journal.say(f"Stopped after step {self.state.step} and saved {self.checkpoint}. To go on: {command}")
+
+
+def _program(world):
+    """The words that start this program again with as many ranks on this machine."""
+    name = sys.argv[0] if sys.argv else ""
+    if Path(name).name == "lfm-fast":
+        return ["lfm-fast", "train"]
+    launcher = ["torchrun", "--nproc-per-node", str(world.local_size)] if world.size > 1 else ["python"]
+    return [*launcher, name if name.endswith(".py") else "train_fast.py"]
 
 
 def _due(step, every):

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import SETTINGS, Run, TinySource, flags
+from tiny_run import SETTINGS, Run, TinyAutoencoder, TinySource, flags
 
 import lfm_fast
 from lfm_fast.distributed import World
-from lfm_fast.train import resume
+from lfm_fast.train import loop, resume
 from lfm_fast.train.config import from_preset, parse_args
 from lfm_fast.train.journal import read_metrics
 from lfm_fast.train.loop import build_state, train
@@ -108,6 +108,29 @@ def test_resuming_by_path_takes_the_settings_of_the_run(tmp_path):
             config.different_curve(dataclasses.replace(settings(tmp_path), num_classes=3, task="labelled").as_dict())
             == []
         )
+
+
+def test_settings_of_another_version_are_one_sentence(tmp_path, capsys):
+    folder = train(settings(tmp_path, steps=1), TinySource())
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**written, "momentum": 0.5}))
+    with pytest.raises(SystemExit):
+        parse_args(["--resume", str(folder)])
+    assert "settings this version does not know (momentum)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "words"),
+    [
+        ("train_fast.py", 1, "python train_fast.py --resume"),
+        ("/somewhere/train_fast.py", 2, "torchrun --nproc-per-node 2 /somewhere/train_fast.py --resume"),
+        ("/venv/bin/lfm-fast", 1, "lfm-fast train --resume"),
+        ("/venv/bin/pytest", 1, "python train_fast.py --resume"),
+    ],
+)
+def test_how_to_go_on_starts_what_was_started(monkeypatch, name, ranks, words):
+    monkeypatch.setattr(sys, "argv", [name])
+    assert " ".join([*loop._program(World(size=ranks, local_size=ranks)), "--resume"]) == words
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "text"])
@@ -254,6 +277,16 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     assert again.status() == 0
     assert f"going on from {resume.checkpoint_path(folder, step)}" in again.text()
     assert [line["step"] for line in read_metrics(folder)] == list(range(1, step + 3))
+
+
+def test_a_signal_during_the_first_grid_counts(tmp_path):
+    class Slow(TinyAutoencoder):
+        def decode(self, latents):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().decode(latents)
+
+    folder = train(settings(tmp_path, sample_every=5), TinySource(), Slow())
+    assert resume.newest_step(folder) == 1
 
 
 def test_a_second_interrupt_quits_at_once(tmp_path):

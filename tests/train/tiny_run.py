@@ -27,6 +27,7 @@ SETTINGS = {
     "sample_every": 0,
     "seed": 3,
     "device": "cpu",
+    "compile": "off",
 }
 
 
@@ -80,7 +81,7 @@ class Run:
         here = Path(__file__).parent
         os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent.parent)])  # for the server's imports
         arguments = (list(flags), str(output), environment or {}, largest_file)
-        self.process = self._context.Process(target=_in_child, args=arguments)
+        self.process = self._context.Process(target=_in_child, args=arguments, daemon=True)
         self.process.start()
 
     def signal(self, number):
