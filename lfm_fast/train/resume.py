@@ -57,8 +57,8 @@ def save_checkpoint(folder, state, config):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_weights(path, tensors, metadata)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(f"could not save {path} ({reason}); the checkpoints before it are whole") from error
+        reason = f"cannot write {path}: {error.strerror}" if getattr(error, "strerror", None) else error
+        raise OSError(f"{reason}; the checkpoints before it are whole") from error
     return path
 
 

@@ -238,7 +238,7 @@ def test_a_checkpoint_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(OSError, match=r"could not save .*0000005.safetensors \(No space left on device\)") as caught:
+    with pytest.raises(OSError, match=r"cannot write .*0000005.safetensors: No space left on device") as caught:
         resume.save_checkpoint(folder, state, config)
     assert "\n" not in str(caught.value)
     assert os.listdir(folder / "checkpoints") == ["0000004.safetensors"]
@@ -251,8 +251,8 @@ def test_a_full_disk_loses_no_finished_checkpoint(tmp_path):
     run = Run(flags(output=tmp_path), tmp_path / "out.txt", largest_file=100_000)
     assert run.status() == 1
     lines = run.text().splitlines()
-    assert "error: could not save" in lines[-1]
-    assert len([line for line in lines if line.startswith("Training goes on, but could not save")]) == 1
+    assert "error: cannot write" in lines[-1]
+    assert len([line for line in lines if line.startswith("Training goes on, but cannot write")]) == 1
     assert "Traceback" not in run.text()
     assert os.listdir(folder / "checkpoints") == ["0000004.safetensors"]
     assert resume.checkpoints(folder)[0].read_bytes() == before
