@@ -232,9 +232,9 @@ class VarianceExploding(Path):
 # name -> class, for command lines and configurations; a new path is one class and one line here
 PATHS = {
     "linear": Linear,
-    "variance_preserving": VariancePreserving,
-    "variance_preserving_trig": VariancePreservingTrig,
-    "variance_exploding": VarianceExploding,
+    "vp": VariancePreserving,
+    "vp-trig": VariancePreservingTrig,
+    "ve": VarianceExploding,
 }
 
 

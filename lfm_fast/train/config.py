@@ -5,6 +5,8 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
+from lfm_fast.flow.paths import PATHS
+from lfm_fast.flow.time_samplers import TIME_SAMPLERS
 from lfm_fast.train.presets import PRESETS
 
 TASKS = ("unconditional", "labelled")
@@ -12,8 +14,6 @@ PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 SCHEDULES = ("constant", "cosine")
 COMPILE = ("auto", "off", "block", "full")
 DEVICES = ("auto", "cpu", "cuda")
-PATHS = ("linear", "vp", "vp-trig", "ve")
-TIME_SAMPLERS = ("uniform", "logit_normal")
 
 
 def _setting(default, kind, says, choices=None, where="run"):
@@ -57,10 +57,10 @@ class TrainConfig:
     precision: str = _curve("auto", str, "of the network; auto: bf16 on CUDA and CPUs with AMX, else fp32", PRECISIONS)
     ema_decay: float = _curve(0.9999, float, "decay of the weights' average, reached by warm-up")
     label_dropout: float = _curve(0.0, float, "share of samples whose label is withheld, for guidance")
-    path: str = _curve("linear", str, "probability path from data to noise", PATHS)
+    path: str = _curve("linear", str, "probability path from data to noise", tuple(PATHS))
     sigma_min: float = _curve(1e-5, float, "smallest noise of the linear and ve paths")
     sigma_max: float = _curve(50.0, float, "largest noise of the ve path")
-    time_sampler: str = _curve("uniform", str, "distribution of t", TIME_SAMPLERS)
+    time_sampler: str = _curve("uniform", str, "distribution of t", tuple(TIME_SAMPLERS))
     seed: int = _curve(0, int, "of the weights, data order, noise, times and dropout")
     device: str = _setting("auto", str, "where to train", DEVICES)
     compile: str = _setting("auto", str, "torch.compile: auto is block on CUDA, and in longer runs on CPUs", COMPILE)

@@ -107,13 +107,9 @@ def build_state(config, source, world):
 
 
 def training_path(config):
-    """The probability path that the settings name."""
-    return {
-        "linear": lambda: paths.Linear(sigma_min=config.sigma_min),
-        "vp": paths.VariancePreserving,
-        "vp-trig": paths.VariancePreservingTrig,
-        "ve": lambda: paths.VarianceExploding(config.sigma_min, config.sigma_max),
-    }[config.path]()
+    """The probability path that the settings name, with those of its arguments that are settings."""
+    arguments = {field.name for field in dataclasses.fields(paths.PATHS[config.path])} & set(config.as_dict())
+    return paths.make_path(config.path, **{name: getattr(config, name) for name in sorted(arguments)})
 
 
 def _run(config, source, autoencoder, world):
