@@ -29,7 +29,7 @@ class Turns:
 
     def __init__(self, call: Callable, backend: str | None):
         self.call, self.backend = call, backend
-        with self._forced():
+        with forced(backend):
             self.short = _seconds(call) < LONG  # the first call allocates, fills caches and chooses
             self.short = self.short and _seconds(call) < WARM_UP
 
@@ -40,14 +40,16 @@ class Turns:
     @contextlib.contextmanager
     def ready(self):
         """The backend forced, and the process awake."""
-        with self._forced():
+        with forced(self.backend):
             start = time.perf_counter()
             while self.short and time.perf_counter() - start < WARM_UP:
                 self.call()
             yield
 
-    def _forced(self):
-        return contextlib.nullcontext() if self.backend is None else ops.use_backend(self.backend)
+
+def forced(backend: str | None):
+    """Context in which the ops run on `backend`; None leaves the choice to the table."""
+    return contextlib.nullcontext() if backend is None else ops.use_backend(backend)
 
 
 def _seconds(call: Callable) -> float:
@@ -112,9 +114,8 @@ def compare(benchmark, title: str, workload: Workload, *, seconds: float, specif
 
 def _contenders(workload, truth, specification, compiled):
     """All but the fast path itself: {name: Contender}, the other process or None, and {name: why it did not run}."""
-    found = {}
-    found[REFERENCE] = Contender(Turns(workload.call, "reference"))
-    with ops.use_backend("reference"):
+    found = {REFERENCE: Contender(Turns(workload.call, "reference"))}
+    with forced("reference"):
         found[REFERENCE].facts = _facts(workload, REFERENCE, workload.call, truth)
     found[AGAIN] = Contender(Turns(workload.call, None))
     for name, (call, result) in workload.others().items():
@@ -122,12 +123,11 @@ def _contenders(workload, truth, specification, compiled):
     reason = compiled if isinstance(compiled, str) else why_no_compiler()
     if reason or not compiled:
         return found, None, {COMPILED: reason} if reason else {}
-    worker = Worker(specification)
-    facts = {"compile_seconds": worker.compile_seconds, "peak_bytes": worker.peak_bytes}
-    facts["error"] = relative_error(worker.results, truth)
-    for name in compiled:
-        backend = "reference" if name == COMPILED else None
-        found[name] = Contender(_elsewhere(worker, backend), facts)
+    backends = {name: "reference" if name == COMPILED else None for name in compiled}
+    worker = Worker(specification, tuple(backends.values()))
+    for name, backend in backends.items():
+        error = relative_error(worker.results[backend], truth)
+        found[name] = Contender(_elsewhere(worker, backend), {"error": error, **worker.facts[backend]})
     return found, worker, {}
 
 

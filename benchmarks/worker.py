@@ -19,21 +19,26 @@ def why_no_compiler() -> str | None:
 
 
 class Worker:
-    """A compiled workload in another process; `turn` times one call there."""
+    """A compiled workload in another process; `turn` times one call there.
 
-    def __init__(self, specification: tuple[str, dict]):
+    backends: what the ops are forced to, None for the table's own choice. `facts` and `results` are by backend.
+    """
+
+    def __init__(self, specification: tuple[str, dict], backends: tuple[str | None, ...]):
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        arguments = (theirs, specification, torch.get_num_threads())
+        arguments = (theirs, specification, backends, torch.get_num_threads())
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
-        self.compile_seconds, results, self.peak_bytes = self.connection.recv()
-        self.results = [torch.from_numpy(array) for array in results]
+        self.facts, self.results = {}, {}
+        for backend in backends:
+            self.facts[backend], arrays = self._receive()
+            self.results[backend] = [torch.from_numpy(array) for array in arrays]
 
     def turn(self, backend: str | None) -> float:
         self.connection.send(backend)
-        return self.connection.recv()
+        return self._receive()
 
     def close(self) -> None:
         self.connection.close()
@@ -41,25 +46,31 @@ class Worker:
         if self.process.is_alive():
             self.process.kill()
 
+    def _receive(self):
+        try:
+            return self.connection.recv()
+        except EOFError:
+            raise RuntimeError("the process of the compiled contender died; what it said stands above") from None
 
-def _serve(connection, specification, num_threads):
+
+def _serve(connection, specification, backends, num_threads):
     from benchmarks.catalogue import build
-    from benchmarks.measure import Turns, peak_bytes
+    from benchmarks.measure import Turns, forced, peak_bytes
 
     torch.set_num_threads(num_threads)
     workload = build(specification)
     workload.compile()
-    start = time.perf_counter()
-    results = [x.detach().float().numpy() for x in workload.result()]
-    workload.call()
-    compile_seconds = time.perf_counter() - start
-    connection.send((compile_seconds, results, peak_bytes(workload.call)))
     turns = {}
+    for backend in backends:
+        start = time.perf_counter()
+        with forced(backend):
+            results = [x.detach().float().numpy() for x in workload.result()]
+            workload.call()
+            facts = {"compile_seconds": time.perf_counter() - start, "peak_bytes": peak_bytes(workload.call)}
+        connection.send((facts, results))
+        turns[backend] = Turns(workload.call, backend)
     try:
         while True:
-            backend = connection.recv()
-            if backend not in turns:
-                turns[backend] = Turns(workload.call, backend)
-            connection.send(turns[backend]())
+            connection.send(turns[connection.recv()]())
     except EOFError:  # the other end closed: the measurement is over
         pass
