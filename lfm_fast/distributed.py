@@ -80,7 +80,7 @@ class World:
             raise box[1]
         return box[0]
 
-    def vote(self, ballot=None):
+    def vote(self, ballot):
         """A started, not yet awaited sum of every rank's bool: call `.result()` for whether any said yes."""
         return Vote(self, bool(ballot))
 
