@@ -26,6 +26,8 @@ from lfm_fast.models.recognise import differences, recognise, shapes_of
 
 _TRAINING_PREFIXES = ("model.", "ema.", "optimizer.")
 _PARTIAL = ".partial"
+_UMASK = os.umask(0)
+os.umask(_UMASK)  # it can only be read by setting it
 
 
 def load_checkpoint(path: str | os.PathLike, model: nn.Module | None = None, *, weights: str = "ema") -> nn.Module:
@@ -113,6 +115,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path.parent / f".{path.name}.{socket.gethostname()}~{os.getpid()}~{secrets.token_hex(4)}{_PARTIAL}"
     try:
         yield temporary
+        os.chmod(temporary, 0o666 & ~_UMASK)  # safetensors makes files that nobody else can read
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)

@@ -82,6 +82,7 @@ def main():
             "embedded",
             **settings,
             steps=steps,
+            log_every=min(10, max(1, steps // 20)),
             sample_every=steps,
             checkpoint_every=steps,
             output=str(args.output / "run"),

@@ -388,3 +388,10 @@ def test_a_kill_leaves_the_previous_file_and_the_next_write_clears_the_rest(tmp_
         assert other.exists()
     assert {p.name for p in tmp_path.iterdir()} == {"w.safetensors", "running"}
     assert path.read_bytes() == b"next"
+
+
+def test_others_may_read_what_is_written(tmp_path):
+    plain, weights = tmp_path / "plain", tmp_path / "weights.safetensors"
+    plain.touch()
+    save_weights(weights, {"a": torch.zeros(2)})
+    assert weights.stat().st_mode == plain.stat().st_mode
