@@ -100,8 +100,7 @@ def test_half_precision_storage(tmp_path, source, dtype, step):
 
 
 def test_the_mode_alone(tmp_path, source, numbers):
-    cache = encode_images(source, Pooling(), tmp_path, store="latents", progress=False)
-    latents = CachedLatents(cache)
+    latents = CachedLatents(encode_images(source, Pooling(), tmp_path, store="latents", progress=False))
     z_0, _ = latents.batch(numbers, 0)
     torch.testing.assert_close(z_0, expected_mean(source, item_of(numbers, 13, 0)), rtol=0, atol=1e-6)
     assert torch.equal(z_0, latents.batch(numbers, 0)[0])
