@@ -17,7 +17,7 @@ from torch import nn
 
 from lfm_fast import ops
 
-EMBEDDED_FOLDER = resources.files("lfm_fast") / "embedded" / "vae"
+EMBEDDED_FOLDER = resources.files("lfm_fast") / "embedded"  # the flow and, in vae/, the VAE that ship with the package
 DEFAULT_HUB_NAME = "stabilityai/sd-vae-ft-mse"
 POSTERIOR_STREAM = 2  # of the counter-based generator: the noise that samples the posterior
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # diffusers' name, so that one folder format serves both
@@ -171,7 +171,9 @@ class SmallVAE(nn.Module):
         folder = Path(folder)
         half = {key: value.detach().to(torch.float16).contiguous() for key, value in self.state_dict().items()}
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(half, str(folder / WEIGHTS_FILE))
+        partial = folder / f".{WEIGHTS_FILE}.partial"
+        save_file(half, partial)
+        partial.replace(folder / WEIGHTS_FILE)
         (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")  # last: then it is whole
 
     @classmethod
@@ -227,7 +229,7 @@ def load_autoencoder(name_or_folder="embedded", device=None):
     """
     device = device or "cpu"
     if str(name_or_folder) == "embedded":
-        network = SmallVAE.from_pretrained(EMBEDDED_FOLDER)
+        network = SmallVAE.from_pretrained(EMBEDDED_FOLDER / "vae")
         network.to(memory_format=torch.channels_last)  # convolutions run twice as fast on CPUs
         return Autoencoder(network, "embedded").to(device)
     folder = Path(name_or_folder)
@@ -245,25 +247,35 @@ def _from_folder(folder):
         raise ValueError(
             f"{folder} holds no config.json; expected a VAE in diffusers' layout (config.json, {WEIGHTS_FILE})"
         )
-    if json.loads((folder / "config.json").read_text()).get("_class_name") == "SmallVAE":
-        return SmallVAE.from_pretrained(folder)
-    from diffusers import AutoencoderKL
-
     try:
-        return AutoencoderKL.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder} does not load as a diffusers AutoencoderKL: {str(error).splitlines()[0]}"
-        ) from error
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is no JSON ({error})") from error
+    if isinstance(config, dict) and config.get("_class_name") == "SmallVAE":
+        return SmallVAE.from_pretrained(folder)
+    try:
+        return _load_diffusers(str(folder), local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{folder} does not load as a diffusers AutoencoderKL: {reason}") from error
 
 
 def _from_hub(name):
-    from diffusers import AutoencoderKL
-
     try:
-        return AutoencoderKL.from_pretrained(name)
+        return _load_diffusers(name)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"autoencoder {name!r} is neither a local folder nor reachable on the hub; download its config.json and "
             f"{WEIGHTS_FILE} on a connected machine, put both into one folder and pass that folder's path"
         ) from error
+
+
+def _load_diffusers(name, **options):
+    """An AutoencoderKL with all its weights; diffusers alone would fill missing ones with fresh random numbers."""
+    from diffusers import AutoencoderKL
+
+    network, info = AutoencoderKL.from_pretrained(name, output_loading_info=True, **options)
+    wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
+    if wrong:
+        raise ValueError(f"{len(wrong)} of its weights are missing or do not fit, the first being {wrong[0]}")
+    return network

@@ -1,6 +1,7 @@
 """The command line, `lfm-fast`: one sub-command per function below, each a few lines over the library."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -16,12 +17,15 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"lfm-fast {args.command}: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:  # a solver that cannot go on, a device that runs out of memory
+        print(f"lfm-fast {args.command}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="lfm-fast", description="Latent flow matching, fast.")
+    parser = argparse.ArgumentParser(prog="lfm-fast", description="Latent flow matching, fast.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="train a flow (the same flags as train_fast.py)", add_help=False)
@@ -46,7 +50,7 @@ def _train(arguments):
 
 
 def _add_sample(commands):
-    parser = commands.add_parser("sample", help="draw images from a trained flow")
+    parser = commands.add_parser("sample", allow_abbrev=False, help="draw images from a trained flow")
     parser.set_defaults(run=_sample)
     add = parser.add_argument
     add("--model", default="embedded", help="'embedded', a saved folder, a training run's folder or a checkpoint file")
@@ -60,40 +64,59 @@ def _add_sample(commands):
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, help="images at a time (default 64)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
-    add("--output", type=Path, default=Path("samples.png"), help="a .png file for one grid, or a folder for one each")
+    add("--output", default="samples.png", help="a .png file for one grid, or a folder for one each")
 
 
 def _sample(args):
     from lfm_fast.pictures import grid
     from lfm_fast.pipeline import LatentFlow
 
-    if args.output.suffix and args.output.suffix.lower() != ".png":
-        raise ValueError(f"--output {args.output} must end in .png, or be a folder")
-    flow = LatentFlow.from_pretrained(args.model, args.autoencoder, device=args.device or _best_device())
+    output = Path(args.output)
+    as_grid = _prepared(output)
+    flow = LatentFlow.from_pretrained(args.model, args.autoencoder, device=_device(args.device))
     chosen = {name: getattr(args, name) for name in ("guidance_scale", "method", "num_steps")}
     chosen |= {"atol": args.tolerance, "rtol": args.tolerance, "progress": sys.stderr.isatty()}
     sampling = {name: value for name, value in chosen.items() if value is not None}
     images = flow.sample(args.num_images, y=args.label, seed=args.seed, batch_size=args.batch_size, **sampling)
-    if args.output.suffix:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        grid(images).save(args.output)
+    (output.parent if as_grid else output).mkdir(parents=True, exist_ok=True)
+    if as_grid:
+        grid(images).save(output)
     else:
-        args.output.mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(images):
-            grid(image[None], padding=0).save(args.output / f"{number:06d}.png")
-    print(f"wrote {len(images)} images to {args.output}")
+            grid(image[None], padding=0).save(output / f"{number:06d}.png")
+    print(f"wrote {len(images)} images to {output}")
 
 
-def _best_device():
+def _prepared(output):
+    """Whether one .png is wanted rather than a folder. Raises ValueError now, before all the work."""
+    if output == Path():
+        raise ValueError("--output is empty; give a .png file or a folder")
+    if output.suffix.lower() in (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npz", ".npy"):
+        raise ValueError(f"--output {output} must end in .png, or be a folder")
+    as_grid = output.suffix.lower() == ".png"
+    standing = next(p for p in (output.parent if as_grid else output, *output.parents) if p.exists())
+    if not standing.is_dir() or not os.access(standing, os.W_OK) or (as_grid and output.is_dir()):
+        raise ValueError(f"--output {output} cannot be written; choose another place")
+    return as_grid
+
+
+def _device(name):
+    """The device asked for, or the best there is. Raises ValueError for one that this machine does not have."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(kind, 0)
+    if not (number or "0").isdecimal() or int(number or 0) >= count:
+        raise ValueError(f"--device {name} is not here; there is cpu" + (", cuda" if torch.cuda.is_available() else ""))
+    return name
 
 
 def _add_encode(commands):
     from lfm_fast.autoencoder import DEFAULT_HUB_NAME
 
-    parser = commands.add_parser("encode", help="encode images into a latent cache, to train from")
+    parser = commands.add_parser("encode", allow_abbrev=False, help="encode images into a latent cache, to train from")
     parser.set_defaults(run=_encode)
     add = parser.add_argument
     add("--data", required=True, help="'embedded' or a folder of images (class = sub-folder)")
@@ -109,8 +132,8 @@ def _encode(args):
     from lfm_fast.data import open_images
     from lfm_fast.data.latents import encode_images
 
+    autoencoder = load_autoencoder(args.autoencoder, device=_device(args.device))
     source = open_images(args.data, args.image_size, flip=args.flip)
-    autoencoder = load_autoencoder(args.autoencoder, device=args.device or _best_device())
     encode_images(source, autoencoder, args.output, flip=args.flip)
     if source.report.skipped:
         print(source.report.summary())
@@ -118,7 +141,9 @@ def _encode(args):
 
 
 def _add_convert(commands):
-    parser = commands.add_parser("convert", help="write a model (a run, a checkpoint) as one folder to load or share")
+    parser = commands.add_parser(
+        "convert", allow_abbrev=False, help="write a model (a run, a checkpoint) as one folder to load or share"
+    )
     parser.set_defaults(run=_convert)
     add = parser.add_argument
     add("--model", required=True, help="a training run's folder, a checkpoint file or a saved folder")

@@ -1,14 +1,14 @@
 """Noise becomes an image: the network, its path and its autoencoder as one object that is loaded, sampled and saved."""
 
 import json
+import operator
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 
 import torch
 
 from lfm_fast import __version__
-from lfm_fast.autoencoder import DEFAULT_HUB_NAME, WEIGHTS_FILE, Autoencoder, load_autoencoder
+from lfm_fast.autoencoder import DEFAULT_HUB_NAME, EMBEDDED_FOLDER, WEIGHTS_FILE, Autoencoder, load_autoencoder
 from lfm_fast.checkpoint import atomic_write, load_checkpoint, read_weights, save_weights
 from lfm_fast.flow.noise import noise
 from lfm_fast.flow.paths import Linear, describe, make_path
@@ -16,7 +16,6 @@ from lfm_fast.flow.paths import Path as ProbabilityPath
 from lfm_fast.models import from_config
 from lfm_fast.sampling import sample
 
-EMBEDDED_FOLDER = resources.files("lfm_fast") / "embedded"
 INDEX = "model_index.json"
 
 
@@ -86,27 +85,31 @@ class LatentFlow:
             seed: of the noise.
             batch_size: images integrated and decoded at a time; None makes it 64.
             indices: (num_images,) int64 sample numbers instead of 0, 1, ...
-            sampling: any argument of `lfm_fast.sample` (method, num_steps, guidance_scale, ...).
+            sampling: arguments of `lfm_fast.sample` (method, num_steps, guidance_scale, t_end, ...); path is this
+                flow's own, and t_start is 1. A guidance_scale of shape (num_images,) goes image by image.
 
         Raises ValueError for a count below 1, unknown labels, and whatever `lfm_fast.sample` refuses.
         """
-        if not isinstance(num_images, int) or isinstance(num_images, bool) or num_images < 1:
-            raise ValueError(f"num_images is {num_images!r}; it must be an integer from 1 on")
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise ValueError(f"batch_size is {batch_size!r}; it must be an integer from 1 on, or None")
-        for name in ("trajectory", "return_stats"):
+        _check_count("num_images", num_images)
+        if batch_size is not None:
+            _check_count("batch_size", batch_size)
+        for name in ("trajectory", "return_stats", "path", "t_start"):
             if sampling.get(name):
-                raise ValueError(f"{name} is for lfm_fast.sample on latents; LatentFlow.sample returns images alone")
+                raise ValueError(
+                    f"{name} is for lfm_fast.sample on latents; here the flow's own path leads from noise to images"
+                )
         arguments = {**self._defaults(y), **sampling, "path": self.path, "seed": seed}
+        scale = arguments.get("guidance_scale")
+        one_each = isinstance(scale, torch.Tensor) and scale.shape == (num_images,)
         labels = self.labels(y, num_images)
-        indices = torch.arange(num_images) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
-        if indices.shape != (num_images,):
-            raise ValueError(f"indices has shape {tuple(indices.shape)}; {num_images} images need ({num_images},)")
+        indices = _sample_numbers(indices, num_images)
         self.model.eval()
         images = []
         for part in torch.arange(num_images).split(batch_size or 64):
             z_1 = noise(len(part), self.latent_shape, seed=seed, indices=indices[part], device=self.device)
             part_y = None if labels is None else labels[part].to(self.device)
+            if one_each:
+                arguments["guidance_scale"] = scale[part].to(self.device)
             z_0 = sample(self.model, self.path.prior(z_1), y=part_y, indices=indices[part], **arguments)
             images.append((self.autoencoder.decode(z_0).cpu() + 1) / 2)
         return torch.cat(images)
@@ -126,7 +129,7 @@ class LatentFlow:
         count = self.model.config["num_classes"]
         if not count:
             raise ValueError("this network was trained without labels; leave y out")
-        given = y.tolist() if isinstance(y, torch.Tensor) else y
+        given = y.tolist() if hasattr(y, "tolist") else y  # of PyTorch or NumPy
         given = list(given) if isinstance(given, (list, tuple)) else [given] * num_images
         if len(given) != num_images:
             raise ValueError(f"y holds {len(given)} labels for {num_images} images; give one, or one for each")
@@ -140,15 +143,20 @@ class LatentFlow:
                     f"there is no class {value!r}; there is {', '.join(self.class_names) or 'none by name'}"
                 )
             return folded.index(value.casefold())
-        if isinstance(value, bool) or not isinstance(value, (int, str)):
-            raise ValueError(f"label {value!r} is neither a name nor an index")
-        if not 0 <= int(value) < count:
+        try:
+            label = int(value) if isinstance(value, str) else operator.index(value)
+        except TypeError as error:
+            raise ValueError(f"label {value!r} is neither a name nor an index") from error
+        if not 0 <= label < count:
             raise ValueError(f"label {value} is out of range: the network knows 0 to {count - 1}")
-        return int(value)
+        return label
 
     def save_pretrained(self, folder, dtype=torch.float32):
         """Write model_index.json, transformer/ and vae/ into `folder` (diffusers' layout); `dtype` of the weights."""
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}; weights are saved in a floating-point type")
         folder = Path(folder)
+        (folder / INDEX).unlink(missing_ok=True)  # written last: a folder that has it is complete
         weights = {key: value.to(dtype) for key, value in self.model.state_dict().items()}
         save_weights(folder / "transformer" / WEIGHTS_FILE, weights)
         _write_json(folder / "transformer" / "config.json", {"_class_name": "DiT", **self.model.config})
@@ -162,7 +170,7 @@ class LatentFlow:
             "class_names": list(self.class_names),
             "sampling": self.sampling,
         }
-        _write_json(folder / INDEX, index)  # last: a folder that has it is complete
+        _write_json(folder / INDEX, index)
 
     @classmethod
     def from_pretrained(cls, source, autoencoder=None, device=None):
@@ -187,6 +195,22 @@ class LatentFlow:
         return flow.to(device) if device is not None else flow
 
 
+def _check_count(name, value):
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be an integer from 1 on")
+
+
+def _sample_numbers(indices, num_images):
+    if indices is None:
+        return torch.arange(num_images)
+    indices = torch.as_tensor(indices)
+    if indices.shape != (num_images,) or indices.dtype != torch.int64 or (indices < 0).any():
+        raise ValueError(
+            f"indices are {tuple(indices.shape)} {indices.dtype}; expected ({num_images},) int64 numbers from 0 on"
+        )
+    return indices
+
+
 def _component(network):
     return [type(network).__module__.split(".")[0], type(network).__name__]
 
@@ -203,18 +227,28 @@ def _opened(autoencoder, otherwise):
 
 
 def _from_folder(cls, folder, autoencoder):
-    index = json.loads((folder / INDEX).read_text())
-    config = json.loads((folder / "transformer" / "config.json").read_text())
+    index = _read_json(folder / INDEX, "path", "class_names", "sampling")
+    config = _read_json(folder / "transformer" / "config.json", "family")
     model = from_config({key: value for key, value in config.items() if not key.startswith("_")})
-    weights, _ = read_weights(folder / "transformer" / WEIGHTS_FILE)
-    model.load_state_dict({key: value.float() for key, value in weights.items()})
-    return cls(
-        model,
-        _opened(autoencoder, "embedded" if folder == EMBEDDED_FOLDER else folder / "vae"),
-        make_path(**index["path"]),
-        index["class_names"],
-        index["sampling"],
-    )
+    model = load_checkpoint(folder / "transformer" / WEIGHTS_FILE, model)
+    if autoencoder is None and not (folder / "vae").is_dir():
+        raise ValueError(f"{folder} has no folder vae; give the autoencoder by name or folder")
+    autoencoder = _opened(autoencoder, "embedded" if folder == EMBEDDED_FOLDER else folder / "vae")
+    return cls(model, autoencoder, make_path(**index["path"]), index["class_names"], index["sampling"])
+
+
+def _read_json(path, *needed):
+    """The object in a JSON file. Raises ValueError, naming the file, for anything else and where a name is missing."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; the folder is incomplete")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error})") from error
+    missing = [name for name in needed if not isinstance(content, dict) or name not in content]
+    if missing:
+        raise ValueError(f"{path} holds no {', '.join(missing)}; save the flow again")
+    return content
 
 
 def _newest_checkpoint(folder):

@@ -112,7 +112,7 @@ def test_embedded_reconstructs_held_out_images(embedded):
 
 
 def test_embedded_files_are_small():
-    assert (EMBEDDED_FOLDER / WEIGHTS_FILE).stat().st_size <= 4 * 2**20
+    assert (EMBEDDED_FOLDER / "vae" / WEIGHTS_FILE).stat().st_size <= 4 * 2**20
 
 
 @pytest.mark.parametrize(
@@ -140,6 +140,24 @@ def test_missing_places_get_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="put both into one folder"):
         load_autoencoder("nobody/no-such-vae")
+
+
+def test_missing_weights_are_not_filled_with_random_ones(kl_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = {k: v for k, v in load_file(kl_folder / WEIGHTS_FILE).items() if not k.startswith("decoder.mid")}
+    save_file(weights, tmp_path / WEIGHTS_FILE)
+    (tmp_path / "config.json").write_text((kl_folder / "config.json").read_text())
+    with pytest.raises(ValueError, match="missing or do not fit"):
+        load_autoencoder(tmp_path)
+
+
+@pytest.mark.parametrize("config", ["{}", "[1]", '{"block_out_channels": 3}', "{"])
+def test_odd_configuration_gets_a_sentence(kl_folder, tmp_path, config):
+    (tmp_path / WEIGHTS_FILE).write_bytes((kl_folder / WEIGHTS_FILE).read_bytes())
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=r"does not load|is no JSON"):
+        load_autoencoder(tmp_path)
 
 
 def test_damaged_small_vae_gets_a_sentence(tmp_path):

@@ -27,6 +27,12 @@ def test_sample_writes_a_folder_and_the_seed_decides(tmp_path):
     assert files["a"] == files["b"] != files["c"]
 
 
+def test_a_solver_that_cannot_go_on_ends_with_one_sentence(capsys, tmp_path):
+    arguments = ["--method", "dopri5", "--tolerance", "1e-30", "--num-images", "1", "--output", str(tmp_path / "x.png")]
+    assert main(["sample", *arguments]) == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
 def test_sample_with_an_adaptive_method_and_tolerance(tmp_path):
     arguments = ["--method", "dopri5", "--tolerance", "0.1", "--num-images", "1", "--output", str(tmp_path / "x.png")]
     assert main(["sample", *arguments]) == 0
@@ -75,6 +81,11 @@ def test_train_takes_the_same_flags(capsys):
         (["sample", "--num-images", "0"], "from 1 on"),
         (["sample", "--model", "nowhere.safetensors"], "there is no file nowhere.safetensors"),
         (["sample", "--output", "grid.jpg"], "must end in .png"),
+        (["sample", "--output", ""], "--output is empty"),
+        (["sample", "--output", "/dev/null/y.png"], "cannot be written"),
+        (["sample", "--device", "foo"], "--device foo is not here"),
+        (["sample", "--device", "cuda:99"], "--device cuda:99 is not here"),
+        (["encode", "--data", "embedded", "--output", "cache", "--autoencoder", "nope"], "'nope' does not exist"),
         (["sample", "--method", "newton"], "method is 'newton'"),
         (["encode", "--data", "nowhere", "--output", "cache", "--autoencoder", "embedded"], "nowhere"),
     ],

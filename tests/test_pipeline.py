@@ -1,5 +1,6 @@
 """LatentFlow: images depend on (seed, number, label) alone, survive saving, and bad arguments get one sentence."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -140,14 +141,70 @@ def test_embedded_flow_draws_its_categories(embedded):
         ({"num_images": 2, "y": [0, 1, 2]}, "3 labels for 2 images"),
         ({"num_images": 2, "y": [0.5, 1]}, "neither a name nor an index"),
         ({"num_images": 2, "batch_size": 0}, "batch_size"),
-        ({"num_images": 2, "indices": [1]}, "indices has shape"),
-        ({"num_images": 2, "return_stats": True}, "images alone"),
+        ({"num_images": 2, "indices": [1]}, "int64 numbers from 0 on"),
+        ({"num_images": 2, "indices": [0.5, 1.5]}, "int64 numbers from 0 on"),
+        ({"num_images": 2, "indices": [-1, 0]}, "int64 numbers from 0 on"),
+        ({"num_images": 2, "batch_size": True}, "batch_size"),
+        ({"num_images": 2, "return_stats": True}, "from noise to image"),
+        ({"num_images": 2, "path": Linear(sigma_min=0.1)}, "own path"),
+        ({"num_images": 2, "t_start": 0.5}, "from noise to image"),
         ({"num_images": 2, "method": "newton"}, "method is 'newton'"),
     ],
 )
 def test_refuses_with_a_sentence(flow, arguments, says):
     with pytest.raises(ValueError, match=says):
         flow.sample(**arguments)
+
+
+def test_labels_and_scales_of_numpy_and_one_each(flow):
+    y = np.array([2, 0, 1])
+    assert torch.equal(flow.sample(3, y=y), flow.sample(3, y=[np.int64(2), 0, 1]))
+    scales = torch.tensor([1.0, 2.0, 3.0])
+    together = flow.sample(3, y=y, guidance_scale=scales)
+    torch.testing.assert_close(flow.sample(3, y=y, guidance_scale=scales, batch_size=2), together, atol=1e-4, rtol=0)
+    assert torch.allclose(together[1], flow.sample(3, y=y, guidance_scale=2.0)[1], atol=1e-4)
+    assert not torch.allclose(together[2], flow.sample(3, y=y, guidance_scale=2.0)[2], atol=1e-4)
+
+
+def test_saving_over_a_folder_is_never_half_done(tmp_path, flow, monkeypatch):
+    flow.save_pretrained(tmp_path)
+    monkeypatch.setattr(flow.autoencoder, "save_pretrained", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        flow.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds neither"):
+        LatentFlow.from_pretrained(tmp_path)
+
+
+def test_weights_are_saved_in_floating_point(tmp_path, flow):
+    with pytest.raises(ValueError, match="floating-point"):
+        flow.save_pretrained(tmp_path, dtype=torch.int8)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("model_index.json", "{}", "model_index.json holds no path"),
+        ("model_index.json", "[]", "model_index.json holds no path"),
+        ("model_index.json", "{", "model_index.json is no JSON"),
+        ("transformer/config.json", "{}", "config.json holds no family"),
+        ("transformer/config.json", None, "the folder is incomplete"),
+        ("vae/config.json", "{}", "does not load"),
+    ],
+)
+def test_a_damaged_folder_gets_a_sentence(tmp_path, flow, file, content, says):
+    flow.save_pretrained(tmp_path)
+    (tmp_path / file).unlink() if content is None else (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=says):
+        LatentFlow.from_pretrained(tmp_path)
+
+
+def test_weights_of_another_depth_get_a_sentence(tmp_path, flow):
+    flow.save_pretrained(tmp_path)
+    config = tmp_path / "transformer" / "config.json"
+    config.write_text(config.read_text().replace('"depth": 2', '"depth": 3'))
+    with pytest.raises(ValueError, match="do not fit"):
+        LatentFlow.from_pretrained(tmp_path)
 
 
 def test_unlabelled_network_refuses_labels():
