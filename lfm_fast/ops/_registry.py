@@ -106,6 +106,10 @@ class Op:
         compiled = {b.name: getattr(getattr(torch.ops, f"lfm_fast_{b.name}"), self.name).default for b in self.compiled}
         return compiled | {b.name: b.kernel for b in self.backends if b.kernel}
 
+    @cached_property
+    def compiled_names(self) -> frozenset[str]:
+        return frozenset(b.name for b in self.compiled)
+
     @property
     def compiled(self) -> tuple[Backend, ...]:
         return tuple(b for b in self.backends if b.kernel is None)
@@ -131,7 +135,11 @@ class Op:
         return next(b for b in self.backends if b.name == name)
 
     def dispatch(self, *args):
+        """The operator's kernel. Compiled backends look at the shapes again themselves; for a Python one, a call of
+        `torch.ops.lfm_fast.NAME` that went round the public function is checked here, or it would broadcast."""
         name = self.choose(args)
+        if name not in self.compiled_names:
+            self.check(*args)
         return self.reference(*args) if name == "reference" else self.kernels[name](*args)
 
     def _refuse_gradient(self, args: tuple) -> None:

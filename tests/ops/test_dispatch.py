@@ -104,10 +104,36 @@ def test_wrong_names_are_refused():
         ops.use_backend("triton", ops=ops.interpolate).__enter__()
 
 
-def test_rows_without_the_backend_keep_their_default():
-    with ops.use_backend("triton"):
-        for row in ROWS.values():
-            row(*arguments_of(row, row.cases[0]))
+def test_rows_without_the_backend_keep_their_default(monkeypatch):
+    for row in ROWS.values():
+        args, ran = arguments_of(row, row.cases[0]), []
+        default = row.choose(args)
+        monkeypatch.setattr(row, "reference", lambda *a, f=row.reference, r=ran: r.append("reference") or f(*a))
+        spied = {name: lambda *a, n=name, f=f, r=ran: r.append(n) or f(*a) for name, f in row.kernels.items()}
+        monkeypatch.setitem(row.__dict__, "kernels", spied)
+        with ops.use_backend("triton"):
+            row(*args)
+        assert ran == [default], row.name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("name", "narrow"),
+    [("guided_step", name) for name in ("velocity", "unconditional", "scale", "weights", "error_weights")]
+    + [("interpolate", "z_1"), ("velocity_loss", "target"), ("velocity_loss", "weight")],
+)
+def test_the_operator_itself_broadcasts_no_sample_over_the_batch(name, narrow, dtype):
+    """Called as torch.ops.lfm_fast.NAME; float64 runs on the reference, float32 on the library where there is one."""
+    row = ROWS[name]
+    state = {"state": dtype, "error": True} if name == "guided_step" else {}
+    args = list(row.bind(**row.arguments(shape=(3, 4, 5), dtype=dtype, **state)))
+    assert row.overload(*args)[0].shape[0] == 3
+    position = row.argument_names.index(narrow)
+    args[position] = args[position][:1]
+    with pytest.raises((ValueError, RuntimeError)):
+        row.overload(*args)
+    with ops.use_backend("reference"), pytest.raises(ValueError, match=narrow):
+        row.overload(*args)
 
 
 def test_forcing_the_library_that_is_missing_says_why(without_library):
