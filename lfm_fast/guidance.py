@@ -7,7 +7,8 @@ The blend is left to the solver's fused step. A guidance object is anything call
     guidance(network, t, z, time=None) -> (velocity, unconditional or None, scale (B,) or None)
 
 with a `Network` to evaluate, t (B,), z (B, ...), and `time` the same t as a Python float where the whole batch shares
-it. One that is no linear blend returns (velocity, None, None).
+it. One that is no linear blend returns (velocity, None, None). A velocity may be a buffer that the model writes again:
+what is kept beyond the network's next call has to be cloned.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from functools import partial
 
 import torch
 from torch import nn
+
+from lfm_fast.flow.checks import check_velocity
 
 _HALF = (torch.bfloat16, torch.float16)
 _STATE = (torch.float32, torch.float64)
@@ -53,7 +56,7 @@ class Network:
     def conditional(self, t, z):
         """model(t, z, y) (B, ...)."""
         self.forwards += 1
-        return self._call(t, z, {} if self.y is None else {"y": self.y})
+        return self._call(t, z, {} if self.y is None else {"y": self.y.clone()})
 
     def unconditional(self, t, z, rows=None):
         """model(t, z, null label), or model(t, z, y=None) without one; `rows`: the samples t and z hold, or all."""
@@ -67,11 +70,12 @@ class Network:
         """
         chosen = (t, z) if rows is None else (t[rows.index], z[rows.index])
         if self.null_label is None or self.y is None or not self.selects:
-            return self.conditional(t, z), self.unconditional(*chosen, rows)
+            velocity = self.conditional(t, z).clone()  # the model may write the next one to the same memory
+            return velocity, self.unconditional(*chosen, rows)
         self.forwards += 1
         self._count(rows)
         t, joined = torch.cat([t, chosen[0]]), torch.cat([z, chosen[1]])
-        velocity = self._call(t, joined, {"y": torch.cat([self.y, self._null(chosen[1])])})
+        velocity = self._call(t, joined, {"y": torch.cat([self.y, self._null(chosen[1])])}, own=True)
         return velocity[: z.shape[0]], velocity[z.shape[0] :]
 
     def _null(self, z):
@@ -84,14 +88,12 @@ class Network:
         else:
             self.forwards[rows.numbers] += 1
 
-    def _call(self, t, z, labels):
+    def _call(self, t, z, labels, own=False):
+        """The velocity in a type that a solver takes; own: t and z are nobody else's, so a model may write to them."""
         self.calls += 1
-        # contiguous: t may be one time expanded over the batch, and a model may scale its times in place
-        velocity = self.model(t.to(self.time_dtype).contiguous(), z.to(self.dtype), **labels, **self.kwargs)
-        if velocity.shape != z.shape:
-            raise ValueError(
-                f"The model returned {tuple(velocity.shape)} for a state {tuple(z.shape)}, expected its shape."
-            )
+        t, z_in = t.to(self.time_dtype, copy=not own), z.to(self.dtype, copy=not own)
+        velocity = self.model(t, z_in, **labels, **self.kwargs)
+        check_velocity(velocity, z)
         as_it_is = velocity.dtype == z.dtype or (z.dtype == torch.float32 and velocity.dtype in _HALF)
         return velocity if as_it_is else velocity.to(z.dtype)
 

@@ -174,6 +174,60 @@ def test_a_model_may_scale_its_times_in_place():
     torch.testing.assert_close(field(in_place, y=None)(t.expand(B), Z)[0], 500 * Z)
 
 
+@pytest.mark.parametrize(("null_label", "scale"), [(None, 1.0), (None, 2.0), (NULL, 2.0)])
+@pytest.mark.parametrize("batch_size", [1, B])
+def test_a_model_may_write_to_its_inputs(batch_size, null_label, scale):
+    def in_place(t, z, y=None):
+        z *= 1000 * t[:, None, None]
+        t.zero_()
+        if y is not None:
+            z += y[:, None, None]
+            y.zero_()
+        return z
+
+    t, z, y = torch.tensor(0.5).expand(batch_size), Z[:batch_size].clone(), Y[:batch_size].clone()
+    guided = GuidedField(Network(in_place, z, y, null_label), LinearGuidance(scale))
+    wanted = 500 * Z[:batch_size] + (scale * Y[:batch_size] + (1 - scale) * (null_label or 0))[:, None, None]
+    for _ in range(2):
+        torch.testing.assert_close(blend(*guided(t, z)), wanted)
+        assert torch.equal(z, Z[:batch_size])
+        assert torch.equal(y, Y[:batch_size])
+        assert t.tolist() == [0.5] * batch_size
+
+
+@pytest.mark.parametrize("null_label", [NULL, None])
+def test_a_model_may_return_the_same_memory_every_time(null_label):
+    buffers, model = {}, Model()
+
+    def static(t, z, y=None):
+        return buffers.setdefault(len(z), torch.empty_like(z)).copy_(model(t, z, y))
+
+    result = blend(*field(static, 2.5, null_label=null_label)(TIMES, Z))
+    torch.testing.assert_close(result, expected(TIMES, torch.full((B,), 2.5), null=float(null_label or 0)))
+
+
+class Output:
+    sample = Z
+
+
+@pytest.mark.parametrize(
+    ("velocity", "message"),
+    [
+        ((Z,), "returned 'tuple'.*wrap the model"),
+        ({"sample": Z}, "returned 'dict'.*wrap the model"),
+        (Output(), "returned 'Output'.*wrap the model"),
+        (None, "returned 'NoneType', expected a tensor"),
+        (Z.numpy(), "returned 'ndarray', expected a tensor"),
+        (Z.to(torch.complex64), "velocity of torch.complex64"),
+        (Z.to(torch.int64), "velocity of torch.int64"),
+        (Z > 0, "velocity of torch.bool"),
+    ],
+)
+def test_what_is_no_velocity_is_refused(velocity, message):
+    with pytest.raises(ValueError, match=message):
+        field(lambda t, z: velocity, y=None)(TIMES, Z)
+
+
 def test_a_velocity_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"returned \(4, 2, 6\) for a state \(4, 2, 3\)"):
+    with pytest.raises(ValueError, match=r"velocity \(4, 2, 6\) for a state \(4, 2, 3\)"):
         field(lambda t, z: torch.cat([z, z], -1), y=None)(TIMES, Z)

@@ -61,9 +61,9 @@ class _Watched:
         if self.settings.inside:
             t = t.clamp(self.low, self.high)  # the first guess of a step size may look beyond the end
         velocity, unconditional, scale = self.field(t.to(z).expand(z.shape[0]), z)
-        velocity = velocity.to(z.dtype)
         if unconditional is None:
-            return velocity
+            return velocity.to(z.dtype, copy=True)  # kept over several evaluations: the model's buffer may not be
+        velocity = velocity.to(z.dtype)
         scale = scale.reshape(-1, *[1] * (z.ndim - 1))
         return scale * velocity + (1 - scale) * unconditional.to(z.dtype)
 

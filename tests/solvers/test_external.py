@@ -174,3 +174,15 @@ def test_velocities_that_are_not_finite_end_in_a_sentence():
     field = Counting(lambda t, z: z * float("nan"))
     with pytest.raises(RuntimeError, match="dopri5 gave up after t = 1"):
         get_solver("dopri5").integrate(field, PROBLEMS[0].start, DOWN, Settings())
+
+
+@pytest.mark.parametrize("name", ["torchdiffeq:rk4", "torchdiffeq:explicit_adams", "dopri5", "heun", "rk4"])
+def test_a_field_may_return_the_same_memory_every_time(name):
+    problem, times = PROBLEMS[2], time_grid(None, 10)
+    buffer = torch.empty_like(problem.start)
+
+    def static(t, z):
+        return buffer.copy_(problem.velocity(t, z)), None, None
+
+    fresh, _ = solve(name, problem, times)
+    assert torch.equal(get_solver(name).integrate(static, problem.start, times, Settings()).z, fresh.z)
