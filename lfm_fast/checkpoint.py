@@ -13,7 +13,8 @@ import re
 import secrets
 import socket
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -39,12 +40,17 @@ def load_checkpoint(path: str | os.PathLike, model: nn.Module | None = None, *, 
 
     With `model` the weights are copied into it and keep its dtype and device. Without, the network is built on the CPU
     in float32, from the file's own configuration or, where it has none, as the known network of exactly these shapes.
-    Raises ValueError for a missing or damaged file, for one that holds anything else, and for weights that do not fit.
+    Raises ValueError for a missing or damaged file (a training checkpoint's checksum is compared), for one that holds
+    anything else, and for weights that do not fit; `model` is then as it was.
 
         model = lfm_fast.load_checkpoint("model_475.pth")
     """
     if weights not in ("ema", "model"):
         raise ValueError(f'weights must be "ema" or "model", but is {weights!r}.')
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"path is a {type(path).__name__}; give the checkpoint file's path.")
+    if model is not None and not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}; give a torch.nn.Module, or none to have it built.")
     path = Path(path)
     state_dict, config, hints = _read_network(path, weights)
     with _naming(path):
@@ -57,7 +63,7 @@ def load_checkpoint(path: str | os.PathLike, model: nn.Module | None = None, *, 
         else:
             with torch.device("meta"):
                 model = from_config(config)
-            _require_fit(model, state_dict)
+        _require_fit(model, state_dict)
     model.load_state_dict({name: _own_float32(tensor) for name, tensor in state_dict.items()}, assign=True)
     return model.eval()
 
@@ -82,21 +88,42 @@ def save_weights(path: str | os.PathLike, state_dict: dict[str, Tensor], metadat
             raise OSError(f"cannot write {path}: {error}") from error
 
 
-def read_weights(path: str | os.PathLike, prefix: str = "") -> tuple[dict[str, Tensor], dict]:
+def read_weights(path: str | os.PathLike, prefix: str = "", *, verify: bool = False) -> tuple[dict[str, Tensor], dict]:
     """Read a safetensors file: (tensors whose names begin with `prefix`, which is cut off; metadata).
 
-    Metadata values that are not JSON stay strings. Raises ValueError for a missing or damaged file.
+    `verify` reads all of a training checkpoint and compares its `checksum`. Metadata values that are not JSON stay
+    strings. Raises ValueError for a missing or damaged file.
     """
     path = Path(path)
     _require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (no mapping)
-            tensors = {name[len(prefix) :]: file.get_tensor(name).clone() for name in names}
-            metadata = file.metadata() or {}
+            names = list(file.keys())
+            metadata = {name: _from_json(text) for name, text in (file.metadata() or {}).items()}
+            if verify and "checksum" in metadata and _is_training(names):
+                found = _crc((name, file.get_tensor(name)) for name in sorted(names))
+                if found != metadata["checksum"]:
+                    raise ValueError(f"{path} is damaged: its checksum does not match its contents.")
+            tensors = {name[len(prefix) :]: file.get_tensor(name).clone() for name in names if name.startswith(prefix)}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or no safetensors file ({error}).") from error
-    return tensors, {name: _from_json(text) for name, text in metadata.items()}
+    return tensors, metadata
+
+
+def read_metadata(path: str | os.PathLike) -> dict:
+    """The metadata of a safetensors file, without its tensors. Raises ValueError for a missing or damaged file."""
+    return read_weights(path, prefix="no tensor: the metadata alone")[1]
+
+
+def checksum(tensors: dict[str, Tensor]) -> int:
+    """CRC-32 of names and bytes in the order of the names: safetensors itself notices a wrong length only."""
+    return _crc((name, tensors[name]) for name in sorted(tensors))
+
+
+def run_checkpoints(folder: str | os.PathLike) -> list[Path]:
+    """The numbered checkpoints of a training run's folder, newest first (by number)."""
+    found = [path for path in Path(folder, "checkpoints").glob("*.safetensors") if re.fullmatch("[0-9]+", path.stem)]
+    return sorted(found, key=lambda path: int(path.stem), reverse=True)
 
 
 @contextlib.contextmanager
@@ -111,7 +138,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path.parent)
+    remove_leftovers(path.parent)
     temporary = path.parent / f".{path.name}.{socket.gethostname()}~{os.getpid()}~{secrets.token_hex(4)}{_PARTIAL}"
     try:
         yield temporary
@@ -132,7 +159,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
+    """Remove the partial files that `atomic_write` left in `folder` in processes of this machine that are gone."""
     for leftover in folder.glob(f".*~*~*{_PARTIAL}"):
         owner, pid, _ = leftover.name.rsplit("~", 2)
         if owner.endswith(f".{socket.gethostname()}") and pid.isdecimal() and not _is_running(int(pid)):
@@ -174,11 +202,23 @@ def _read_safetensors(path: Path, weights: str) -> tuple[dict[str, Tensor], dict
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or no safetensors file ({error}).") from error
     prefix = ""
-    if names and all(name.startswith(_TRAINING_PREFIXES) for name in names):
+    if _is_training(names):
         has_ema = any(name.startswith("ema.") for name in names)
         prefix = "ema." if weights == "ema" and has_ema else "model."
-    state_dict, metadata = read_weights(path, prefix)
+    state_dict, metadata = read_weights(path, prefix, verify=True)
     return _plain_state_dict(path, state_dict), metadata
+
+
+def _is_training(names: list[str]) -> bool:
+    return bool(names) and all(name.startswith(_TRAINING_PREFIXES) for name in names)
+
+
+def _crc(named: Iterable[tuple[str, Tensor]]) -> int:
+    crc = 0
+    for name, tensor in named:
+        data = tensor.contiguous().flatten().view(torch.uint8).numpy()
+        crc = zlib.crc32(data, zlib.crc32(name.encode(), crc))
+    return crc
 
 
 def _read_pickle(path: Path, *, zipped: bool):
@@ -224,9 +264,21 @@ def _require_file(path: Path) -> None:
 
 
 def _require_fit(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-    difference = differences(shapes_of(model.state_dict()), shapes_of(state_dict))
+    """Everything that could stop the copying half-way, or spoil it without a word, is refused here."""
+    expected = model.state_dict()
+    difference = differences(shapes_of(expected), shapes_of(state_dict))
     if difference:
         raise ValueError(f"these weights do not fit the network ({type(model).__name__}); {difference}.")
+    for name, tensor in state_dict.items():
+        if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized:
+            kind = "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else str(tensor.layout)
+            raise ValueError(f"{name} is a {kind} tensor; save plain dense ones.")
+        if _kind(tensor) != _kind(expected[name]):
+            raise ValueError(f"{name} is {tensor.dtype}, but the network has {expected[name].dtype} there.")
+
+
+def _kind(tensor: Tensor) -> str:
+    return "complex" if tensor.is_complex() else "floating" if tensor.is_floating_point() else "integer"
 
 
 @contextlib.contextmanager

@@ -156,6 +156,36 @@ def test_weights_that_do_not_fit_are_told(tmp_path, state_dict, sentence):
         lfm_fast.load_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda x: x.to("meta"), "is a meta tensor"),
+        (lambda x: x.to_sparse(), "is a torch.sparse_coo tensor"),
+        (lambda x: x.to(torch.complex64), "is torch.complex64, but the network has torch.float32"),
+        (lambda x: x.to(torch.int64), "is torch.int64, but the network has torch.float32"),
+    ],
+)
+def test_tensors_of_another_kind_leave_the_model_as_it_was(tmp_path, spoil, sentence):
+    path, model = tmp_path / "m.pth", tiny(seed=1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state_dict = tiny().state_dict()
+    last = list(state_dict)[-1]
+    torch.save({**state_dict, last: spoil(state_dict[last])}, path)
+    for given in (model, None):
+        with pytest.raises(ValueError, match=f"m.pth: {last} {sentence}"):
+            lfm_fast.load_checkpoint(path, given)
+    assert_same_weights(model, before)
+
+
+def test_checkpoints_of_a_run_come_newest_first(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for stem in ("0000900", "10000000", "0001000", "best", "\u00b2", "12.old"):
+        (tmp_path / "checkpoints" / f"{stem}.safetensors").touch()
+    found = [path.stem for path in checkpoint.run_checkpoints(tmp_path)]
+    assert found == ["10000000", "0001000", "0000900"]
+    assert checkpoint.run_checkpoints(tmp_path / "nowhere") == []
+
+
 def test_weights_of_nothing_known_are_told(tmp_path):
     torch.save({"conv.weight": torch.zeros(1), "conv.bias": torch.zeros(1)}, tmp_path / "m.pth")
     with pytest.raises(ValueError, match=r"no network known here \(their keys begin with conv.weight, conv.bias\)"):
@@ -314,6 +344,11 @@ def test_a_loaded_model_does_not_depend_on_its_file(tmp_path, suffix):
 def test_wrong_arguments_get_a_sentence(tmp_path):
     with pytest.raises(ValueError, match='"ema" or "model", but is \'best\''):
         lfm_fast.load_checkpoint(tmp_path / "w.safetensors", weights="best")
+    for path in (None, 3):
+        with pytest.raises(ValueError, match="give the checkpoint file's path"):
+            lfm_fast.load_checkpoint(path)
+    with pytest.raises(ValueError, match="model is a dict"):
+        lfm_fast.load_checkpoint(tmp_path / "w.safetensors", {})
     with pytest.raises(ValueError, match="tensors only, but 'step' is a int"):
         save_weights(tmp_path / "w.safetensors", {"step": 3})
     with pytest.raises(ValueError, match="is not JSON"):

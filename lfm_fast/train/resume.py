@@ -8,13 +8,19 @@ import contextlib
 import json
 import os
 import re
-import zlib
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
-from lfm_fast.checkpoint import atomic_write, read_weights, save_weights
+from lfm_fast.checkpoint import (
+    atomic_write,
+    checksum,
+    read_metadata,
+    read_weights,
+    remove_leftovers,
+    run_checkpoints,
+    save_weights,
+)
 from lfm_fast.train.journal import read_metrics
 
 try:
@@ -51,7 +57,7 @@ def save_checkpoint(folder, state, config):
         "samples": state.samples,
         "loss_sum": float(state.loss_sum),
         "loss_steps": state.loss_steps,
-        "checksum": _checksum(tensors),
+        "checksum": checksum(tensors),
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,23 +93,20 @@ def load_checkpoint(path, state, world):
 
 def read_verified(path):
     """(tensors, metadata) of a training checkpoint. Raises one of UNREADABLE if a byte of it is wrong."""
-    tensors, metadata = read_weights(path)
-    missing = {"config", "training", "step", "samples", "loss_sum", "loss_steps", "checksum"} - set(metadata)
+    tensors, metadata = read_weights(path, verify=True)
+    missing = sorted({*_METADATA} - {*metadata})
     if missing:
-        raise ValueError(f"{path} is no training checkpoint: its metadata lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"{path} is no training checkpoint: its metadata lacks {', '.join(missing)}")
+    wrong = [name for name, kind in _METADATA.items() if not isinstance(metadata[name], kind)]
+    if wrong:
+        raise ValueError(f"{path} is no training checkpoint: its {wrong[0]} is {metadata[wrong[0]]!r}")
     if metadata["version"] > FORMAT_VERSION:
         raise ValueError(f"{path} has format version {metadata['version']}; this lfm_fast reads up to {FORMAT_VERSION}")
-    if _checksum(tensors) != metadata["checksum"]:
-        raise ValueError(f"{path} is damaged: its checksum does not match its contents")
     return tensors, metadata
 
 
-def _checksum(tensors):
-    """CRC-32 over all bytes in the order of the names: safetensors itself notices a wrong length only."""
-    crc = 0
-    for key in sorted(tensors):
-        crc = zlib.crc32(tensors[key].contiguous().flatten().view(torch.uint8).numpy(), zlib.crc32(key.encode(), crc))
-    return crc
+_METADATA = {"config": dict, "training": dict, "loss_sum": (int, float)}
+_METADATA |= dict.fromkeys(("version", "step", "samples", "loss_steps", "checksum"), int)
 
 
 def _under(prefix, tensors):
@@ -113,19 +116,13 @@ def _under(prefix, tensors):
 # --- a folder of them ---
 
 
-def checkpoints(folder):
-    """Checkpoint paths of a run folder, newest first."""
-    found = [path for path in Path(folder, "checkpoints").glob("*.safetensors") if path.stem.isdigit()]
-    return sorted(found, key=lambda path: int(path.stem), reverse=True)
-
-
 def newest_step(folder):
-    return max((int(path.stem) for path in checkpoints(folder)), default=0)
+    return max((int(path.stem) for path in run_checkpoints(folder)), default=0)
 
 
 def keep_newest(folder, count):
     """Delete all but the `count` newest checkpoints."""
-    for path in checkpoints(folder)[count:]:
+    for path in run_checkpoints(folder)[count:]:
         path.unlink(missing_ok=True)
 
 
@@ -192,7 +189,7 @@ def choose_run(config, total_steps):
                 continue
             if lock(folder):
                 _clean(folder)
-                return folder, checkpoints(folder)
+                return folder, run_checkpoints(folder)
     folder = new_run(config.output, config.model)
     lock(folder)
     return folder, []
@@ -201,10 +198,10 @@ def choose_run(config, total_steps):
 def _named_run(config):
     path = Path(config.resume)
     if path.is_dir():
-        folder, paths = path, checkpoints(path)
+        folder, paths = path, run_checkpoints(path)
     elif path.is_file():
         folder, paths = path.parent.parent, [path]
-        if not (folder / "config.json").exists() or checkpoints(folder)[0] != path:
+        if not (folder / "config.json").exists() or run_checkpoints(folder)[:1] != [path]:
             # going on from an older checkpoint must not overwrite what came after it
             new = new_run(config.output, config.model)
             lock(new)
@@ -222,9 +219,9 @@ def _named_run(config):
 
 
 def _clean(folder):
-    """Remove what a killed process had begun to write: whoever holds the lock knows that nobody is writing now."""
-    for leftover in (*Path(folder).glob("**/.*.partial"), *Path(folder).glob("**/*.tmp")):
-        leftover.unlink(missing_ok=True)
+    """Remove what a killed process had begun to write, and nothing that anybody else put here."""
+    for place in (Path(folder), Path(folder, "checkpoints"), Path(folder, "samples")):
+        remove_leftovers(place)
 
 
 def settings_of(path):
@@ -233,10 +230,10 @@ def settings_of(path):
     settings = _read_config(path) if path.is_dir() else None
     if path.is_file():
         try:
-            settings = read_weights(path)[1].get("training")
+            settings = read_metadata(path).get("training")
         except UNREADABLE as error:
             raise ValueError(f"--resume {path}: the file cannot be read ({error})") from error
-    if settings is None:
+    if not isinstance(settings, dict):
         raise ValueError(f"--resume {path}: this is no run folder (with a config.json) and no training checkpoint")
     return settings
 
@@ -248,9 +245,10 @@ def write_config(folder, config):
 
 def _read_config(folder):
     try:
-        return json.loads((Path(folder) / "config.json").read_text())
+        settings = json.loads((Path(folder) / "config.json").read_text())
     except (OSError, ValueError):
         return None
+    return settings if isinstance(settings, dict) else None
 
 
 def truncate_metrics(folder, step):

@@ -59,7 +59,7 @@ def test_two_ranks_give_the_curve_of_one(one_rank, two):
 def test_rank_0_alone_writes(two):
     assert (two / "rank1.txt").read_text() == ""
     assert "2 x cpu" in (two / "rank0.txt").read_text()
-    assert [path.stem for path in resume.checkpoints(two / "000-DiT-Tiny")] == ["0000012", "0000008", "0000004"]
+    assert [path.stem for path in resume.run_checkpoints(two / "000-DiT-Tiny")] == ["0000012", "0000008", "0000004"]
 
 
 def test_two_ranks_draw_the_grid_of_one(one_rank, two):
@@ -113,7 +113,7 @@ def test_a_run_goes_on_at_another_world_size(tmp_path, one_rank, first):
 
     start(first)
     folder = tmp_path / "000-DiT-Tiny"
-    for path in resume.checkpoints(folder)[:2]:  # as if it had been killed after step 4
+    for path in resume.run_checkpoints(folder)[:2]:  # as if it had been killed after step 4
         path.unlink()
     text = start(3 - first)
     assert f"going on from {folder / 'checkpoints' / '0000004.safetensors'}" in text

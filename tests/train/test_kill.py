@@ -21,9 +21,9 @@ def arguments(output):
 
 def whole_checkpoints(folder):
     """Steps of the checkpoints that read without fault; every file that has a checkpoint's name must."""
-    for path in resume.checkpoints(folder):
+    for path in resume.run_checkpoints(folder):
         resume.read_verified(path)
-    return [int(path.stem) for path in resume.checkpoints(folder)]
+    return [int(path.stem) for path in resume.run_checkpoints(folder)]
 
 
 def kill_once(run, folder, generator):
@@ -53,7 +53,7 @@ def test_killed_at_random_instants(tmp_path):
         if not kill_once(run, folder, generator):
             # finished before the kill: cut it back to its beginning, so that there is something to kill
             assert run.status() == 0
-            for path in resume.checkpoints(folder):
+            for path in resume.run_checkpoints(folder):
                 path.unlink()
         else:
             kills += 1
@@ -68,7 +68,7 @@ def test_killed_at_random_instants(tmp_path):
     assert os.listdir(tmp_path / "killed") == ["000-DiT-Tiny"], f"seed {seed}"
     assert curve(folder) == curve(reference), f"seed {seed}"
     assert [line["step"] for line in read_metrics(folder)] == list(range(2, STEPS + 1, 2)), f"seed {seed}"
-    one, other = (resume.read_verified(resume.checkpoints(f)[0])[0] for f in (folder, reference))
+    one, other = (resume.read_verified(resume.run_checkpoints(f)[0])[0] for f in (folder, reference))
     assert all(torch.equal(one[name], other[name]) for name in other), f"seed {seed}"
     assert not list(folder.glob("**/*.partial")), f"seed {seed}"
 

@@ -67,7 +67,7 @@ def test_a_resumed_run_is_equal_to_the_bit(tmp_path, uninterrupted, stop_at):
     second = train(config, TinySource())
     assert second == first
     assert curve(second) == curve(uninterrupted)
-    assert_same_checkpoint(resume.checkpoints(second)[0], resume.checkpoints(uninterrupted)[0])
+    assert_same_checkpoint(resume.run_checkpoints(second)[0], resume.run_checkpoints(uninterrupted)[0])
 
 
 def test_a_finished_run_is_not_resumed(tmp_path):
@@ -101,7 +101,7 @@ def test_an_older_checkpoint_continues_in_a_new_folder(tmp_path):
 
 def test_resuming_by_path_takes_the_settings_of_the_run(tmp_path):
     first = train(settings(tmp_path), StoppingSource(3))
-    for path in (first, resume.checkpoints(first)[0]):
+    for path in (first, resume.run_checkpoints(first)[0]):
         config = parse_args(["--resume", str(path), "--checkpoint-every", "2"])
         assert config.checkpoint_every == 2
         assert (
@@ -137,7 +137,7 @@ def test_how_to_go_on_starts_what_was_started(monkeypatch, name, ranks, words):
 def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, capfd, damage):
     config = settings(tmp_path)
     folder = train(config, StoppingSource(10))
-    newest, previous = resume.checkpoints(folder)[:2]
+    newest, previous = resume.run_checkpoints(folder)[:2]
     data = bytearray(newest.read_bytes())
     if damage == "truncate":
         data = data[: len(data) // 2]
@@ -151,13 +151,44 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, capfd, damage):
     assert f"going on from {previous}" in lines[1]
     whole = train(settings(tmp_path / "whole"), TinySource())
     assert curve(folder) == curve(whole)
-    assert_same_checkpoint(resume.checkpoints(folder)[0], resume.checkpoints(whole)[0])
+    assert_same_checkpoint(resume.run_checkpoints(folder)[0], resume.run_checkpoints(whole)[0])
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     folder = train(settings(tmp_path, steps=2), TinySource())
     with pytest.raises(ValueError, match=r"holds the network .* but the settings ask for"):
         train(settings(tmp_path, label_dropout=0.2, resume=str(folder)), TinySource())
+
+
+def test_files_of_the_user_in_a_run_folder_stay(tmp_path):
+    folder = train(settings(tmp_path), StoppingSource(3))
+    mine = [folder / name for name in ("notes.tmp", "checkpoints/.mine.partial", "samples/a.tmp", ".x~1~2.partial")]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    assert train(settings(tmp_path), TinySource()) == folder
+    assert train(settings(tmp_path, steps=13, resume=str(folder)), TinySource()) == folder
+    assert [path.read_text() for path in mine] == ["mine"] * 4
+
+
+def test_a_checkpoint_of_another_name_continues_in_a_new_folder(tmp_path):
+    first = train(settings(tmp_path, steps=4), TinySource())
+    (path,) = resume.run_checkpoints(first)
+    best = path.rename(path.with_name("best.safetensors"))
+    second = train(settings(tmp_path, steps=6, resume=str(best)), TinySource())
+    assert (second.name, resume.newest_step(second)) == ("001-DiT-Tiny", 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("version", None), ("version", "two"), ("version", 99), ("step", "3"), ("config", [1])]
+)
+def test_wrong_metadata_is_one_sentence(tmp_path, name, value):
+    (path,) = resume.run_checkpoints(train(settings(tmp_path, steps=1), TinySource()))
+    tensors, metadata = resume.read_verified(path)
+    changed = {key: text for key, text in {**metadata, name: value}.items() if text is not None}
+    resume.save_weights(path, tensors, changed)
+    with pytest.raises(ValueError, match=name):
+        resume.read_verified(path)
 
 
 def test_a_path_that_is_nothing_is_refused(tmp_path):
@@ -177,12 +208,21 @@ def test_only_the_newest_checkpoints_stay(tmp_path):
 
 def test_the_checkpoint_is_a_network_for_everybody(tmp_path):
     config = settings(tmp_path, steps=2, num_classes=3, label_dropout=0.2)
-    path = resume.checkpoints(train(config, TinySource()))[0]
+    path = resume.run_checkpoints(train(config, TinySource()))[0]
     tensors, _ = resume.read_verified(path)
     for part, prefix in (("ema", "ema."), ("model", "model.")):
         model = lfm_fast.load_checkpoint(path, weights=part)
         assert model.config["num_classes"] == 3
         assert all(torch.equal(value, tensors[prefix + name]) for name, value in model.state_dict().items())
+
+
+def test_a_damaged_checkpoint_is_nobodys_network(tmp_path):
+    path = resume.run_checkpoints(train(settings(tmp_path, steps=1), TinySource()))[0]
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged: its checksum"):
+        lfm_fast.load_checkpoint(path)
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
@@ -247,7 +287,7 @@ def test_a_checkpoint_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_a_full_disk_loses_no_finished_checkpoint(tmp_path):
     """Files above a limit cannot be written: sentences, no leftovers, and the run goes on when there is room."""
     folder = train(settings(tmp_path), StoppingSource(4))
-    before = resume.checkpoints(folder)[0].read_bytes()
+    before = resume.run_checkpoints(folder)[0].read_bytes()
     run = Run(flags(output=tmp_path), tmp_path / "out.txt", largest_file=100_000)
     assert run.status() == 1
     lines = run.text().splitlines()
@@ -255,7 +295,7 @@ def test_a_full_disk_loses_no_finished_checkpoint(tmp_path):
     assert len([line for line in lines if line.startswith("Training goes on, but cannot write")]) == 1
     assert "Traceback" not in run.text()
     assert os.listdir(folder / "checkpoints") == ["0000004.safetensors"]
-    assert resume.checkpoints(folder)[0].read_bytes() == before
+    assert resume.run_checkpoints(folder)[0].read_bytes() == before
     train(settings(tmp_path), TinySource())
     assert curve(folder) == curve(train(settings(tmp_path / "whole"), TinySource()))
 
