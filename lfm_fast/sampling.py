@@ -1,6 +1,6 @@
 """Sampling: integrate a model's velocity from noise to latents."""
 
-import math
+import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -8,11 +8,12 @@ from itertools import pairwise
 
 import torch
 
+from lfm_fast.flow.checks import FLOATS, check_labels, check_model, describe
 from lfm_fast.flow.noise import check_indices, check_seed
-from lfm_fast.flow.objective import check_labels
 from lfm_fast.flow.paths import Linear, Path
 from lfm_fast.guidance import GuidedField, LinearGuidance, Network
 from lfm_fast.solvers import Settings, get_solver
+from lfm_fast.solvers.grids import is_number
 from lfm_fast.solvers.grids import time_grid as make_grid
 
 
@@ -71,30 +72,28 @@ def sample(
 
     Args:
         model: the velocity. y is passed by name, and left out when it is None and there is no guidance.
-        z1: (B, ...) state at t_start; at t = 1 the noise (path.prior of it for VarianceExploding). At least float32
-        inside.
+        z1: (B, ...) state at t_start; at t = 1 the noise (path.prior of it for VarianceExploding). Inside it is at
+            least float32.
         y: (B,) integer labels.
         guidance_scale: number or (B,); 1 is conditional and costs one forward per evaluation.
-        null_label: the label that means "no label"; with it both velocities come from one forward of 2 B rows. None:
-        the
-            unconditional velocity is model(t, z, y=None), a forward of its own.
+        null_label: the label that means "no label"; with it both velocities come from one forward of 2 B rows.
+            Without it the unconditional velocity is model(t, z, y=None), a forward of its own.
         guidance_interval: (low, high) in t; outside it the unconditional forward is skipped.
-        method: euler, midpoint, heun, rk4 (fixed); dopri5, dopri8, bosh3, fehlberg2, adaptive_heun (adaptive), and
-        any of
-            torchdiffeq's as "torchdiffeq:NAME". The adaptive ones are torchdiffeq's: one step size for the whole batch.
+        method: euler, midpoint, heun, rk4 (fixed); dopri5, dopri8, bosh3, fehlberg2, adaptive_heun (adaptive); any
+            of torchdiffeq's as "torchdiffeq:NAME". The adaptive ones are torchdiffeq's: one step size for the whole
+            batch.
         num_steps: solver steps N of a fixed method; of an adaptive one only the N + 1 times of a trajectory.
         time_grid: None or "uniform"; "lfm" (N points over [1, 1e-5], so N - 1 steps); ("shift", s), that is
             t' = s t / (1 + (s - 1) t); or a 1-D tensor of strictly monotone times, which replaces num_steps.
         atol, rtol: tolerances of adaptive methods.
         max_nfe: evaluations at most. A fixed method that needs more is refused. An adaptive one stops where it is,
-        warns,
-            returns the state of its last accepted step and says reached = False in the stats.
+            warns, returns the state of its last accepted step and says reached = False in the stats.
         t_start, t_end: in [0, 1], in either order. Moved inside [path.t_min, path.t_max].
         path: the path the model was trained on, None being Linear().
-        guidance: an object of the protocol of lfm_fast.guidance, instead of guidance_scale.
+        guidance: an object of the protocol of lfm_fast.guidance, instead of guidance_scale and guidance_interval.
         seed, indices: the noise of stochastic methods, by sample number; the methods of today are deterministic.
         compat: "lfm" integrates as LFM does: grid "lfm" for fixed methods, and torchdiffeq's adaptive methods step
-        past t_end.
+            past t_end.
         model_kwargs: further keyword arguments of the model; it is then called on the whole batch only.
         trajectory: return (K, B, ...) states at every time of the grid, both ends included, instead of the last.
         return_stats: return (z0, SampleStats).
@@ -104,7 +103,8 @@ def sample(
     Returns: (B, ...) latents on the device of z1, float32 (float64 for a float64 z1).
 
     Raises:
-        ValueError: any argument that cannot be used, before the model is called.
+        ValueError: any argument that cannot be used, before the model is called; a result of the model that is no
+            velocity of the shape of z.
         RuntimeError: torchdiffeq cannot go on (velocities that are not finite).
 
     >>> import torch, lfm_fast
@@ -124,7 +124,7 @@ def sample(
 
     started = time.perf_counter()
     with torch.no_grad(), _Progress(progress, None if solver.adaptive else len(times) - 1, callback) as watch:
-        z = z1.detach().to(torch.promote_types(z1.dtype, torch.float32))
+        z = z1.detach().to(torch.promote_types(z1.dtype, torch.float32), copy=True)  # never z1's own memory
         network = Network(model, z, y, null_label, model_kwargs)
         field = GuidedField(network, field_guidance)
         settings = Settings(
@@ -190,7 +190,7 @@ def _times(solver, time_grid, num_steps, t_start, t_end, path, compat):
     if not isinstance(path, Path):
         raise ValueError(f"path is {path!r}, expected an object of lfm_fast.paths such as Linear().")
     for name, value in (("t_start", t_start), ("t_end", t_end)):
-        if not _is_number(value) or not 0.0 <= value <= 1.0:
+        if not is_number(value) or not 0.0 <= value <= 1.0:
             raise ValueError(f"{name} is {value!r}, expected a number in [0, 1] (0 is data, 1 is noise).")
     if time_grid is None and compat == "lfm" and not solver.adaptive:
         time_grid = "lfm"
@@ -209,15 +209,15 @@ def _choose_guidance(guidance, scale, interval, null_label, y, batch_size):
             )
         finite, trivial = bool(scale.isfinite().all()), bool((scale == 1).all())
     else:
-        finite, trivial = _is_number(scale) and math.isfinite(scale), scale == 1
+        finite, trivial = is_number(scale) and abs(scale) <= sys.float_info.max, scale == 1
     if not finite:
         raise ValueError(f"guidance_scale is {scale!r}, expected finite numbers.")
-    if not (isinstance(interval, (tuple, list)) and len(interval) == 2 and all(map(_is_number, interval))) or not (
+    if not (isinstance(interval, (tuple, list)) and len(interval) == 2 and all(map(is_number, interval))) or not (
         0.0 <= interval[0] <= interval[1] <= 1.0
     ):
         raise ValueError(f"guidance_interval is {interval!r}, expected (low, high) in t with 0 <= low <= high <= 1.")
-    if null_label is not None and (not isinstance(null_label, int) or isinstance(null_label, bool) or null_label < 0):
-        raise ValueError(f"null_label is {null_label!r}, expected a label (an integer from 0 on) or None.")
+    if null_label is not None:
+        _check_null_label(null_label, torch.int64 if y is None else y.dtype)
     if guidance is not None:
         if not callable(guidance):
             raise ValueError(
@@ -225,6 +225,8 @@ def _choose_guidance(guidance, scale, interval, null_label, y, batch_size):
             )
         if not trivial:
             raise ValueError("Both guidance and guidance_scale were given; give one of them.")
+        if tuple(interval) != (0.0, 1.0):
+            raise ValueError("Both guidance and guidance_interval were given, which is of guidance_scale; give one.")
         return guidance
     if not trivial and y is None:
         raise ValueError(
@@ -233,15 +235,19 @@ def _choose_guidance(guidance, scale, interval, null_label, y, batch_size):
     return LinearGuidance(scale, tuple(interval))
 
 
+def _check_null_label(null_label, dtype):
+    if not isinstance(null_label, int) or isinstance(null_label, bool) or null_label < 0:
+        raise ValueError(f"null_label is {null_label!r}, expected a label (an integer from 0 on) or None.")
+    if null_label > torch.iinfo(dtype).max:
+        raise ValueError(f"null_label is {null_label}, more than {dtype} holds, which is the type of the labels y.")
+
+
 def _check_tensors(model, z1, y, indices, model_kwargs, callback):
-    if not callable(model):
+    check_model(model, model_kwargs)
+    if not isinstance(z1, torch.Tensor) or z1.dtype not in FLOATS or z1.ndim < 2 or z1.numel() == 0:
         raise ValueError(
-            f"model is {type(model).__name__!r}, expected a module or function called as model(t, z, y=None)."
-        )
-    if not isinstance(z1, torch.Tensor) or not z1.is_floating_point() or z1.ndim < 2 or z1.numel() == 0:
-        came = f"{tuple(z1.shape)} {z1.dtype}" if isinstance(z1, torch.Tensor) else repr(type(z1).__name__)
-        raise ValueError(
-            f"z1 is {came}, expected a floating (B, ...) tensor with at least one sample, as lfm_fast.noise makes."
+            f"z1 is {describe(z1)}, expected a (B, ...) tensor with at least one sample in float32, float64, float16 "
+            "or bfloat16, as lfm_fast.noise makes."
         )
     if y is not None:
         check_labels(y, z1.shape[0])
@@ -249,13 +255,6 @@ def _check_tensors(model, z1, y, indices, model_kwargs, callback):
             raise ValueError(f"y is on {y.device} and z1 on {z1.device}; move them to one device.")
     if indices is not None:
         check_indices(indices, z1.shape[0])
-    if model_kwargs is not None and not isinstance(model_kwargs, dict):
-        raise ValueError(f"model_kwargs is {type(model_kwargs).__name__!r}, expected a dict of keyword arguments.")
-    taken = {"t", "z", "y"} & set(model_kwargs or ())
-    if taken:
-        raise ValueError(
-            f"model_kwargs holds {', '.join(sorted(taken))}, which sample passes itself; give labels as y=."
-        )
     if callback is not None and not callable(callback):
         raise ValueError(f"callback is {callback!r}, expected a function callback(step, t, z).")
 
@@ -265,12 +264,12 @@ def _check_numbers(num_steps, atol, rtol, max_nfe, seed, compat):
         if (name, value) != ("max_nfe", None) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name} is {value!r}, expected a whole number from 1 on.")
     for name, value in (("atol", atol), ("rtol", rtol)):
-        if not _is_number(value) or not 0.0 <= value < math.inf:
+        if not is_number(value) or not 0.0 <= value <= sys.float_info.max:
             raise ValueError(f"{name} is {value!r}, expected a tolerance of 0 or more.")
     if atol == rtol == 0:
         raise ValueError("atol and rtol are both 0, which no step can meet; give at least one of them.")
     check_seed(seed)
-    if compat not in (None, "lfm"):
+    if compat is not None and not (isinstance(compat, str) and compat == "lfm"):
         raise ValueError(f"compat is {compat!r}, expected None or 'lfm'.")
 
 
@@ -287,7 +286,3 @@ def _check_budget(solver, max_nfe, num_steps, trajectory):
         raise ValueError(f"{solver.name} cannot be stopped at max_nfe; leave max_nfe out or choose another method.")
     elif trajectory:
         raise ValueError(f"{solver.name} cannot return a trajectory cut short by max_nfe; leave one of the two out.")
-
-
-def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

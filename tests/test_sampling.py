@@ -250,6 +250,45 @@ def test_a_bfloat16_network_is_stepped_in_float32(dit):
     torch.testing.assert_close(result, exact, rtol=0, atol=0.05)
 
 
+@pytest.mark.filterwarnings("ignore:dopri5 used its max_nfe")
+def test_the_result_is_never_the_memory_of_z1():
+    noise = z1()
+    kept = noise.clone()
+    z0 = lfm_fast.sample(Counting(), noise, max_nfe=1)  # no step is done: the state is the one it started from
+    assert torch.equal(z0, kept)
+    z0.zero_()
+    lfm_fast.sample(Counting(), noise, method="heun", num_steps=2, callback=lambda step, t, z: z.zero_())
+    assert torch.equal(noise, kept)
+
+
+@pytest.mark.parametrize("method", ["heun", "rk4", "dopri5", "torchdiffeq:rk4"])
+@pytest.mark.parametrize("guided", [{}, {"guidance_scale": 2.0}, {"guidance_scale": 2.0, "null_label": 3}])
+def test_a_model_that_uses_its_memory_again_changes_nothing(method, guided):
+    buffers, plain = {}, Counting()
+
+    def careless(t, z, y):
+        result = plain(t, z, y)
+        for given in (t, z) if y is None else (t, z, y):
+            given.zero_()
+        return buffers.setdefault(len(z), torch.empty_like(z)).copy_(result)
+
+    noise, y = z1(), torch.arange(3)
+    settings = {"y": y, "method": method, "num_steps": 4, "t_start": 0.0, "t_end": 1.0, **guided}
+    assert torch.equal(lfm_fast.sample(careless, noise, **settings), lfm_fast.sample(Counting(), noise, **settings))
+    assert torch.equal(noise, z1())
+    assert y.tolist() == [0, 1, 2]
+    with torch.inference_mode():
+        inside = lfm_fast.sample(careless, z1(), **settings)
+    assert torch.equal(inside, lfm_fast.sample(Counting(), noise, **settings))
+
+
+@pytest.mark.parametrize("result", [(torch.zeros(3, 2, 4),), None, torch.zeros(3, 2, 4, dtype=torch.complex64)])
+@pytest.mark.parametrize("method", ["heun", "dopri5"])
+def test_what_is_no_velocity_is_refused(method, result):
+    with pytest.raises(ValueError, match="The model returned"):
+        lfm_fast.sample(lambda t, z: result, z1(), method=method)
+
+
 def test_no_graph_is_recorded_and_the_mode_of_the_model_stays():
     model = torch.nn.Linear(4, 4).train()
     z0 = lfm_fast.sample(lambda t, z: model(z), z1().requires_grad_(), method="euler", num_steps=2)
@@ -281,6 +320,9 @@ Y3 = torch.zeros(3, dtype=torch.int64)
         ({"z1": torch.zeros(3, dtype=torch.int64)}, r"z1 is \(3,\) torch.int64"),
         ({"z1": torch.zeros(0, 4)}, "at least one sample"),
         ({"z1": [1.0]}, "z1 is 'list'"),
+        ({"z1": torch.zeros(3, 4).to(torch.float8_e4m3fn)}, "z1 is .* torch.float8_e4m3fn, expected"),
+        ({"y": Y3.bool()}, "torch.bool, expected"),
+        ({"y": Y3.to(torch.complex64)}, "torch.complex64, expected"),
         ({"y": torch.zeros(3)}, r"y is \(3,\) torch.float32, expected \(3,\) integer"),
         ({"y": Y3[:2]}, r"y is \(2,\)"),
         ({"y": Y3 - 1}, "the label -1"),
@@ -294,6 +336,17 @@ Y3 = torch.zeros(3, dtype=torch.int64)
         ({"guidance_scale": torch.tensor([1.0, math.inf, 1.0]), "y": Y3}, "expected finite"),
         ({"null_label": -1}, "null_label is -1"),
         ({"null_label": 1.5}, "null_label is 1.5"),
+        ({"null_label": 2**63}, "more than torch.int64 holds"),
+        ({"null_label": 300, "y": Y3.to(torch.uint8)}, "null_label is 300, more than torch.uint8 holds"),
+        ({"guidance_scale": 10**400, "y": Y3}, "expected finite"),
+        ({"guidance": refuse, "guidance_interval": (0.2, 0.8)}, "guidance_interval were given"),
+        ({"method": ["heun"]}, r"method is \['heun'\]"),
+        ({"method": None}, "method is None"),
+        ({"compat": ["lfm"]}, "compat is"),
+        ({"indices": torch.tensor([0, 1, -1])}, "indices holds -1"),
+        ({"time_grid": torch.tensor([1, 0.5j])}, "bool or complex"),
+        ({"time_grid": ("shift", 1e308)}, "from 1e-6 to 1e6"),
+        ({"model_kwargs": {1: 2}}, "the key 1, expected names"),
         ({"guidance_interval": (0.8, 0.2)}, "guidance_interval is"),
         ({"guidance_interval": (0.0, 2.0)}, "guidance_interval is"),
         ({"guidance_interval": 0.5}, "guidance_interval is"),

@@ -45,11 +45,17 @@ def noise(num_samples, shape, seed=0, first_index=0, indices=None, device=None, 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     num_samples, first_index = whole("num_samples", num_samples), whole("first_index", first_index)
+    try:
+        shape = tuple(shape)
+    except TypeError:
+        raise ValueError(f"noise: shape is {shape!r}, expected that of one sample, such as (4, 32, 32).") from None
     shape = tuple(whole("shape", side) for side in shape)
     seed = check_seed(seed)
     dtype = torch.float32 if dtype is None else dtype
-    if not dtype.is_floating_point:
-        raise ValueError(f"noise: dtype is {dtype}, expected a floating type.")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"noise: dtype is {dtype!r}, expected a floating type such as torch.float32.")
+    if device is not None:
+        _check_device(device)
     if indices is None:
         if first_index + num_samples > 2**63:
             raise ValueError(
@@ -65,6 +71,14 @@ def noise(num_samples, shape, seed=0, first_index=0, indices=None, device=None, 
     for side in shape:
         numel *= side
     return ops.philox_normal(indices, numel, seed, stream=STREAM_NOISE).reshape(num_samples, *shape).to(dtype)
+
+
+def _check_device(device):
+    try:
+        torch.empty(0, device=device)
+    except (TypeError, RuntimeError, AssertionError) as error:  # unknown, or not in this machine or build of torch
+        reason = str(error).partition("\n")[0].partition(". ")[0][:120]
+        raise ValueError(f"noise: device is {device!r}, which cannot be used ({reason}).") from error
 
 
 def label_dropout_mask(index, seed, probability):
@@ -99,7 +113,7 @@ def check_seed(seed):
 
 
 def check_indices(indices, num_samples):
-    """Raise ValueError unless `indices` is (num_samples,) int64."""
+    """Raise ValueError unless `indices` is (num_samples,) int64 from 0 on; values are read on the CPU only."""
     if not isinstance(indices, torch.Tensor) or indices.dtype != torch.int64 or indices.shape != (num_samples,):
         came = (
             f"{tuple(indices.shape)} {indices.dtype}"
@@ -107,3 +121,5 @@ def check_indices(indices, num_samples):
             else repr(type(indices).__name__)
         )
         raise ValueError(f"indices is {came}, expected a ({num_samples},) int64 tensor: one sample number per row.")
+    if indices.device.type == "cpu" and num_samples and int(indices.min()) < 0:
+        raise ValueError(f"indices holds {int(indices.min())}, expected sample numbers from 0 on.")

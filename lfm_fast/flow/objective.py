@@ -3,6 +3,7 @@
 import torch
 
 from lfm_fast import ops
+from lfm_fast.flow.checks import FLOATS, check_labels, check_model, check_times, check_velocity, describe
 from lfm_fast.flow.noise import STREAM_NOISE, check_indices, check_seed
 from lfm_fast.flow.paths import Linear, Path
 from lfm_fast.flow.time_samplers import draw
@@ -61,7 +62,8 @@ def flow_matching_loss(
     Returns: scalar float32 (float64 for float64 latents).
 
     Raises:
-        ValueError: an argument of the wrong shape, type or value, before the model is called.
+        ValueError: an argument of the wrong shape, type or value, before the model is called; afterwards one
+            for a result that is no velocity of the shape of z_0. Values of tensors are checked on the CPU only.
 
     >>> import torch, lfm_fast
     >>> z_0, z_1 = torch.zeros(2, 4), torch.ones(2, 4)  # the target is z_1 - z_0 = 1
@@ -71,6 +73,7 @@ def flow_matching_loss(
     Source: Lipman et al., arXiv 2210.02747, eq. 9; in latent space Dao et al., arXiv 2307.08698, eq. 6.
     """
     path = Linear() if path is None else path
+    check_model(model, model_kwargs)
     _check(z_0, y, path, z_1, t, indices, weighting)
     seed = int(torch.randint(2**63 - 1, ())) if seed is None else check_seed(seed)
     batch_size = z_0.shape[0]
@@ -79,58 +82,52 @@ def flow_matching_loss(
         t = draw(time_sampler, index, seed, path.t_min, path.t_max)
     wide = torch.float64 if z_0.dtype == torch.float64 else torch.float32
     t = t.to(device=z_0.device, dtype=wide)
+    weight = _weights(weighting, path, t)  # before the model, which may write to its arguments
 
     coefficients = path.coefficients(t)  # (4, B)
     if z_1 is None:
         z_t, target = ops.interpolate(z_0, coefficients, index=index, seed=seed, stream=STREAM_NOISE)
     else:
         z_t, target = ops.interpolate(z_0, coefficients, z_1=z_1.to(z_0))
-    velocity = model(t, z_t, **({} if y is None else {"y": y}), **(model_kwargs or {}))
-    if velocity.shape != z_0.shape:
-        raise ValueError(
-            f"The model returned a velocity {tuple(velocity.shape)}, expected the shape of z_0 {tuple(z_0.shape)}."
-        )
-    return ops.velocity_loss(velocity, target, weight=_weights(weighting, path, t)).mean()
+    velocity = model(t.clone(), z_t, **({} if y is None else {"y": y.clone()}), **(model_kwargs or {}))
+    check_velocity(velocity, z_0)
+    return ops.velocity_loss(velocity, target, weight=weight).mean()
 
 
 def _weights(weighting, path, t):
     if weighting is None:
         return None
-    weight = weighting(t) if callable(weighting) else WEIGHTINGS[weighting](path, t)
-    if weight.shape != t.shape:
-        raise ValueError(f"weighting returned {tuple(weight.shape)}, expected one weight per sample {tuple(t.shape)}.")
+    if not callable(weighting):
+        return WEIGHTINGS[weighting](path, t)
+    weight = weighting(t.clone())
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.shape != t.shape:
+        raise ValueError(
+            f"weighting returned {describe(weight)}, expected one weight per sample, {tuple(t.shape)} floating."
+        )
+    if weight.device.type == "cpu" and not bool((weight >= 0).all()):
+        raise ValueError("weighting returned a weight below 0 or NaN, expected weights from 0 on.")
     return weight
 
 
 def _check(z_0, y, path, z_1, t, indices, weighting):
     if not isinstance(z_0, torch.Tensor) or not z_0.is_floating_point() or z_0.ndim < 2:
         raise ValueError("z_0 has to be a floating (B, ...) tensor of latents with at least two dimensions.")
+    if z_0.dtype not in FLOATS or z_0.numel() == 0:
+        raise ValueError(
+            f"z_0 is {describe(z_0)}, expected at least one sample in float32, float64, float16 or bfloat16."
+        )
     batch_size = z_0.shape[0]
     if not isinstance(path, Path):
         raise ValueError(f"path is {path!r}, expected an object of lfm_fast.paths such as Linear().")
-    if z_1 is not None and z_1.shape != z_0.shape:
-        raise ValueError(f"z_1 is {tuple(z_1.shape)}, expected the shape of z_0 {tuple(z_0.shape)}.")
-    if t is not None and (not t.is_floating_point() or t.shape != (batch_size,)):
-        raise ValueError(f"t is {tuple(t.shape)} {t.dtype}, expected ({batch_size},) floating: one time per sample.")
+    if z_1 is not None and (not isinstance(z_1, torch.Tensor) or z_1.dtype not in FLOATS or z_1.shape != z_0.shape):
+        raise ValueError(f"z_1 is {describe(z_1)}, expected floating noise of the shape of z_0 {tuple(z_0.shape)}.")
+    if t is not None:
+        check_times(t, batch_size, path.t_min, path.t_max)
     if y is not None:
         check_labels(y, batch_size)
     if indices is not None:
         check_indices(indices, batch_size)
-    if weighting is not None and not callable(weighting) and weighting not in WEIGHTINGS:
+    if not (weighting is None or callable(weighting) or (isinstance(weighting, str) and weighting in WEIGHTINGS)):
         raise ValueError(
             f"Unknown weighting {weighting!r}; there are {', '.join(WEIGHTINGS)}, None, or give a callable."
         )
-
-
-def check_labels(y, batch_size):
-    """Raise ValueError unless y is (B,) integers from 0 on; the values are read only where that waits for no device."""
-    if (
-        not isinstance(y, torch.Tensor)
-        or y.dtype.is_floating_point
-        or y.dtype == torch.bool
-        or y.shape != (batch_size,)
-    ):
-        came = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, torch.Tensor) else repr(type(y).__name__)
-        raise ValueError(f"y is {came}, expected ({batch_size},) integer labels.")
-    if y.device.type == "cpu" and batch_size and int(y.min()) < 0:
-        raise ValueError(f"y holds the label {int(y.min())}, expected labels from 0 on.")

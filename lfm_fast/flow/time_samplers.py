@@ -6,6 +6,7 @@ A time sampler turns what the counter gives into t in (0, 1); a new one is a fun
 import torch
 
 from lfm_fast import ops
+from lfm_fast.flow.checks import check_times
 from lfm_fast.flow.noise import STREAM_TIME, check_seed
 
 
@@ -26,10 +27,14 @@ def draw(name, index, seed, t_min=0.0, t_max=1.0):
     """t (B,) float32 in [t_min, t_max] for the samples numbered `index` (B,) int64.
 
     name: a row of TIME_SAMPLERS, or a callable (index, seed) -> (B,) in [0, 1].
-    Raises ValueError for an unknown name.
+    Raises ValueError for an unknown name, or a callable that returns anything else.
     """
-    if not callable(name) and name not in TIME_SAMPLERS:
+    seed = check_seed(seed)
+    if callable(name):
+        t = name(index, seed)
+        check_times(t, index.shape[0], 0.0, 1.0, source="What time_sampler returned")
+    elif isinstance(name, str) and name in TIME_SAMPLERS:
+        t = TIME_SAMPLERS[name](index, seed)
+    else:
         raise ValueError(f"Unknown time sampler {name!r}; there are {', '.join(TIME_SAMPLERS)}, or give a callable.")
-    sampler = name if callable(name) else TIME_SAMPLERS[name]
-    t = sampler(index, check_seed(seed))
     return t if (t_min, t_max) == (0.0, 1.0) else t_min + (t_max - t_min) * t

@@ -71,9 +71,9 @@ def get_solver(name):
     >>> get_solver("heun").evaluations_per_step
     2
     """
-    if name in METHODS:
+    prefix, _, rest = name.partition(":") if isinstance(name, str) else ("", "", "")
+    if prefix in METHODS and name == prefix:
         return METHODS[name]
-    prefix, _, rest = str(name).partition(":")
     if prefix == "torchdiffeq" and rest in external.EXTERNALS:
         return _torchdiffeq(name, external.EXTERNALS[rest])
     raise ValueError(

@@ -3,6 +3,7 @@
 import torch
 
 LFM_LAST_TIME = 1e-5
+_LARGEST_SHIFT = 1e6  # far beyond, neighbouring times are one number
 
 
 def time_grid(kind, num_steps, t_start=1.0, t_end=0.0, limits=(0.0, 1.0)):
@@ -28,14 +29,14 @@ def time_grid(kind, num_steps, t_start=1.0, t_end=0.0, limits=(0.0, 1.0)):
         if len(set(times)) < len(times):
             raise ValueError(f"time_grid has more than one time outside [{low:g}, {high:g}], the times of the path.")
         return times
-    if kind == "lfm":
+    if isinstance(kind, str) and kind == "lfm":
         low, num_steps = max(low, LFM_LAST_TIME), num_steps - 1
         if num_steps < 1:
             raise ValueError("time_grid='lfm' makes num_steps - 1 steps; num_steps is 1, give 2 or more.")
     t_start, t_end = _clamp(t_start, low, high), _clamp(t_end, low, high)
     if t_start == t_end:
         raise ValueError(f"t_start and t_end are both {t_start:g} within [{low:g}, {high:g}]: nothing to integrate.")
-    if kind is None or kind in ("uniform", "lfm"):
+    if kind is None or (isinstance(kind, str) and kind in ("uniform", "lfm")):
         return _equidistant(t_start, t_end, num_steps)
     if isinstance(kind, (list, tuple)) and len(kind) == 2 and kind[0] == "shift":
         return _shifted(kind[1], t_start, t_end, num_steps)
@@ -52,8 +53,8 @@ def _equidistant(t_start, t_end, num_steps):
 
 
 def _shifted(shift, t_start, t_end, num_steps):
-    if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0.0 < shift < float("inf"):
-        raise ValueError(f"time_grid=('shift', {shift!r}): the shift has to be a positive number.")
+    if not is_number(shift) or not 1 / _LARGEST_SHIFT <= shift <= _LARGEST_SHIFT:
+        raise ValueError(f"time_grid=('shift', {shift!r}): the shift has to be a positive number, from 1e-6 to 1e6.")
     first, last = (t / (shift - (shift - 1) * t) for t in (t_start, t_end))  # the inverse, so that the ends stay
     middle = [shift * u / (1 + (shift - 1) * u) for u in _equidistant(first, last, num_steps)[1:-1]]
     return [t_start, *middle, t_end]
@@ -61,9 +62,15 @@ def _shifted(shift, t_start, t_end, num_steps):
 
 def _given(times, t_start, t_end):
     try:
-        times = torch.as_tensor(times, dtype=torch.float64).detach().cpu()
+        # as they are, and not as torch.as_tensor would make them: [True, 0.5] and [1j, 0] are not to become times
+        parts = times if isinstance(times, (list, tuple)) else [times]
+        dtypes = [torch.as_tensor(part).dtype for part in parts]
+        real = not any(dtype == torch.bool or dtype.is_complex for dtype in dtypes)
+        times = torch.as_tensor(times, dtype=torch.float64).detach().cpu() if real else None
     except (TypeError, ValueError, RuntimeError):
         raise ValueError("time_grid holds something that is no number, expected a 1-D tensor of times.") from None
+    if times is None:
+        raise ValueError("time_grid holds bool or complex values, expected real numbers in [0, 1].")
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(f"time_grid is a tensor {tuple(times.shape)}, expected a 1-D one of at least two times.")
     steps = times.diff()
@@ -78,3 +85,8 @@ def _given(times, t_start, t_end):
                 f"{name} is {came:g}, time_grid has {of_grid:g} there; leave {name} out or make them agree."
             )
     return times
+
+
+def is_number(value):
+    """Whether a Python number that is no bool was given."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

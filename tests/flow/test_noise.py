@@ -77,7 +77,14 @@ def test_dtypes_are_rounded_from_float32():
         ({"indices": torch.zeros(2)}, "torch.float32, expected"),
         ({"indices": [0, 1]}, "'list', expected"),
         ({"indices": torch.arange(2), "first_index": 1}, "give one of them"),
+        ({"indices": torch.tensor([3, -1])}, "indices holds -1, expected sample numbers from 0 on"),
         ({"dtype": torch.int32}, "expected a floating type"),
+        ({"dtype": "float32"}, "dtype is 'float32', expected a floating type"),
+        ({"shape": None}, "shape is None, expected that of one sample"),
+        ({"shape": 3}, "shape is 3, expected that of one sample"),
+        ({"shape": "ab"}, "shape is 'a'"),
+        ({"device": "gpu"}, "device is 'gpu', which cannot be used"),
+        ({"device": 1.5}, "device is 1.5, which cannot be used"),
     ],
 )
 def test_noise_errors(arguments, message):

@@ -94,7 +94,8 @@ def test_a_seed_of_none_follows_torch():
 def test_labels_and_further_arguments_reach_the_model():
     net, z_0, y = Net(), latents(), torch.tensor([0, 1, 2, 3, 4, 0], dtype=torch.int32)
     labelled = lfm_fast.flow_matching_loss(net, z_0, y, seed=0)
-    assert net.seen[2] is y
+    assert net.seen[2].dtype == torch.int32
+    assert torch.equal(net.seen[2], y)
     assert lfm_fast.flow_matching_loss(net, z_0, seed=0).item() != labelled.item()
     assert lfm_fast.flow_matching_loss(net, z_0, y, seed=0, model_kwargs={"gain": 2.0}).item() != labelled.item()
     lfm_fast.flow_matching_loss(lambda t, z: z, z_0, seed=0)  # a function without labels serves
@@ -150,6 +151,30 @@ def refuse(*args, **kwargs):
         ({"y": torch.tensor([0, 1, -2, 0, 0, 0])}, "the label -2"),
         ({"path": "linear"}, "path is 'linear'"),
         ({"z_1": torch.zeros(6, 4)}, "z_1 is"),
+        ({"z_0": torch.zeros(0, 4)}, r"z_0 is \(0, 4\) torch.float32, expected at least one sample"),
+        ({"z_0": torch.zeros(6, 4).to(torch.float8_e4m3fn)}, "z_0 is .* torch.float8_e4m3fn, expected"),
+        ({"z_1": [1.0]}, "z_1 is 'list'"),
+        ({"z_1": torch.zeros(6, 4, 3, 2, dtype=torch.int64)}, "z_1 is .* torch.int64, expected floating"),
+        ({"y": torch.zeros(6, dtype=torch.bool)}, "torch.bool, expected"),
+        ({"y": torch.zeros(6, dtype=torch.complex64)}, "torch.complex64, expected"),
+        ({"t": [0.5] * 6}, "t is 'list'"),
+        ({"t": torch.full((6,), 1.5)}, r"t holds times outside \[0, 1\]"),
+        ({"t": torch.full((6,), float("nan"))}, "or NaN"),
+        ({"t": torch.zeros(6), "path": VariancePreserving()}, r"t holds times outside \[1e-05, 1\]"),
+        ({"model": None}, "model is 'NoneType', expected a module or function"),
+        ({"model_kwargs": [1]}, "model_kwargs is 'list'"),
+        ({"model_kwargs": {"z": 1}}, "model_kwargs holds z"),
+        ({"model_kwargs": {1: 1}}, "model_kwargs holds the key 1"),
+        ({"indices": torch.arange(6) - 1}, "indices holds -1"),
+        ({"time_sampler": ["uniform"]}, "Unknown time sampler"),
+        ({"time_sampler": lambda index, seed: torch.zeros(5)}, r"time_sampler returned is \(5,\)"),
+        ({"time_sampler": lambda index, seed: 0.5}, "time_sampler returned is 'float'"),
+        ({"time_sampler": lambda index, seed: torch.full((6,), 2.0)}, "time_sampler returned holds times outside"),
+        ({"weighting": ["data"]}, "Unknown weighting"),
+        ({"weighting": lambda t: -t}, "a weight below 0 or NaN"),
+        ({"weighting": lambda t: t * float("nan")}, "a weight below 0 or NaN"),
+        ({"weighting": lambda t: 1.0}, "returned 'float', expected one weight per sample"),
+        ({"weighting": lambda t: t.mean()}, "expected one weight per sample"),
         ({"t": torch.zeros(())}, "one time per sample"),
         ({"t": torch.zeros(6, dtype=torch.int64)}, "one time per sample"),
         ({"indices": torch.arange(5)}, "indices is"),
@@ -160,11 +185,38 @@ def refuse(*args, **kwargs):
 )
 def test_errors_come_before_the_model(arguments, message):
     with pytest.raises(ValueError, match=message):
-        lfm_fast.flow_matching_loss(refuse, **{"z_0": latents(), **arguments})
+        lfm_fast.flow_matching_loss(**{"model": refuse, "z_0": latents(), **arguments})
 
 
-def test_a_velocity_or_weight_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"velocity \(6, 8, 3, 2\), expected the shape of z_0"):
+def test_a_model_may_write_to_its_inputs():
+    z_0, y, t = latents(), torch.arange(6), torch.linspace(0.1, 0.9, 6)
+    kept = z_0.clone()
+
+    def in_place(t, z, y):
+        result = z * t[:, None, None, None]
+        for given in (t, z, y):
+            given.zero_()
+        return result
+
+    def polite(t, z, y):
+        return z * t[:, None, None, None]
+
+    for weighting in ("data", lambda t: 1 + t, lambda t: t.add_(1)):
+        ours, expected = (
+            lfm_fast.flow_matching_loss(model, z_0, y, t=t, seed=0, weighting=weighting) for model in (in_place, polite)
+        )
+        assert torch.equal(ours, expected)
+        assert torch.equal(t, torch.linspace(0.1, 0.9, 6))
+        assert torch.equal(y, torch.arange(6))
+        assert torch.equal(z_0, kept)
+
+
+@pytest.mark.parametrize("convert", [lambda z: (z,), lambda z: z.to(torch.complex64), lambda z: None])
+def test_what_is_no_velocity_is_refused(convert):
+    with pytest.raises(ValueError, match="The model returned"):
+        lfm_fast.flow_matching_loss(lambda t, z: convert(z), latents())
+
+
+def test_a_velocity_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"velocity \(6, 8, 3, 2\) for a state \(6, 4, 3, 2\)"):
         lfm_fast.flow_matching_loss(lambda t, z: torch.cat([z, z], 1), latents())
-    with pytest.raises(ValueError, match="one weight per sample"):
-        lfm_fast.flow_matching_loss(lambda t, z: z, latents(), weighting=lambda t: t.mean())

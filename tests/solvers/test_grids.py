@@ -1,5 +1,7 @@
 """Time grids."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -19,6 +21,12 @@ def test_lfm_has_as_many_times_as_num_steps():
     expected = torch.linspace(1.0, 1e-5, 50, dtype=torch.float64)
     torch.testing.assert_close(torch.tensor(times, dtype=torch.float64), expected, rtol=1e-14, atol=0)
     assert time_grid("lfm", 3, 0.0, 1.0)[::2] == [1e-5, 1.0]
+
+
+def test_the_largest_shifts_still_make_a_grid():
+    for shift in (1e-6, 1e6):
+        times = time_grid(("shift", shift), 1000)
+        assert all(after < before for before, after in pairwise(times))
 
 
 @pytest.mark.parametrize("shift", [0.5, 1, 3.0])
@@ -51,6 +59,13 @@ def test_a_tensor_is_taken_as_it_is_and_only_moved_inside_the_path():
         ((("shift",), 10), "time_grid is"),
         ((("shift", 0.0), 10), "has to be a positive number"),
         ((("shift", "2"), 10), "has to be a positive number"),
+        ((("shift", 1e308), 10), "has to be a positive number, from 1e-6 to 1e6"),
+        ((("shift", 10**400), 10), "has to be a positive number"),
+        ((("shift", float("nan")), 10), "has to be a positive number"),
+        ((torch.tensor([True, False]), 3), "bool or complex"),
+        ((torch.tensor([1, 0.5j]), 3), "bool or complex"),
+        (([True, 0.5, 0.0], 3), "bool or complex"),
+        (([1, 0.5j], 3), "bool or complex"),
         (("lfm", 1), "give 2 or more"),
         (("uniform", 10, 0.5, 0.5), "nothing to integrate"),
         ((torch.tensor([1.0, 0.5, 0.5, 0.0]), 3), "strictly monotone"),
