@@ -80,6 +80,7 @@ class TrainConfig:
 
     def _problems(self):
         """Sentences about what is wrong, the first of which becomes the error."""
+        yield from _wrong_kinds(self)
         yield from _wrong_choices(self)
         for name in ("image_size", "batch_size", "accumulation_steps", "log_every", "samples_per_class"):
             if getattr(self, name) < 1:
@@ -88,13 +89,13 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 yield f"{name} is {getattr(self, name)}; it must be at least 1, or a kill would lose the whole run"
         for name in ("sample_every", "warmup_steps", "weight_decay", "clip_grad_norm", "seed", "sigma_min"):
-            if not getattr(self, name) >= 0 or math.isinf(getattr(self, name)):
+            if getattr(self, name) < 0:
                 yield f"{name} is {getattr(self, name)}; it must be 0 or more"
         for name in ("steps", "epochs", "max_items"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 yield f"{name} is {getattr(self, name)}; it must be more than 0"
         for name in ("learning_rate", "final_learning_rate"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+            if getattr(self, name) <= 0:
                 yield f"{name} is {getattr(self, name)}; it must be a positive number"
         for name in ("ema_decay", "label_dropout", "beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -120,6 +121,23 @@ class TrainConfig:
         """Names of settings that differ from `other` (a dict) and that change the loss curve."""
         names = [f.name for f in dataclasses.fields(self) if f.metadata["where"] == "curve"]
         return [name for name in names if getattr(self, name) != other.get(name)]
+
+
+def _wrong_kinds(config):
+    """A file or a caller may give anything; the checks after this one may compare."""
+    for setting in dataclasses.fields(config):
+        value, kind = getattr(config, setting.name), setting.metadata["kind"]
+        if value is None and setting.default is None:
+            continue
+        if not isinstance(value, (int, float) if kind is float else kind) or (
+            isinstance(value, bool) and kind is not bool
+        ):
+            yield f"{setting.name} is {value!r}; it must be {_KINDS[kind]}"
+        elif kind is float and not math.isfinite(value):
+            yield f"{setting.name} is {value}; it must be a finite number"
+
+
+_KINDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
 
 
 def _wrong_choices(config):
@@ -162,6 +180,9 @@ def build_parser(prog=None):
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Train a latent flow. Without arguments: on the embedded data set.",
+        epilog="Exit status: 0 finished, or stopped by a signal and saved; 2 settings, data or files that cannot work; "
+        "1 any other failure (a disk, a loss that is not finite); 130 interrupted twice.",
+        allow_abbrev=False,
     )
     for setting in dataclasses.fields(TrainConfig):
         kind, says, choices = (setting.metadata[key] for key in ("kind", "help", "choices"))

@@ -96,12 +96,23 @@ def _append(path, text):
 
 
 def read_metrics(folder):
-    """All whole lines of metrics.jsonl as dicts; a line cut by a kill is left out."""
+    """All whole lines of metrics.jsonl as dicts; a line cut by a kill is left out.
+
+    Raises ValueError for a line that is JSON and no line of metrics: somebody else wrote this file.
+    """
     path = folder / "metrics.jsonl"
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    texts = path.read_text(errors="replace").splitlines() if path.exists() else ()
+    for number, text in enumerate(texts, start=1):
         try:
-            lines.append(json.loads(line))
+            line = json.loads(text)
         except json.JSONDecodeError:
             continue
+        if not (isinstance(line, dict) and isinstance(line.get("step"), int) and _is_number(line.get("seconds", 0))):
+            raise ValueError(f"{path}, line {number}: this is no line of metrics (an object with its step)")
+        lines.append(line)
     return lines
+
+
+def _is_number(value):
+    return isinstance(value, (int, float))

@@ -17,18 +17,21 @@ from lfm_fast.train.ema import EMA
 from lfm_fast.train.journal import Journal, read_metrics
 from lfm_fast.train.samples import SAMPLING, sample_grid, save_grid
 from lfm_fast.train.schedule import learning_rate, total_steps
-from lfm_fast.train.source import check_source, facts, open_source, resolve_labels
+from lfm_fast.train.source import check_settings, check_source, facts, open_source, resolve_labels
 from lfm_fast.train.step import TrainState, train_step
 from lfm_fast.train.stop import StopSignals
 
 
 def main(config):
-    """Run the command line's configuration; returns the exit status. The user's mistakes end in one sentence."""
+    """Run the command line's configuration; returns the exit status: 2 for the user's mistakes, 1 for other failures.
+
+    Either is one sentence.
+    """
     try:
         train(config)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         return 130
     return 0
@@ -47,7 +50,9 @@ def train(config, source=None, autoencoder=None):
         if config.dry_run:
             if world.is_main:
                 num_items, num_classes, latent_shape = facts(config)
-                print(report.describe(resolve_labels(config, num_classes), world, latent_shape, num_items))
+                config = resolve_labels(config, num_classes)
+                check_settings(config, latent_shape, world)
+                print(report.describe(config, world, latent_shape, num_items))
             return None
         if source is None:
             source, autoencoder = open_source(config, world)
@@ -145,7 +150,7 @@ class Run:
         self.flops_per_step = 3 * state.model.flops_per_sample() * config.batch_size
         self.peak_flops = report.peak_flops(world.device, config.precision)
         lines = read_metrics(folder) if world.is_main else []
-        self.seconds = lines[-1]["seconds"] if lines else 0.0  # of training, over all starts of this run
+        self.seconds = lines[-1].get("seconds", 0.0) if lines else 0.0  # of training, over all starts of this run
         self.interval_seconds, self.interval_steps = 0.0, 0
 
     def announce(self, checkpoint):
@@ -168,7 +173,7 @@ class Run:
                 self.step()
                 stopping = stop.asked()
                 last = state.step == self.steps
-                if state.step % config.log_every == 0:
+                if last or state.step % config.log_every == 0:
                     self.write_metrics()
                 if (last or _due(state.step, config.sample_every)) and not stopping:
                     self.make_grid()
@@ -224,9 +229,11 @@ class Run:
         """(sum of the losses not yet logged over all ranks, last gradient norm); raises when not finite."""
         loss, grad_norm = float(self.world.sum(self.state.loss_sum)), float(self.state.grad_norm)
         if not (abs(loss) < float("inf") and grad_norm < float("inf")):
+            saved = resume.run_checkpoints(self.folder)
             raise FloatingPointError(
                 f"the loss is no longer finite at step {self.state.step} (loss {loss}, gradient norm {grad_norm}); "
-                f"the checkpoints in {self.folder} are from before; try a lower learning rate or --precision fp32"
+                + (f"{saved[0]} is from before; " if saved else "no checkpoint had been written yet; ")
+                + "try a lower learning rate or --precision fp32"
             )
         return loss, grad_norm
 

@@ -179,7 +179,7 @@ _HELD = {}  # folder -> the open file whose lock ends when it is closed
 def choose_run(config, total_steps):
     """Where to write and what to go on from: (run folder, checkpoint paths to try newest first). Locks the folder."""
     if config.resume not in ("auto", "never"):
-        return _named_run(config)
+        return _named_run(config, total_steps)
     if config.resume == "auto":
         pattern = re.compile(r"\d{3}-" + re.escape(config.model.replace("/", "-")))
         runs = [path for path in Path(config.output).glob("*") if pattern.fullmatch(path.name)]
@@ -195,8 +195,9 @@ def choose_run(config, total_steps):
     return folder, []
 
 
-def _named_run(config):
+def _named_run(config, total_steps):
     path = Path(config.resume)
+    _refuse_fewer_steps(config, path, total_steps)
     if path.is_dir():
         folder, paths = path, run_checkpoints(path)
     elif path.is_file():
@@ -216,6 +217,18 @@ def _named_run(config):
         raise ValueError(f"--resume {config.resume}: another process is training in that folder")
     _clean(folder)
     return folder, paths
+
+
+def _refuse_fewer_steps(config, path, total_steps):
+    """Before anything is written again: a run that has gone further than these settings go has nothing to do."""
+    step = newest_step(path)
+    if path.is_file():
+        step = read_metadata(path).get("step")
+    if isinstance(step, int) and step > total_steps:
+        raise ValueError(
+            f"--resume {config.resume}: it has reached step {step}, and the settings ask for {total_steps}; "
+            "give a larger --steps or --epochs"
+        )
 
 
 def _clean(folder):

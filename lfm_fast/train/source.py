@@ -16,14 +16,11 @@ def open_source(config, world, say=print):
     """(what training reads, the autoencoder) as the settings name them. Raises ValueError with one sentence."""
     if config.data is None:
         raise ValueError(f"preset {config.preset} comes without data; give --data FOLDER (images or cached latents)")
+    latent_format(config.autoencoder)  # its complaints, before anything is read or loaded
     if is_latent_cache(config.data):
         autoencoder = load_autoencoder(config.autoencoder, device=world.device)
         cache = LatentCache.open(config.data, fingerprint=autoencoder.fingerprint, image_size=config.image_size)
-        if config.max_items is not None and config.max_items < cache.num_items:
-            raise ValueError(
-                f"max_items is {config.max_items}, but a latent cache is used whole ({cache.num_items} items); "
-                "limit the images when encoding them"
-            )
+        _require_whole(config, cache)
         return CachedLatents(cache, flip=config.flip), autoencoder
     images = open_images(config.data, config.image_size, flip=config.flip)
     if world.is_main and images.report.skipped:
@@ -45,22 +42,58 @@ def is_latent_cache(data):
 
 
 def facts(config):
-    """(num_items or None, num_classes, latent_shape) for a dry run, without encoding anything."""
+    """(num_items or None, num_classes, latent_shape) for a dry run, without encoding anything.
+
+    Raises ValueError for what `open_source` would refuse and for an image size that does not divide.
+    """
+    channels, downsampling = latent_format(config.autoencoder)
     if config.data is not None and is_latent_cache(config.data):
-        cache = LatentCache.open(config.data)
+        cache = LatentCache.open(config.data, image_size=config.image_size)
+        _require_whole(config, cache)
         return cache.num_items, len(cache.class_names), cache.latent_shape
-    channels, downsampling = 4, 8  # the usual VAE's, where the one named is on the hub and not to be downloaded now
-    if config.autoencoder == "embedded":
-        autoencoder = load_autoencoder("embedded")
-        channels, downsampling = autoencoder.latent_channels, autoencoder.downsampling
-    elif (Path(config.autoencoder) / "config.json").is_file():
-        settings = json.loads((Path(config.autoencoder) / "config.json").read_text())
-        channels, downsampling = settings["latent_channels"], 2 ** (len(settings["block_out_channels"]) - 1)
+    if config.image_size % downsampling:
+        raise ValueError(
+            f"image_size {config.image_size} is not a multiple of {downsampling}, the autoencoder's factor"
+        )
     shape = (channels, config.image_size // downsampling, config.image_size // downsampling)
     if config.data is None:
         return None, config.num_classes or 0, shape
     images = open_images(config.data, config.image_size)
     return min(len(images), config.max_items or len(images)), images.num_classes, shape
+
+
+def latent_format(autoencoder):
+    """(channels, downsampling) of a named autoencoder, from its config.json alone; the usual VAE's for a hub name.
+
+    Raises ValueError for a folder that is not there or whose config.json is not a VAE's.
+    """
+    if autoencoder == "embedded":
+        network = load_autoencoder("embedded")
+        return network.latent_channels, network.downsampling
+    folder = Path(autoencoder)
+    if not folder.is_dir():
+        if folder.is_absolute() or autoencoder.startswith(".") or autoencoder.count("/") != 1:
+            raise ValueError(f"autoencoder folder {autoencoder!r} does not exist")
+        return 4, 8  # it is on the hub, and not to be downloaded for this
+    file = next((f for f in (folder / "config.json", folder / "vae" / "config.json") if f.is_file()), None)
+    if file is None:
+        raise ValueError(f"{folder} holds no config.json; expected a VAE in diffusers' layout")
+    try:
+        settings = json.loads(file.read_text())
+        channels, widths = settings["latent_channels"], settings["block_out_channels"]
+        if not (isinstance(channels, int) and channels > 0 and isinstance(widths, list) and widths):
+            raise ValueError("its channels are of another kind")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no VAE's config.json with latent_channels and block_out_channels") from error
+    return channels, 2 ** (len(widths) - 1)
+
+
+def _require_whole(config, cache):
+    if config.max_items is not None and config.max_items < cache.num_items:
+        raise ValueError(
+            f"max_items is {config.max_items}, but a latent cache is used whole ({cache.num_items} items); "
+            "limit the images when encoding them"
+        )
 
 
 class FirstImages(ImageSource):
@@ -95,10 +128,15 @@ def check_source(config, source, world):
     """Raise ValueError where the settings cannot work with this data."""
     if source.num_items < 1:
         raise ValueError(f"{config.data} holds no items to train on")
+    check_settings(config, source.latent_shape, world)
+
+
+def check_settings(config, latent_shape, world):
+    """Raise ValueError where the settings cannot work with latents of this shape, a dry run's or a real one's."""
     if config.batch_size < world.size:
         raise ValueError(f"batch_size is {config.batch_size} for {world.size} ranks; it must be at least one each")
-    if len(source.latent_shape) != 3 or source.latent_shape[1] != source.latent_shape[2]:
-        raise ValueError(f"latents have shape {tuple(source.latent_shape)}; the networks take square ones, (C, h, h)")
+    if len(latent_shape) != 3 or latent_shape[1] != latent_shape[2]:
+        raise ValueError(f"latents have shape {tuple(latent_shape)}; the networks take square ones, (C, h, h)")
     if config.guidance_scale != 1.0 and not config.label_dropout:
         raise ValueError(
             f"guidance_scale is {config.guidance_scale}, but without label dropout there is no unconditional velocity; "

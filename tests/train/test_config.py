@@ -93,6 +93,16 @@ BAD = [
     ({"path": "ve", "sigma_min": 0.0}, "ve path"),
     ({"sigma_min": 1.0}, "sigma_min is 1.0"),
     ({"preset": "imagenet"}, "preset is 'imagenet'"),
+    ({"steps": None, "epochs": math.inf}, "epochs is inf; it must be a finite number"),
+    ({"guidance_scale": math.nan}, "guidance_scale is nan"),
+    ({"guidance_scale": math.inf}, "guidance_scale is inf"),
+    ({"path": "ve", "sigma_max": math.inf}, "sigma_max is inf"),
+    ({"batch_size": "8"}, "batch_size is '8'; it must be a whole number"),
+    ({"batch_size": True}, "batch_size is True"),
+    ({"learning_rate": None}, "learning_rate is None"),
+    ({"model": 5}, "model is 5; it must be text"),
+    ({"precision": ["fp32"]}, "precision is .*; it must be text"),
+    ({"flip": 1}, "flip is 1; it must be true or false"),
 ]
 
 
@@ -109,6 +119,15 @@ def test_a_bad_flag_ends_with_status_2_and_the_sentence(capsys):
         parse_args(["--precision", "fp16"])
     assert caught.value.code == 2
     assert "precision is 'fp16'; there is auto, fp32, tf32 and bf16" in capsys.readouterr().err
+
+
+def test_flags_are_not_abbreviated_and_the_status_is_documented(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--batch", "8"])
+    assert "unrecognized arguments: --batch 8" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    assert "Exit status:" in capsys.readouterr().out
 
 
 def test_settings_survive_json(tmp_path):

@@ -53,6 +53,13 @@ def test_metrics_hold_means_and_rates(tmp_path):
     assert "mfu" not in third[0]
 
 
+def test_the_end_of_a_short_run_leaves_a_line_of_metrics(tmp_path):
+    folder = train(settings(tmp_path, steps=3, log_every=10), TinySource())
+    (line,) = read_metrics(folder)
+    assert line["step"] == 3
+    assert read_metrics(train(settings(tmp_path / "all", steps=3), TinySource()))[-1]["loss"] != line["loss"] > 0
+
+
 def test_mfu_is_the_share_of_a_known_ceiling(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "peak_flops", lambda device, precision: 1e9)
     line = read_metrics(train(settings(tmp_path, steps=2), TinySource()))[0]
@@ -259,11 +266,24 @@ FAULTS = [
     ({"autoencoder": "./no-such-vae"}, "no-such-vae"),
     ({"model": "DiT-Q/2"}, "DiT-Q/2"),
     ({"max_items": 3, "data": "CACHE"}, "a latent cache is used whole"),
+    ({"image_size": 6, "model": "DiT-Tiny"}, "patch_size 2"),
+    ({"autoencoder": "EMPTY"}, "holds no config.json"),
+    ({"autoencoder": "LIST"}, "no VAE's config.json"),
+    ({"autoencoder": "KINDS"}, "no VAE's config.json"),
+    ({"autoencoder": "KEYS"}, "no VAE's config.json"),
 ]
+CONFIGS = {"LIST": "[1]", "KINDS": '{"latent_channels": "4", "block_out_channels": 3}', "KEYS": "{}"}
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
 @pytest.mark.parametrize(("changes", "sentence"), FAULTS)
-def test_a_fault_of_the_data_is_one_sentence_and_status_1(tmp_path, monkeypatch, capfd, photos, vae, changes, sentence):
+def test_a_fault_of_the_data_is_one_sentence_and_status_2(
+    tmp_path, monkeypatch, capfd, photos, vae, changes, sentence, dry_run
+):
+    """A dry run refuses what a real one does."""
+    for name, text in CONFIGS.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
     monkeypatch.setenv("LFM_FAST_CACHE", str(tmp_path / "cache"))
     (tmp_path / "EMPTY").mkdir()
     base = {
@@ -275,9 +295,9 @@ def test_a_fault_of_the_data_is_one_sentence_and_status_1(tmp_path, monkeypatch,
     }
     if changes.get("data") == "CACHE":
         open_source(settings(tmp_path, **base, cache_latents=str(tmp_path / "CACHE")), World())
-    changes = {k: str(tmp_path / v) if k == "data" else v for k, v in changes.items()}
+    changes = {k: str(tmp_path / v) if str(v).isupper() else v for k, v in changes.items()}
     capfd.readouterr()
-    assert loop.main(settings(tmp_path, **{**base, **changes})) == 1
+    assert loop.main(settings(tmp_path, **{**base, **changes}, dry_run=dry_run)) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("error: ")

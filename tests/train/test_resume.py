@@ -160,6 +160,36 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
         train(settings(tmp_path, label_dropout=0.2, resume=str(folder)), TinySource())
 
 
+@pytest.mark.parametrize("part", ["", "checkpoints/0000006.safetensors"])
+def test_fewer_steps_than_were_made_are_refused_before_anything_changes(tmp_path, capfd, part):
+    folder = train(settings(tmp_path, steps=6), TinySource())
+    before = {path: path.read_bytes() for path in tmp_path.glob("**/*") if path.is_file()}
+    config = settings(tmp_path, steps=5, resume=str(folder / part))
+    with pytest.raises(ValueError, match="it has reached step 6, and the settings ask for 5"):
+        train(config, TinySource())
+    assert {path: path.read_bytes() for path in tmp_path.glob("**/*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "text", ["[1, 2]", "5", '{"steps": "many"}', '{"steps": 5, "flip": 1}', '{"momentum": 1}', "{"]
+)
+def test_a_config_that_is_none_is_one_sentence_and_status_2(tmp_path, capsys, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SystemExit) as caught:
+        parse_args(["--resume", str(tmp_path)])
+    assert caught.value.code == 2
+    assert "error: " in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("line", ["[1]", "7", '{"loss": 1}', '{"step": "one"}', '{"step": 1, "seconds": "long"}'])
+def test_metrics_of_another_kind_are_one_sentence_and_stay(tmp_path, line):
+    folder = train(settings(tmp_path, steps=2), TinySource())
+    (folder / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1: this is no line of metrics"):
+        train(settings(tmp_path, steps=3, resume=str(folder)), TinySource())
+    assert (folder / "metrics.jsonl").read_text() == line + "\n"
+
+
 def test_files_of_the_user_in_a_run_folder_stay(tmp_path):
     folder = train(settings(tmp_path), StoppingSource(3))
     mine = [folder / name for name in ("notes.tmp", "checkpoints/.mine.partial", "samples/a.tmp", ".x~1~2.partial")]
@@ -262,7 +292,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path):
     with pytest.raises(FloatingPointError, match="no longer finite at step 8") as caught:
         train(settings(tmp_path, log_every=100), Broken())
     assert "\n" not in str(caught.value)
-    assert resume.newest_step(tmp_path / "000-DiT-Tiny") == 4
+    folder = tmp_path / "000-DiT-Tiny"
+    assert resume.newest_step(folder) == 4
+    assert f"{resume.checkpoint_path(folder, 4)} is from before" in str(caught.value)
+    with pytest.raises(FloatingPointError, match="no checkpoint had been written yet"):
+        train(settings(tmp_path / "new", checkpoint_every=100, log_every=6), Broken())
 
 
 # --- a full disk ---
@@ -345,7 +379,7 @@ def test_the_program_itself(tmp_path):
     command = [sys.executable, str(program), "--data", str(tmp_path / "nowhere"), "--device", "cpu"]
     environment = {**os.environ, "PYTHONPATH": str(program.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert "nowhere" in done.stderr
     assert done.stderr.count("\n") == 1
