@@ -8,4 +8,6 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
 make_environment quickstart
+# threads that wait for each other sleep instead of spinning: beside other work on the same cores spinning costs tenfold
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 exec "$VENV/bin/python" scripts/quickstart.py "$@"
