@@ -243,7 +243,7 @@ def make_path(name, **arguments):
 
     Raises ValueError for an unknown name or argument.
     """
-    if name not in PATHS:
+    if not isinstance(name, str) or name not in PATHS:
         raise ValueError(f"Unknown path {name!r}; there are {', '.join(PATHS)}.")
     try:
         return PATHS[name](**arguments)

@@ -176,6 +176,7 @@ def test_a_path_described_is_made_again(path):
         (lambda: VariancePreserving(beta_min=0.0), "0 < beta_min"),
         (lambda: VarianceExploding(sigma_min=2.0, sigma_max=1.0), "0 < sigma_min < sigma_max"),
         (lambda: make_path("cosine"), "Unknown path 'cosine'; there are linear"),
+        (lambda: make_path(["linear"]), "Unknown path"),
         (lambda: make_path("linear", beta=1), "does not take these arguments"),
     ],
 )
