@@ -9,7 +9,7 @@ import torch
 
 from lfm_fast import __version__
 from lfm_fast.autoencoder import DEFAULT_HUB_NAME, EMBEDDED_FOLDER, WEIGHTS_FILE, Autoencoder, load_autoencoder
-from lfm_fast.checkpoint import atomic_write, load_checkpoint, read_weights, save_weights
+from lfm_fast.checkpoint import atomic_write, load_checkpoint, read_weights, run_checkpoints, save_weights
 from lfm_fast.flow.noise import noise
 from lfm_fast.flow.paths import Linear, describe, make_path
 from lfm_fast.flow.paths import Path as ProbabilityPath
@@ -252,12 +252,12 @@ def _read_json(path, *needed):
 
 
 def _newest_checkpoint(folder):
-    files = sorted((folder / "checkpoints").glob("*.safetensors")) or sorted(folder.glob("[0-9]*.safetensors"))
+    files = run_checkpoints(folder)
     if not files:
         raise ValueError(
             f"{folder} holds neither {INDEX} nor a checkpoint of a training run (checkpoints/*.safetensors)"
         )
-    return files[-1]
+    return files[0]
 
 
 def _from_checkpoint(cls, path, autoencoder):
