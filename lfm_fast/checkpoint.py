@@ -186,6 +186,7 @@ def _read_network(path: Path, weights: str) -> tuple[dict[str, Tensor], dict | N
         state_dict, metadata = _read_safetensors(path, weights)
         config = metadata.get("config")
         return state_dict, config if isinstance(config, dict) else None, {}
+    _refuse_text(path)
     content = _read_pickle(path, zipped=head.startswith(b"PK\x03\x04"))
     hints = {}
     if isinstance(content, dict) and "model_dict" in content:
@@ -193,6 +194,15 @@ def _read_network(path: Path, weights: str) -> tuple[dict[str, Tensor], dict | N
         hints = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
         content = content["model_dict"]
     return _plain_state_dict(path, content), None, hints
+
+
+def _refuse_text(path: Path) -> None:
+    """A page that says "not found", or Git's pointer to the file, saved under the checkpoint's name."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    text = head.decode("latin-1")
+    if len(head) >= 16 and head.isascii() and all(letter.isprintable() or letter.isspace() for letter in text):
+        raise ValueError(f"{path} is a text file that begins with {text[:40]!r}, no checkpoint; download it again.")
 
 
 def _read_safetensors(path: Path, weights: str) -> tuple[dict[str, Tensor], dict]:

@@ -1,5 +1,7 @@
 """DiT with adaLN-Zero: "Scalable Diffusion Models with Transformers" (arXiv 2212.09748), section 3."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -180,9 +182,18 @@ class DiT(nn.Module):
                 )
 
 
+def is_count(value) -> bool:
+    """An int, and not True or False, which Python counts among them."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value) -> bool:
+    return (isinstance(value, float) and math.isfinite(value)) or is_count(value)
+
+
 def _check_config(config: dict) -> None:
     for name in ("image_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
-        if not isinstance(config[name], int) or config[name] < 1:
+        if not is_count(config[name]) or config[name] < 1:
             raise ValueError(f"{name} must be a positive integer, but is {config[name]!r}.")
     if config["image_size"] % config["patch_size"]:
         raise ValueError(
@@ -191,12 +202,13 @@ def _check_config(config: dict) -> None:
     hidden_size, num_heads = config["hidden_size"], config["num_heads"]
     if hidden_size % num_heads or hidden_size % 4:
         raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and of 4.")
-    if config["mlp_ratio"] <= 0:
-        raise ValueError(f"mlp_ratio must be positive, but is {config['mlp_ratio']!r}.")
+    mlp_ratio = config["mlp_ratio"]
+    if not _is_finite(mlp_ratio) or hidden_size * mlp_ratio < 1:
+        raise ValueError(f"mlp_ratio must be a positive number (1 / hidden_size or more), but is {mlp_ratio!r}.")
     num_classes, label_dropout = config["num_classes"], config["label_dropout"]
-    if not isinstance(num_classes, int) or num_classes < 0:
+    if not is_count(num_classes) or num_classes < 0:
         raise ValueError(f"num_classes must be 0 (unlabelled) or a positive integer, but is {num_classes!r}.")
-    if not 0 <= label_dropout < 1:
+    if not _is_finite(label_dropout) or not 0 <= label_dropout < 1:
         raise ValueError(f"label_dropout must lie in [0, 1), but is {label_dropout!r}.")
     if label_dropout and not num_classes:
         raise ValueError(f"label_dropout {label_dropout} needs labels to drop, but num_classes is 0.")

@@ -4,7 +4,7 @@ import difflib
 
 from torch import nn
 
-from lfm_fast.models.dit import DiT
+from lfm_fast.models.dit import DiT, is_count
 
 # family -> class; a network's `config` names its family
 FAMILIES = {DiT.family: DiT}
@@ -55,10 +55,13 @@ def create_model(
     >>> model.config["image_size"], model.null_label
     (8, 10)
     """
-    if name not in NETWORKS:
+    if not isinstance(name, str) or name not in NETWORKS:
         close = difflib.get_close_matches(str(name), NETWORKS, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else f"known names: {', '.join(NETWORKS)}."
         raise ValueError(f"there is no network called {name!r}; {hint}")
+    for argument, value in (("image_size", image_size), ("downsampling", downsampling)):
+        if not is_count(value):
+            raise ValueError(f"{argument} must be a positive integer, but is {value!r}.")
     if downsampling < 1 or image_size < 1 or image_size % downsampling:
         raise ValueError(f"image_size {image_size} is no multiple of the autoencoder's downsampling {downsampling}.")
     network, arguments = NETWORKS[name]
@@ -68,7 +71,7 @@ def create_model(
 
 def from_config(config: dict) -> nn.Module:
     """Rebuild a network, with fresh weights, from what its `config` attribute held."""
-    arguments = dict(config)
+    arguments = _copied(config)
     return _build(_network_of(arguments.pop("family", None)), arguments)
 
 
@@ -78,7 +81,7 @@ def from_reference_config(config: dict) -> nn.Module:
     The reference writes an unlabelled network as one class without label dropout; ours is `num_classes=0`, with the
     same single row in its label table. A parameter count (`params`) beside the arguments is ignored.
     """
-    config = dict(config)
+    config = _copied(config)
     family = config.pop("family", None)
     network = _network_of(family)
     config.pop("params", None)
@@ -87,7 +90,7 @@ def from_reference_config(config: dict) -> nn.Module:
     if unknown:
         raise ValueError(f"the reference's {family!r} network has no argument {', '.join(unknown)}.")
     arguments = {names[name]: value for name, value in config.items()}
-    if arguments.get("num_classes", 0) <= 1 and not arguments.get("label_dropout", 0.0):
+    if arguments.get("num_classes", 0) in (0, 1) and not arguments.get("label_dropout", 0.0):
         arguments["num_classes"] = 0
     return _build(network, arguments)
 
@@ -97,8 +100,14 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def _copied(config: dict) -> dict:
+    if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
+        raise ValueError(f"a network's configuration is a dict from names to values, but this is {config!r:.100}.")
+    return dict(config)
+
+
 def _network_of(family: str | None) -> type[nn.Module]:
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(
             f"a network's configuration must name its family, one of {', '.join(FAMILIES)}; got {family!r}."
         )

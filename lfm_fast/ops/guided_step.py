@@ -78,7 +78,7 @@ def _check(
         check_together(noise_scale=noise_scale, index=index)
         check_per_sample("noise_scale", noise_scale, (batch,), "z", z)
         check_per_sample("index", index, (batch,), "z", z, INTEGER)
-        check_counter(numel_per_sample(z), seed, _STREAM, offset)
+    check_counter(0 if index is None else numel_per_sample(z), seed, _STREAM, offset)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -37,7 +37,7 @@ def _check(z_0, coefficients, z_1=None, index=None, seed=0, stream=0) -> None:
         check_like("z_1", z_1, "z_0", z_0, (z_0.dtype,))
     else:
         check_per_sample("index", index, (batch,), "z_0", z_0, INTEGER)
-        check_counter(numel_per_sample(z_0), seed, stream)
+    check_counter(0 if index is None else numel_per_sample(z_0), seed, stream)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -58,7 +58,7 @@ def _check(velocity, target=None, weight=None, z_0=None, coefficients=None, inde
         check_like("z_0", z_0, "velocity", velocity, STATE)
         check_per_sample("coefficients", coefficients, (4, batch), "velocity", velocity)
         check_per_sample("index", index, (batch,), "velocity", velocity, INTEGER)
-        check_counter(numel_per_sample(velocity), seed, stream)
+    check_counter(0 if index is None else numel_per_sample(velocity), seed, stream)
     if weight is not None:
         check_per_sample("weight", weight, (batch,), "velocity", velocity)
 

@@ -56,6 +56,29 @@ def test_create_model_refuses_with_a_sentence(arguments, sentence):
         create_model(**arguments)
 
 
+@pytest.mark.parametrize("value", ["3", None, float("nan"), float("inf"), [3], True])
+@pytest.mark.parametrize(
+    "name",
+    ["name", "image_size", "downsampling", "in_channels", "depth", "num_heads", "mlp_ratio", "num_classes"]
+    + ["label_dropout"],
+)
+def test_create_model_refuses_values_of_another_type(name, value):
+    with pytest.raises(ValueError, match="no network called" if name == "name" else f"{name} must"):
+        create_model(**{"name": "DiT-S/8", "image_size": 64, name: value})
+
+
+@pytest.mark.parametrize("config", [None, [1], "dit", {3: 4}, {"family": ["dit"]}])
+@pytest.mark.parametrize("build", [from_config, from_reference_config])
+def test_what_is_no_configuration_is_told(build, config):
+    with pytest.raises(ValueError, match=r"a network's configuration (is a dict|must name its family)"):
+        build(config)
+
+
+def test_reference_values_of_another_type_are_told():
+    with pytest.raises(ValueError, match="num_classes must be"):
+        from_reference_config({**REFERENCE, "num_classes": "3"})
+
+
 @pytest.mark.parametrize("family", [None, "transformer"])
 def test_from_config_names_the_families(family):
     with pytest.raises(ValueError, match="must name its family, one of dit"):

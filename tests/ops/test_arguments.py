@@ -72,6 +72,12 @@ WRONG = [
     ("guided_step", {"noise_scale": torch.ones(3)}, "noise_scale and index go together: index is missing"),
     ("guided_step", {"index": torch.arange(3)}, "noise_scale and index go together: noise_scale is missing"),
     ("guided_step", {"noise_scale": torch.ones(3), "index": torch.arange(3), "offset": -1}, "offset -1"),
+    ("guided_step", {"seed": 1.5}, "seed is a float: pass an int"),
+    ("guided_step", {"seed": 2**63}, "seed is 9223372036854775808, expected a signed 64-bit number"),
+    ("guided_step", {"offset": -1}, "offset -1"),
+    ("interpolate", {"seed": "3"}, "seed is a str: pass an int"),
+    ("interpolate", {"stream": 2**32}, "stream is 4294967296"),
+    ("velocity_loss", {"seed": None}, "seed is a NoneType: pass an int"),
     ("guided_step", {"atol": "1"}, "atol is a str: pass a number"),
     ("guided_step", {"rtol": -1.0}, "rtol is -1.0, expected a number >= 0"),
 ]
