@@ -204,7 +204,7 @@ def _check_config(config: dict) -> None:
         raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and of 4.")
     mlp_ratio = config["mlp_ratio"]
     if not _is_finite(mlp_ratio) or hidden_size * mlp_ratio < 1:
-        raise ValueError(f"mlp_ratio must be a positive number (1 / hidden_size or more), but is {mlp_ratio!r}.")
+        raise ValueError(f"mlp_ratio must be positive, 1 / hidden_size or more, but is {mlp_ratio!r}.")
     num_classes, label_dropout = config["num_classes"], config["label_dropout"]
     if not is_count(num_classes) or num_classes < 0:
         raise ValueError(f"num_classes must be 0 (unlabelled) or a positive integer, but is {num_classes!r}.")
