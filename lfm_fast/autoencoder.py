@@ -194,7 +194,7 @@ class SmallVAE(nn.Module):
             network.load_state_dict({key: value.float() for key, value in weights.items()})
         except RuntimeError as error:
             raise ValueError(f"{folder / WEIGHTS_FILE} does not fit the config.json beside it") from error
-        return network
+        return network.to(memory_format=torch.channels_last)  # convolutions run twice as fast on CPUs
 
 
 def _encoder_layers(widths, layers_per_block, latent_channels):
@@ -229,9 +229,7 @@ def load_autoencoder(name_or_folder="embedded", device=None):
     """
     device = device or "cpu"
     if str(name_or_folder) == "embedded":
-        network = SmallVAE.from_pretrained(EMBEDDED_FOLDER / "vae")
-        network.to(memory_format=torch.channels_last)  # convolutions run twice as fast on CPUs
-        return Autoencoder(network, "embedded").to(device)
+        return Autoencoder(SmallVAE.from_pretrained(EMBEDDED_FOLDER / "vae"), "embedded").to(device)
     folder = Path(name_or_folder)
     if folder.is_dir():
         return Autoencoder(_from_folder(folder), str(name_or_folder)).to(device)

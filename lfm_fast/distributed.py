@@ -6,6 +6,7 @@ Work is split by *sample number*: a rank takes a contiguous slice of the numbers
 on the number alone, any world size makes the same samples.
 """
 
+import gc
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -85,7 +86,13 @@ class World:
         return Vote(self, bool(ballot))
 
     def close(self):
+        """Leave the process group, and let nothing keep it: gloo's threads must end before the interpreter does.
+
+        A thread that still holds a tensor then and wants to let it go aborts the process (status -6) after its work.
+        """
         if self.size > 1 and dist.is_initialized():
+            self.control = None
+            gc.collect()  # DistributedDataParallel is part of a cycle and holds the group
             dist.destroy_process_group()
 
 
@@ -99,6 +106,7 @@ class Vote:
     def result(self):
         if self.work is not None:
             self.work.wait()
+            self.work = None
         return bool(self.count)
 
 

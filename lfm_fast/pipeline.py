@@ -9,7 +9,7 @@ import torch
 
 from lfm_fast import __version__
 from lfm_fast.autoencoder import DEFAULT_HUB_NAME, EMBEDDED_FOLDER, WEIGHTS_FILE, Autoencoder, load_autoencoder
-from lfm_fast.checkpoint import atomic_write, load_checkpoint, read_weights, run_checkpoints, save_weights
+from lfm_fast.checkpoint import atomic_write, load_checkpoint, read_metadata, run_checkpoints, save_weights
 from lfm_fast.flow.noise import noise
 from lfm_fast.flow.paths import Linear, describe, make_path
 from lfm_fast.flow.paths import Path as ProbabilityPath
@@ -262,7 +262,7 @@ def _newest_checkpoint(folder):
 
 def _from_checkpoint(cls, path, autoencoder):
     model = load_checkpoint(path)
-    recorded = _recorded(path)
+    recorded = read_metadata(path).get("flow") if path.suffix == ".safetensors" else None
     if recorded is None:  # weights alone, LFM's among them: the paper's path and autoencoder
         return cls(model, _opened(autoencoder, DEFAULT_HUB_NAME), Linear(sigma_min=1e-5))
     return cls(
@@ -272,11 +272,3 @@ def _from_checkpoint(cls, path, autoencoder):
         recorded["class_names"],
         recorded["sampling"],
     )
-
-
-def _recorded(path):
-    """What a training checkpoint says about the flow around its network; None for any other file."""
-    if path.suffix != ".safetensors":
-        return None
-    _, metadata = read_weights(path, prefix="no tensor: the metadata alone")
-    return metadata.get("flow")

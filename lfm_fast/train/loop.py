@@ -58,7 +58,9 @@ def train(config, source=None, autoencoder=None):
             source, autoencoder = open_source(config, world)
         config = resolve_labels(config, source.num_classes)
         check_source(config, source, world)
-        return _run(config, source, autoencoder, world)
+        folder = _run(config, source, autoencoder, world)
+        world.barrier()  # no rank takes its connections away while another still writes the last checkpoint
+        return folder
     finally:
         world.close()
 
