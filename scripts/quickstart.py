@@ -67,7 +67,7 @@ def show(run, steps, output):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=2.5, help="of training; default %(default)s")
+    parser.add_argument("--minutes", type=float, default=3.5, help="of training; default %(default)s")
     parser.add_argument("--steps", type=int, help="train this many steps instead")
     parser.add_argument("--output", type=Path, default=Path("quickstart"))
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
