@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from lfm_fast import _library
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
+NEVER_ON_GPU = "never run on a GPU: no committed result shows it passing there (use_backend takes it all the same)"
 
 _ROWS: dict[str, "Op"] = {}
 _LIBRARIES: dict[str, torch.library.Library] = {}  # a Library takes its registrations away when it is collected
@@ -41,7 +42,8 @@ class Backend:
 
     why_not takes the row's arguments and returns None or the reason, as a sentence without full stop, why these cannot
     be served. available says the same for any arguments (no library, no package). kernel takes the row's arguments;
-    without one, the compiled operator `lfm_fast_NAME::ROW` runs.
+    without one, the compiled operator `lfm_fast_NAME::ROW` runs. opt_in is the reason why the table never takes this
+    backend by itself; `use_backend` does.
     """
 
     name: str
@@ -49,11 +51,14 @@ class Backend:
     why_not: Callable[..., str | None]
     available: Callable[[], str | None] = _library.load
     kernel: Callable | None = None
+    opt_in: str | None = None
 
-    def refusal(self, args: tuple) -> str | None:
+    def refusal(self, args: tuple, *, forced: bool = False) -> str | None:
         device = args[0].device.type
         if device not in self.devices:
             return f"it runs on {' and '.join(self.devices)}, the tensors are on {device}"
+        if self.opt_in and not forced:
+            return self.opt_in
         return self.available() or self.why_not(*args)
 
 
@@ -121,7 +126,7 @@ class Op:
             name, strict = forced[self.name]
             if name == "reference":
                 return name
-            reason = self.named(name).refusal(args)
+            reason = self.named(name).refusal(args, forced=True)
             if reason is None:
                 return name
             if strict:

@@ -1,5 +1,6 @@
 """The registry: which backend runs, how to force one, what explain says, and what one row is made of."""
 
+import dataclasses
 import inspect
 import re
 import threading
@@ -69,6 +70,16 @@ def test_a_row_named_in_ops_refuses_with_the_reason(toy):
             toy(-torch.ones(1))
     with ops.use_backend("triton"):
         assert toy(-torch.ones(1)).item() == -2, "not named: keeps its default"
+
+
+def test_an_opt_in_backend_runs_only_when_forced(toy, monkeypatch):
+    shy = dataclasses.replace(toy.backends[0], opt_in="it has never run on a GPU")
+    monkeypatch.setattr(toy, "backends", (shy,))
+    assert toy(torch.ones(1)).item() == 2
+    assert ops.explain(toy).refused == {"triton": "it has never run on a GPU"}
+    with ops.use_backend("triton"):
+        assert toy(torch.ones(1)).item() == 1002
+        assert toy(-torch.ones(1)).item() == -2, "why_not still holds"
 
 
 def test_contexts_nest_and_end(toy):

@@ -1,0 +1,1 @@
+"""Kernels in Python: one folder per language, imported only when chosen (see `lfm_fast/ops`)."""
