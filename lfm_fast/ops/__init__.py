@@ -4,15 +4,19 @@ A new op is one row file (see `_registry.Op`), its kernels, and one import line 
 """
 
 from lfm_fast.ops._registry import explain, use_backend
+from lfm_fast.ops.gated_residual_norm import gated_residual_norm
 from lfm_fast.ops.guided_step import guided_step
 from lfm_fast.ops.interpolate import interpolate
+from lfm_fast.ops.modulated_layer_norm import modulated_layer_norm
 from lfm_fast.ops.philox_normal import philox_normal, philox_uniform
 from lfm_fast.ops.velocity_loss import velocity_loss
 
 __all__ = [
     "explain",
+    "gated_residual_norm",
     "guided_step",
     "interpolate",
+    "modulated_layer_norm",
     "philox_normal",
     "philox_uniform",
     "use_backend",

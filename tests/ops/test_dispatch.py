@@ -14,6 +14,7 @@ from lfm_fast.ops import _registry
 from lfm_fast.ops._registry import Backend, Op, Tolerance
 
 Z, C = torch.ones(2, 3), torch.ones(4, 2)
+COMPILED = {name: row for name, row in ROWS.items() if any(b.name == "cpp" for b in row.backends)}
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_another_thread_keeps_its_own_choice(toy):
 def test_wrong_names_are_refused():
     with pytest.raises(ValueError, match="no backend 'gpu'; there are reference, cpp, cuda, triton"):
         ops.use_backend("gpu").__enter__()
-    with pytest.raises(ValueError, match="no op 'interpolat'; there are guided_step"):
+    with pytest.raises(ValueError, match="no op 'interpolat'; there are [a-z_, ]*guided_step, "):
         ops.use_backend("cpp", ops=["interpolat"]).__enter__()
     with pytest.raises(ValueError, match="interpolate has no backend 'triton'; it has cpp, reference"):
         ops.use_backend("triton", ops=ops.interpolate).__enter__()
@@ -162,7 +163,7 @@ def test_without_the_library_everything_runs_on_the_reference(without_library):
         row(*args)
         explanation = ops.explain(row.name, *args)
         assert explanation.backend == "reference"
-        assert explanation.refused == {"cpp": without_library}
+        assert explanation.refused == {b.name: without_library for b in row.backends}
 
 
 def test_explain_names_the_backend_and_each_refusal(library):
@@ -197,7 +198,8 @@ def test_explain_without_arguments_tells_of_every_row():
 def test_one_row_speaks_with_one_voice(row):
     """Reference, check, cost and public function take the schema's arguments with the schema's defaults."""
     schema = {a.name: a.default_value if a.has_default_value() else "required" for a in row.overload._schema.arguments}
-    for function in (row.reference, row.check, row.cost, getattr(ops, row.name)):
+    public = [] if row.name.endswith("_backward") else [getattr(ops, row.name)]  # autograd alone calls those
+    for function in (row.reference, row.check, row.cost, *public):
         parameters = inspect.signature(function).parameters.values()
         found = {p.name: "required" if p.default is p.empty else p.default for p in parameters}
         assert found == schema, function
@@ -208,7 +210,7 @@ def test_one_row_speaks_with_one_voice(row):
     assert row.sizes
 
 
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("row", COMPILED.values(), ids=COMPILED)
 def test_compiled_signature_is_the_rows_schema(row, library):
     """A wrong argument type across the stable ABI is a crash, not an error."""
     compiled = dict(re.match(r"(\w+)(\(.*)", line).groups() for line in library.signatures().splitlines() if line)
@@ -228,10 +230,10 @@ def normalised(signature):
 
 def test_every_compiled_kernel_has_a_row(library):
     compiled = {line.split("(")[0] for line in library.signatures().splitlines() if line}
-    assert compiled == {row.name for row in ROWS.values() if any(b.name == "cpp" for b in row.backends)}
+    assert compiled == set(COMPILED)
 
 
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("row", COMPILED.values(), ids=COMPILED)
 def test_compiled_kernels_refuse_what_would_read_out_of_bounds(row, library):
     """Called without the row in front of them."""
     kernel = getattr(torch.ops.lfm_fast_cpp, row.name)

@@ -19,6 +19,16 @@ CHECKED = {
         {"shape": (2, 5), "noise": True, **F64},
         {"shape": (2, 0), **F64},
     ],
+    "modulated_layer_norm": [
+        {"shape": (3, 2, 4), "state": torch.float64, "chunked": True, **F64},
+        {"shape": (2, 3, 1), "state": torch.float64, **F64},
+        {"shape": (2, 0, 3), "state": torch.float64, **F64},
+    ],
+    "gated_residual_norm": [
+        {"shape": (3, 2, 4), "state": torch.float64, "chunked": True, **F64},
+        {"shape": (2, 3, 1), "state": torch.float64, **F64},
+        {"shape": (2, 0, 3), "state": torch.float64, **F64},
+    ],
     "guided_step": [
         {"shape": (3, 2, 2), "state": torch.float64, "num_stored": 2, "keep": True, "noise": True, **F64},
         {"shape": (2, 3), "state": torch.float64, "guided": False, **F64},
