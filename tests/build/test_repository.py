@@ -11,7 +11,7 @@ MACHINE_PATH = re.compile(r"(?<![\w.$}~])/(?:" + "|".join(("work", "tmp", "root"
 
 
 def text_files():
-    paths = [path for path in ROOT.iterdir() if path.is_file()]
+    paths = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]  # a worktree's is a file
     for folder in FOLDERS:
         paths += [path for path in (ROOT / folder).rglob("*") if path.is_file()]
     return [path for path in paths if path.suffix in TEXT and "__pycache__" not in path.parts]
