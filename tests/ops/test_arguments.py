@@ -1,14 +1,11 @@
-"""Arguments: a wrong one is named in one sentence before any work; any other call is right."""
+"""Arguments: a wrong one is named in one sentence before any work. Any call at all: test_properties.py."""
 
-import os
 import re
 
 import pytest
 import torch
 from compare import assert_close
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from row_cases import ROWS, arguments_of, in_float64, outputs
+from row_cases import ROWS, arguments_of
 
 from lfm_fast import ops
 
@@ -97,65 +94,6 @@ def test_a_wrong_argument_is_named(name, changes, sentence):
 @pytest.mark.parametrize("name", ROWS)
 def test_the_arguments_those_start_from_are_good(name):
     ROWS[name](*GOOD[name])
-
-
-COMMON = {
-    "shape": st.lists(st.integers(0, 5), min_size=1, max_size=4).map(tuple),
-    "dtype": st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
-    "layout": st.sampled_from(["contiguous", "transposed", "sliced", "expanded"]),
-}
-PICKED = {
-    "interpolate": {"noise": st.booleans()},
-    "velocity_loss": {"noise": st.booleans(), "weighted": st.booleans()},
-    "guided_step": {
-        **{key: st.booleans() for key in ("guided", "error", "noise", "keep")},
-        "num_stored": st.integers(0, 4),
-        "state": st.sampled_from([torch.float32, torch.float64]),
-    },
-}
-
-
-def check_any_call(name, data):
-    """Any mixture of shapes, dtypes and layouts, now and then with one argument swapped for that of another call."""
-    row = ROWS[name]
-
-    def draw_arguments():
-        case = {key: data.draw(values, label=key) for key, values in {**COMMON, **PICKED[name]}.items()}
-        return arguments_of(row, case)
-
-    args = draw_arguments()
-    if data.draw(st.booleans(), label="swap"):
-        position = data.draw(st.integers(0, len(args) - 1))
-        args = (*args[:position], draw_arguments()[position], *args[position + 1 :])
-    try:
-        row.check(*args)
-    except ValueError:
-        return
-    got, want = row(*args), row.reference(*in_float64(args))
-    for g, w in zip(outputs(got), outputs(want)):
-        assert_close(g, w, absolute=row.tolerance.absolute, relative=max(row.tolerance.relative, 1e-6), what=name)
-
-
-@pytest.mark.parametrize("name", PICKED)
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_any_call_is_right_or_refused(name, data):
-    check_any_call(name, data)
-
-
-@pytest.mark.slow
-@pytest.mark.fuzz
-@pytest.mark.parametrize("name", PICKED)
-def test_very_many_calls_are_right_or_refused(name):
-    """Different calls in every full run; the same few hundred in the quick one."""
-    quick = os.environ.get("LFM_FAST_SAMPLE", "quick") == "quick"
-
-    @settings(max_examples=200 if quick else 10_000, deadline=None, derandomize=quick)
-    @given(data=st.data())
-    def run(data):
-        check_any_call(name, data)
-
-    run()
 
 
 def test_a_scale_without_an_unconditional_velocity_has_no_effect():
