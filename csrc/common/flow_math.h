@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #include "common/macros.h"
 
@@ -9,6 +10,11 @@ namespace lfm_fast {
 
 // z_t = alpha z_0 + sigma z_1, and with the derivatives the target d_alpha z_0 + d_sigma z_1.
 LFM_HD float combine(float a, float x, float b, float y) { return a * x + b * y; }
+
+// One more term of a linear combination.
+LFM_HD float add_term(float total, float weight, float term) { return total + weight * term; }
+
+LFM_HD float add_square(float total, float x) { return total + x * x; }
 
 // v = scale v_cond + (1 - scale) v_uncond; one_minus_scale is computed once per sample.
 LFM_HD float blend(float scale, float one_minus_scale, float conditional, float unconditional) {
@@ -25,5 +31,15 @@ LFM_HD float magnitude(float z, float z_next) {
 LFM_HD float error_ratio(float error, float atol, float rtol, float z, float z_next) {
   return error / (atol + rtol * magnitude(z, z_next));
 }
+
+// sqrt(mean) of squared error ratios, from their sum.
+LFM_HD float root_mean(double mean) { return static_cast<float>(std::sqrt(mean)); }
+
+// loss = weight mean (velocity - target)^2, hence d loss / d velocity = slope (velocity - target).
+LFM_HD float loss_slope(float weight, int64_t elements) {
+  return static_cast<float>(2.0 * weight / static_cast<double>(elements > 1 ? elements : 1));
+}
+
+LFM_HD float weighted_loss(float weight, double mean) { return static_cast<float>(weight * mean); }
 
 }  // namespace lfm_fast

@@ -5,6 +5,12 @@
 
 #include "common/signatures.h"
 
-#define LFM_REGISTER(device, name, function)                                                              \
-  STABLE_TORCH_LIBRARY_IMPL(lfm_fast_cpp, device, library) { library.impl(#name, TORCH_BOX(&function)); } \
+// Every library has a namespace of operators of its own.
+#define LFM_NAMESPACE_CPU lfm_fast_cpp
+#define LFM_NAMESPACE_CUDA lfm_fast_cuda
+
+#define LFM_REGISTER(device, name, function) LFM_REGISTER_IN(LFM_NAMESPACE_##device, device, name, function)
+
+#define LFM_REGISTER_IN(operators, device, name, function)                                             \
+  STABLE_TORCH_LIBRARY_IMPL(operators, device, library) { library.impl(#name, TORCH_BOX(&function)); } \
   static const lfm_fast::SignatureLine signature_line_of_##name { lfm_fast::signature(#name, &function) }

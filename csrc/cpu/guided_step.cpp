@@ -54,21 +54,19 @@ struct GuidedStep {
 
     for (int64_t k = 0; k < terms; ++k) {
       const float* __restrict stage = stored[static_cast<size_t>(k)].load(sample, start, n, stored_buffer);
-      for (int64_t j = 0; j < n; ++j) next[j] = next[j] + w[2 + k] * stage[j];
+      for (int64_t j = 0; j < n; ++j) next[j] = add_term(next[j], w[2 + k], stage[j]);
       if (wants_error)
-        for (int64_t j = 0; j < n; ++j) error[j] = error[j] + e[1 + k] * stage[j];
+        for (int64_t j = 0; j < n; ++j) error[j] = add_term(error[j], e[1 + k], stage[j]);
     }
     if (noise) {
       const float* __restrict normal = noise.tile<level>(sample, start, n, stored_buffer.values);
       const float factor = noise_scale[static_cast<size_t>(sample)];
-      for (int64_t j = 0; j < n; ++j) next[j] = next[j] + factor * normal[j];
+      for (int64_t j = 0; j < n; ++j) next[j] = add_term(next[j], factor, normal[j]);
     }
     if (wants_error) {
       float* __restrict lanes = sum.lanes;
-      for (int64_t j = 0; j < n; ++j) {
-        const float ratio = error_ratio(error[j], atol, rtol, state[j], next[j]);
-        lanes[j] += ratio * ratio;
-      }
+      for (int64_t j = 0; j < n; ++j)
+        lanes[j] = add_square(lanes[j], error_ratio(error[j], atol, rtol, state[j], next[j]));
     }
   }
 
@@ -149,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor> guided_step(const Tensor& z, const Tensor& ve
   if (error_weights) {
     float* out = static_cast<float*>(error.mutable_data_ptr());
     for (int64_t b = 0; b < samples; ++b)
-      out[b] = static_cast<float>(std::sqrt(mean_of_chunks(sums, b, kernel.chunks)));
+      out[b] = root_mean(mean_of_chunks(sums.data(), b, kernel.chunks));
   }
   return {z_next, blended, error};
 }

@@ -6,37 +6,13 @@
 #include <vector>
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include "common/checks.h"
 #include "common/low_precision.h"
 #include "common/macros.h"
+#include "common/tensors.h"
 #include "cpu/tiles.h"
 
 namespace lfm_fast {
-
-enum class Element { float32, bfloat16, float16 };
-
-inline Element element_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Element::float32;
-    case ScalarType::BFloat16: return Element::bfloat16;
-    case ScalarType::Half: return Element::float16;
-    default: break;
-  }
-  refuse(name, " must be float32, bfloat16 or float16, got ", dtype_name(tensor.scalar_type()), ".");
-}
-
-// Whether the elements of each sample lie side by side; the stride between samples is free (0 where expanded).
-inline bool rows_are_dense(const Tensor& tensor) {
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  int64_t expected = 1;
-  for (size_t i = sizes.size(); i-- > 1;) {
-    if (sizes[i] != 1 && strides[i] != expected) return false;
-    expected *= sizes[i];
-  }
-  return true;
-}
 
 // A tile's worth of scratch; uninitialised on purpose.
 struct TileBuffer {
@@ -114,15 +90,7 @@ class OutputRows {
 template <typename T>
 std::vector<T> read_table(const Tensor& tensor, const char* name, ScalarType dtype, std::vector<int64_t> shape) {
   check_on_cpu(tensor, name);
-  check_dtype(tensor, name, dtype);
-  const auto sizes = tensor.sizes();
-  bool fits = sizes.size() == shape.size();
-  std::string expected;
-  for (size_t i = 0; i < shape.size(); ++i) {
-    fits = fits && sizes[i] == shape[i];
-    expected += (i ? ", " : "") + std::to_string(shape[i]);
-  }
-  LFM_CHECK(fits, name, " must have shape (", expected, "), got ", shape_text(tensor), ".");
+  check_table(tensor, name, dtype, shape);
   const T* data = tensor.const_data_ptr<T>();
   const int64_t rows = shape[0], columns = shape.size() > 1 ? shape[1] : 1;
   const int64_t row_stride = tensor.stride(0), column_stride = shape.size() > 1 ? tensor.stride(1) : 0;
@@ -141,23 +109,8 @@ inline std::vector<int64_t> read_index(const Tensor& tensor, int64_t samples) {
   return read_table<int64_t>(tensor, "index", ScalarType::Long, {samples});
 }
 
-// A fresh contiguous CPU tensor. Made by the C call under torch::stable::new_empty: that goes through the dispatcher,
-// which costs more than a small step itself.
 inline Tensor new_tensor(const std::vector<int64_t>& shape, ScalarType dtype) {
-  std::vector<int64_t> strides(shape.size());
-  int64_t stride = 1;
-  for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) strides[i] = stride;
-  const auto dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
-                                                         strides.data(), dtype_code, aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
-  return Tensor(handle);
-}
-
-inline std::vector<int64_t> shape_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  return {sizes.begin(), sizes.end()};
+  return empty_tensor(shape, dtype, aoti_torch_device_type_cpu(), 0);
 }
 
 }  // namespace lfm_fast

@@ -41,7 +41,7 @@ struct VelocityLoss {
     const float factor = slope[static_cast<size_t>(sample)];
     for (int64_t j = 0; j < n; ++j) {
       const float difference = v[j] - wanted[j];
-      lanes[j] += difference * difference;
+      lanes[j] = add_square(lanes[j], difference);
       gradient_tile[j] = factor * difference;
     }
     gradient.store(sample, start, n, gradient_buffer);
@@ -81,8 +81,7 @@ std::tuple<Tensor, Tensor> velocity_loss(const Tensor& velocity, const std::opti
   }
   std::vector<float> weights(static_cast<size_t>(samples), 1.0f);
   if (weight) weights = read_floats(*weight, "weight", {samples});
-  const double count = static_cast<double>(std::max<int64_t>(elements, 1));
-  for (const float w : weights) kernel.slope.push_back(static_cast<float>(2.0 * w / count));
+  for (const float w : weights) kernel.slope.push_back(loss_slope(w, elements));
 
   Tensor gradient = new_tensor(shape_of(velocity), velocity.scalar_type());
   kernel.gradient = OutputRows(gradient, "gradient");
@@ -93,7 +92,7 @@ std::tuple<Tensor, Tensor> velocity_loss(const Tensor& velocity, const std::opti
   Tensor loss = new_tensor({samples}, ScalarType::Float);
   float* out = static_cast<float*>(loss.mutable_data_ptr());
   for (int64_t b = 0; b < samples; ++b)
-    out[b] = static_cast<float>(weights[static_cast<size_t>(b)] * mean_of_chunks(sums, b, kernel.chunks));
+    out[b] = weighted_loss(weights[static_cast<size_t>(b)], mean_of_chunks(sums.data(), b, kernel.chunks));
   return {loss, gradient};
 }
 
