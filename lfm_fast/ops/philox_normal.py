@@ -6,6 +6,7 @@ from torch import Tensor
 from lfm_fast.ops._cases import indices
 from lfm_fast.ops._checks import INTEGER, check_counter, check_tensor
 from lfm_fast.ops._registry import Backend, Op, Tolerance, register
+from lfm_fast.ops._triton import triton_backend
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", table 2
@@ -112,7 +113,10 @@ _row = register(
         schema="(Tensor index, SymInt numel, int seed, int stream=0, int offset=0) -> Tensor",
         reference=reference,
         check=_check,
-        backends=(Backend(name="cpp", devices=("cpu",), why_not=lambda *args: None),),
+        backends=(
+            Backend(name="cpp", devices=("cpu",), why_not=lambda *args: None),
+            triton_backend("philox_normal", lambda *args: None),
+        ),
         arguments=_arguments,
         cases=(
             {"shape": (3, 129)},

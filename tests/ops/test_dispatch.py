@@ -110,10 +110,10 @@ def test_another_thread_keeps_its_own_choice(toy):
 def test_wrong_names_are_refused():
     with pytest.raises(ValueError, match="no backend 'gpu'; there are reference, cpp, cuda, triton"):
         ops.use_backend("gpu").__enter__()
-    with pytest.raises(ValueError, match="no op 'interpolat'; there are [a-z_, ]*guided_step, "):
+    with pytest.raises(ValueError, match=r"no op 'interpolat'; there are [a-z_, ]*guided_step, "):
         ops.use_backend("cpp", ops=["interpolat"]).__enter__()
-    with pytest.raises(ValueError, match="interpolate has no backend 'triton'; it has cpp, reference"):
-        ops.use_backend("triton", ops=ops.interpolate).__enter__()
+    with pytest.raises(ValueError, match="modulated_layer_norm has no backend 'cuda'; it has .*reference"):
+        ops.use_backend("cuda", ops=ops.modulated_layer_norm).__enter__()
 
 
 def test_rows_without_the_backend_keep_their_default(monkeypatch):
@@ -195,8 +195,9 @@ def test_explain_without_arguments_tells_of_every_row():
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_one_row_speaks_with_one_voice(row):
+def test_one_row_speaks_with_one_voice(row, monkeypatch):
     """Reference, check, cost and public function take the schema's arguments with the schema's defaults."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # else the Triton backend, not run here, refuses CPU tensors
     schema = {a.name: a.default_value if a.has_default_value() else "required" for a in row.overload._schema.arguments}
     public = [] if row.name.endswith("_backward") else [getattr(ops, row.name)]  # autograd alone calls those
     for function in (row.reference, row.check, row.cost, *public):

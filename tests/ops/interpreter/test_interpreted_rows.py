@@ -1,0 +1,96 @@
+"""Every row that has a Triton backend, over its cases and in every configuration, in Triton's interpreter."""
+
+import importlib
+
+import pytest
+import torch
+from compare import assert_same_bits
+from row_cases import ROWS, all_cases, arguments_of, first_cases, outputs
+from test_philox_normal import (  # noqa: F401
+    test_definition_has_not_moved,
+    test_normals_are_the_oracles,
+    test_offset_moves_by_blocks_of_four,
+)
+from test_properties import FULL, many
+from test_rows import (  # noqa: F401
+    test_a_bad_number_stays_in_its_sample,
+    test_a_sample_does_not_depend_on_its_neighbours,
+    test_inputs_are_left_alone,
+    test_result_is_that_of_float64,
+)
+
+from lfm_fast import ops
+from lfm_fast.kernels.triton._tuning import Tuned, use_configuration
+
+WITH_TRITON = {name: row for name, row in ROWS.items() if any(b.name == "triton" for b in row.backends)}
+
+
+def configurations(row):
+    module = importlib.import_module(f"lfm_fast.kernels.triton.{row.name}")
+    return max(len(value.configurations) for value in vars(module).values() if isinstance(value, Tuned))
+
+
+def size_of(row, case):
+    return max(x.numel() for x in arguments_of(row, case) if isinstance(x, torch.Tensor))
+
+
+def float64_among(args):
+    flat = [x for a in args for x in (a if isinstance(a, list) else [a])]
+    return any(isinstance(x, torch.Tensor) and x.dtype is torch.float64 for x in flat)
+
+
+@pytest.mark.parametrize("row", WITH_TRITON.values(), ids=WITH_TRITON)
+def test_only_float64_is_refused(row):
+    backend = row.named("triton")
+    for case in row.cases:
+        args = arguments_of(row, case)
+        reason = backend.refusal(args, forced=True)
+        assert (reason is not None) == float64_among(args), f"{case}: {reason}"
+
+
+@pytest.mark.parametrize("row", WITH_TRITON.values(), ids=WITH_TRITON)
+def test_every_configuration_gives_the_same_bits(row):
+    """So timings, which choose the configuration on a GPU, never change a result."""
+    backend = row.named("triton")
+    served = [case for case in row.cases if backend.refusal(arguments_of(row, case), forced=True) is None]
+    longest = max((case for case in served if size_of(row, case) < 1500), key=lambda case: size_of(row, case))
+    for case in (row.cases[0], longest):
+        args = arguments_of(row, case)
+        results = []
+        for number in range(configurations(row)):
+            with ops.use_backend("triton", ops=row.name), use_configuration(number):
+                results.append(outputs(row(*args)))
+        for number, result in enumerate(results):
+            for got, want in zip(result, results[0]):
+                assert_same_bits(got, want, f"{row.name}, {case}, configuration {number} beside the default")
+
+
+def test_noise_in_other_ops_has_the_bits_of_the_reference(backend):
+    index, ones = torch.tensor([2**34 + 5, -3]), torch.ones(2)
+    with ops.use_backend("reference"):
+        noise = ops.philox_normal(index, 1030, seed=11).view(2, 1030)
+        later = ops.philox_normal(index, 1030, seed=11, stream=5, offset=6)
+    z = torch.zeros(2, 1030)
+    pick = torch.stack((0 * ones, ones, 0 * ones, ones))
+    for part in ops.interpolate(z, pick, index=index, seed=11):
+        assert_same_bits(part, noise)
+    assert (ops.velocity_loss(noise, z_0=z, coefficients=pick, index=index, seed=11) == 0).all()
+    step = ops.guided_step(z, z, None, None, [], torch.zeros(2, 2), None, 0.0, 0.0, ones, index, 11, 6)
+    assert_same_bits(step[0] + 0.0, later + 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.fuzz
+@pytest.mark.parametrize("row", WITH_TRITON.values(), ids=WITH_TRITON)
+def test_any_call_is_right_or_refused(row):
+    with ops.use_backend("triton"):
+        many(500 if FULL else 30, not FULL, row)
+
+
+@pytest.mark.slow
+@pytest.mark.fuzz
+@pytest.mark.parametrize(("row", "case"), all_cases() if FULL else first_cases())
+def test_every_configuration_on_every_case(row, case):
+    for number in range(configurations(row)):
+        with ops.use_backend("triton", ops=row.name), use_configuration(number):
+            test_result_is_that_of_float64(row, case, f"triton, configuration {number}")
