@@ -4,7 +4,10 @@ A new op is one row file (see `_registry.Op`), its kernels, and one import line 
 """
 
 from lfm_fast.ops._registry import explain, use_backend
+from lfm_fast.ops.adamw_ema import adamw_ema
 from lfm_fast.ops.gated_residual_norm import gated_residual_norm
+from lfm_fast.ops.gelu_tanh import gelu_tanh
+from lfm_fast.ops.group_norm_silu import group_norm_silu
 from lfm_fast.ops.guided_step import guided_step
 from lfm_fast.ops.interpolate import interpolate
 from lfm_fast.ops.modulated_layer_norm import modulated_layer_norm
@@ -12,8 +15,11 @@ from lfm_fast.ops.philox_normal import philox_normal, philox_uniform
 from lfm_fast.ops.velocity_loss import velocity_loss
 
 __all__ = [
+    "adamw_ema",
     "explain",
     "gated_residual_norm",
+    "gelu_tanh",
+    "group_norm_silu",
     "guided_step",
     "interpolate",
     "modulated_layer_norm",

@@ -22,6 +22,18 @@ def check_tensor(name: str, value, dtypes: Sequence[torch.dtype]) -> None:
         raise ValueError(f"{name} is {str(value.dtype).removeprefix('torch.')}, expected {allowed}: convert it first.")
 
 
+def check_writable(name: str, value: Tensor) -> None:
+    """A tensor that an op may change in place: no element of it is another's memory too."""
+    shared = not torch.compiler.is_compiling() and value.is_neg()
+    reach = 1  # how many elements on the dimensions with smaller strides go
+    if not value.is_contiguous() and value.numel():
+        for stride, size in sorted((stride, size) for size, stride in zip(value.shape, value.stride()) if size != 1):
+            shared = shared or stride < reach
+            reach += stride * (size - 1)
+    if shared:
+        raise ValueError(f"{name} is changed in place but is no memory of its own: pass a copy ({name}.clone()).")
+
+
 def check_state(name: str, value, dtypes: Sequence[torch.dtype] = STATE) -> None:
     """A tensor with samples along its first dimension."""
     check_tensor(name, value, dtypes)
@@ -45,6 +57,14 @@ def check_per_sample(name: str, value, shape: tuple, other_name: str, other: Ten
             f"{name} is {tuple(value.shape)}, expected {shape} for {other_name} of shape {tuple(other.shape)}: "
             "one value per sample (expand a common one)."
         )
+    _check_beside(name, value, other_name, other)
+
+
+def check_per_channel(name: str, value, channels: int, other_name: str, other: Tensor, dtypes=VELOCITY) -> None:
+    """A vector of one number per channel, common to all samples, on the other's device; float64 only beside float64."""
+    check_tensor(name, value, dtypes)
+    if tuple(value.shape) != (channels,):
+        raise ValueError(f"{name} is {tuple(value.shape)}, expected ({channels},): one value per channel.")
     _check_beside(name, value, other_name, other)
 
 

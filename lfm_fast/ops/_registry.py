@@ -68,7 +68,7 @@ class Op:
 
     name: str
     schema: str  # "(Tensor z_0, ...) -> (Tensor z_t, Tensor target)"; the first argument is a tensor
-    reference: Callable  # plain PyTorch, same arguments and defaults as the schema; contiguous outputs
+    reference: Callable  # plain PyTorch, same arguments and defaults as the schema; strides as the kernels give them
     check: Callable  # same arguments; raises ValueError
     backends: tuple[Backend, ...]  # in order of preference
     arguments: Callable[..., dict]  # builds the arguments of a case: (shape, device, dtype, layout, ...) -> keywords
@@ -79,6 +79,10 @@ class Op:
     setup_context: Callable | None = None  # (ctx, inputs, output); ctx.needed names the inputs that want a gradient
     backward: Callable | None = None  # (ctx, *gradients or None) -> {argument name: gradient}
     not_differentiable: tuple[str, ...] = ()  # arguments for which a gradient is refused rather than left out
+    shared: tuple[str, ...] = ()  # arguments and results that all samples have in common: they have no batch dimension
+    mutates: tuple[
+        str, ...
+    ] = ()  # lists of tensors that are changed in place; such a row has no gradient and no result
     overload: Callable = field(init=False, repr=False)
     argument_names: tuple[str, ...] = field(init=False)
 
@@ -89,7 +93,7 @@ class Op:
         if _inside_transform():
             return self.reference(*args)
         if torch.is_grad_enabled():
-            if self.not_differentiable:
+            if self.not_differentiable or self.mutates:
                 self._refuse_gradient(args)
         elif not torch.compiler.is_compiling():
             # a solver's loop: PyTorch's Python autograd key costs 5 of 20 microseconds only to find nothing to do
@@ -145,12 +149,31 @@ class Op:
         name = self.choose(args)
         if name not in self.compiled_names:
             self.check(*args)
+        if self.mutates:
+            self._announce_change(args)
         return self.reference(*args) if name == "reference" else self.kernels[name](*args)
 
     def _refuse_gradient(self, args: tuple) -> None:
         for name, value in zip(self.argument_names, args):
-            if name in self.not_differentiable and value is not None and value.requires_grad:
-                raise ValueError(f"{self.name} has no gradient for {name}, which requires one: pass {name}.detach().")
+            if not self.mutates and name not in self.not_differentiable:
+                continue
+            tensors = value if isinstance(value, list) else [value]
+            if not any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
+                continue
+            if self.mutates:
+                raise ValueError(
+                    f"{self.name} changes tensors in place and has no gradient, but {name} requires one: "
+                    "call it under torch.no_grad()."
+                )
+            raise ValueError(f"{self.name} has no gradient for {name}, which requires one: pass {name}.detach().")
+
+    def _announce_change(self, args: tuple) -> None:
+        """What PyTorch does for its own in-place ops: a backward that had saved one of these tensors must notice."""
+        if torch.is_grad_enabled():
+            self._refuse_gradient(args)
+        for name, value in zip(self.argument_names, args):
+            if name in self.mutates:
+                torch.autograd.graph.increment_version(value)
 
     def _setup_context(self, ctx, inputs, output) -> None:
         self._refuse_gradient(inputs)

@@ -23,9 +23,14 @@ def all_cases(keep=lambda case: True):
     ]
 
 
-def first_cases():
+def first_cases(keep=lambda row: True):
     """One case of each row, with three samples whose conditioning differs."""
-    return [pytest.param(row, row.cases[0], id=row.name) for row in ROWS.values()]
+    return [pytest.param(row, row.cases[0], id=row.name) for row in ROWS.values() if keep(row)]
+
+
+def has_samples(row):
+    """Rows that change lists of tensors in place know no samples; their own tests hold the tensors apart."""
+    return not row.mutates
 
 
 def arguments_of(row, case, **changes):
@@ -33,7 +38,29 @@ def arguments_of(row, case, **changes):
 
 
 def outputs(result):
+    if result is None:
+        return ()
     return result if isinstance(result, tuple) else (result,)
+
+
+def results(row, args, function=None):
+    """What a call gives: its results, or for a row that changes its arguments, copies of those as it leaves them."""
+    if not row.mutates:
+        return outputs((function or row)(*args))
+    args = map_tensors(torch.clone, args)
+    assert (function or row)(*args) is None
+    return tuple(x for name in row.mutates for x in args[row.argument_names.index(name)])
+
+
+def result_names(row, args):
+    if not row.mutates:
+        return [r.name or "result" for r in row.overload._schema.returns]
+    return [f"{name}[{i}]" for name in row.mutates for i in range(len(args[row.argument_names.index(name)]))]
+
+
+def per_sample_results(row, found):
+    """Those that have a batch dimension: all but sums over the samples."""
+    return tuple(x for x, r in zip(found, row.overload._schema.returns) if r.name not in row.shared)
 
 
 def map_tensors(function, args):
@@ -48,6 +75,11 @@ def in_float64(args):
     return map_tensors(lambda x: x.double() if x.is_floating_point() else x, args)
 
 
-def alone(args, batch, i):
+def alone(row, args, i):
     """The arguments of sample i by itself."""
-    return map_tensors(lambda x: x[i : i + 1] if x.shape[0] == batch else x[:, i : i + 1], args)
+    batch = args[0].shape[0]
+
+    def cut(x):
+        return x[i : i + 1] if x.shape[0] == batch else x[:, i : i + 1]
+
+    return tuple(a if name in row.shared else map_tensors(cut, (a,))[0] for name, a in zip(row.argument_names, args))

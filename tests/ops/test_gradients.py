@@ -29,6 +29,14 @@ CHECKED = {
         {"shape": (2, 3, 1), "state": torch.float64, **F64},
         {"shape": (2, 0, 3), "state": torch.float64, **F64},
     ],
+    "gelu_tanh": [{"shape": (3, 2, 3), **F64}, {"shape": (), **F64}, {"shape": (0, 3), **F64}],
+    "gelu_tanh_backward": [{"shape": (3, 2, 3), **F64}, {"shape": (0, 3), **F64}],
+    "group_norm_silu": [
+        {"shape": (3, 4, 2, 2), **F64},
+        {"shape": (2, 4, 2, 3), "layout": "channels_last", "affine": False, **F64},
+        {"shape": (3, 6), "num_groups": 3, "silu": False, **F64},
+        {"shape": (2, 4, 0), **F64},
+    ],
     "guided_step": [
         {"shape": (3, 2, 2), "state": torch.float64, "num_stored": 2, "keep": True, "noise": True, **F64},
         {"shape": (2, 3), "state": torch.float64, "guided": False, **F64},

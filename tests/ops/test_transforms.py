@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compare import assert_close
-from row_cases import ROWS, arguments_of, in_float64, map_tensors, outputs
+from row_cases import ROWS, arguments_of, in_float64, map_tensors, results
 from torch.autograd import forward_ad
 
 from lfm_fast import ops
@@ -136,8 +136,8 @@ def test_each_row_compiles(row, gradients):
     torch._dynamo.reset()
     args = arguments_of(row, row.cases[0])
     with torch.set_grad_enabled(gradients):
-        got = torch.compile(lambda *a: row(*a), fullgraph=True, backend="aot_eager")(*args)
-        for g, w in zip(outputs(got), outputs(row(*args))):
+        compiled = torch.compile(lambda *a: row(*a), fullgraph=True, backend="aot_eager")
+        for g, w in zip(results(row, args, compiled), results(row, args), strict=True):
             assert_close(g, w)
 
 
@@ -155,23 +155,23 @@ def test_fake_kernel_knows_shapes_dtypes_and_strides(row):
     for case in row.cases:
         args = arguments_of(row, case)
         with FakeTensorMode() as mode:
-            fake = outputs(row(*map_tensors(mode.from_tensor, args)))
-        for f, real in zip(fake, outputs(row(*args))):
+            fake = results(row, map_tensors(mode.from_tensor, args))
+        for f, real in zip(fake, results(row, args), strict=True):
             assert (f.shape, f.dtype, f.stride()) == (real.shape, real.dtype, real.stride())
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_meta_tensors(row):
     args = map_tensors(lambda x: x.to("meta"), arguments_of(row, row.cases[0]))
-    assert all(y.is_meta for y in outputs(row(*args)))
+    assert all(y.is_meta for y in results(row, args))
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_inference_mode(row, backend):
     args = arguments_of(row, row.cases[0])
     with torch.inference_mode():
-        inside = outputs(row(*args))
-        for y, want in zip(inside, outputs(row(*in_float64(args)))):
+        inside = results(row, args)
+        for y, want in zip(inside, results(row, in_float64(args), row.reference)):
             assert y.is_inference()
             assert_close(y, want, absolute=1e-5, relative=1e-5)
 
