@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lfm_fast.ops._cases import numbers
-from lfm_fast.ops._checks import VELOCITY, check_like, check_per_sample, check_tensor
+from lfm_fast.ops._checks import VELOCITY, check_like, check_per_sample, check_tensor, refuse_float64
+from lfm_fast.ops._registry import Backend
 
 LOW = (torch.bfloat16, torch.float16)
 
@@ -79,6 +80,16 @@ def check_same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -
     if value.dtype is not other.dtype:
         came, wanted = (str(x.dtype).removeprefix("torch.") for x in (value, other))
         raise ValueError(f"{name} is {came} but {other_name} is {wanted}: convert one of them.")
+
+
+def _why_not_cpp(*args) -> str | None:
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if any(x.dtype is torch.float16 for x in tensors):
+        return "its kernels take float32 and bfloat16, and an argument is float16"
+    return refuse_float64(*tensors)
+
+
+CPP = Backend(name="cpp", devices=("cpu",), why_not=_why_not_cpp)
 
 
 def tokens(shape, seed: int, *, layout: str = "contiguous", **known) -> Tensor:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lfm_fast.ops._checks import check_tolerance
 from lfm_fast.ops._norms import (
+    CPP,
     LOW,
     SIZES,
     check_modulation,
@@ -146,7 +147,7 @@ _backward_row = register(
         check=_check_backward,
         # the forward's gradient is differentiated again by PyTorch itself, see _backward
         not_differentiable=("x_new", "branch", "gate", "scale", "mean", "rstd", "grad_x_new", "grad_y"),
-        backends=(),
+        backends=(CPP,),
         arguments=_backward_arguments,
         cases=(
             *CASES,
@@ -169,7 +170,7 @@ _row = register(
         check=_check,
         setup_context=_setup_context,
         backward=_backward,
-        backends=(),
+        backends=(CPP,),
         arguments=_arguments,
         cases=(*CASES, {"shape": (3, 5, 37), "eps": 0.5}),
         sizes=SIZES,

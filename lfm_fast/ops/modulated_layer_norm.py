@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from lfm_fast.ops._checks import check_tolerance, refuse_float64
+from lfm_fast.ops._checks import check_tolerance
 from lfm_fast.ops._norms import (
+    CPP,
     SIZES,
     TOKENS,
     check_modulation,
@@ -88,10 +89,6 @@ def _backward_cost(grad_y, x, scale, mean, rstd) -> tuple[int, int]:
     return size_of(grad_y, x, scale, mean, rstd) + size_of(x, scale, scale), 14 * x.numel()
 
 
-def _why_not_cpp(*args) -> str | None:
-    return refuse_float64(*(a for a in args if isinstance(a, Tensor)))
-
-
 CASES = (
     {"shape": (3, 5, 37)},
     *({"shape": shape} for shape in TOKENS),
@@ -124,7 +121,7 @@ _backward_row = register(
         check=_check_backward,
         # the forward's gradient is differentiated again by PyTorch itself, see _backward
         not_differentiable=("grad_y", "x", "scale", "mean", "rstd"),
-        backends=(),
+        backends=(CPP,),
         arguments=_backward_arguments,
         cases=CASES,
         sizes=SIZES,
@@ -141,7 +138,7 @@ _row = register(
         check=_check,
         setup_context=_setup_context,
         backward=_backward,
-        backends=(),
+        backends=(CPP,),
         arguments=_arguments,
         cases=(*CASES, {"shape": (3, 5, 37), "eps": 0.5}),
         sizes=SIZES,

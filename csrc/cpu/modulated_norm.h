@@ -1,0 +1,129 @@
+// The modulated layer norm of one row: what modulated_layer_norm and gated_residual_norm have in common.
+//
+// A row is read from memory once; the second and third pass find it in the innermost cache. The variance is that of the
+// differences from the mean, which a large mean does not spoil.
+#pragma once
+
+#include <cmath>
+
+#include "cpu/tokens.h"
+
+namespace lfm_fast {
+
+// Pairs in a block.
+template <Level level>
+constexpr int kPairs = kBlock / (2 * Vectors<level>::width);
+
+// What one row needs beside its data.
+struct NormShape {
+  TailMask mask;
+  float channels, eps;
+};
+
+struct Statistics {
+  float mean, rstd;
+};
+
+template <Level level, Order order, Element X, typename Row>
+LFM_HD float row_sum(Row& x, const NormShape& shape) {
+  constexpr int width = Vectors<level>::width;
+  LaneSum<level, order> sum;
+  for (int64_t block = 0; block < shape.mask.blocks; ++block) {
+#pragma GCC unroll 8
+    for (int p = 0; p < kPairs<level>; ++p) {
+      Pair<level> v;
+      load<level, order, X>(x.place(block, 2 * p * width), v);
+      sum.lanes[2 * p] += v.a;
+      sum.lanes[2 * p + 1] += v.b;
+    }
+  }
+  return sum.total();
+}
+
+template <Level level, Order order, Element X, typename Row>
+LFM_HD Statistics row_statistics(Row& x, float sum_of_row, const NormShape& shape) {
+  constexpr int width = Vectors<level>::width;
+  const float mean = sum_of_row / shape.channels;
+  LaneSum<level, order> squares;
+  for (int64_t block = 0; block < shape.mask.blocks; ++block) {
+#pragma GCC unroll 8
+    for (int p = 0; p < kPairs<level>; ++p) {
+      Pair<level> v;
+      load<level, order, X>(x.place(block, 2 * p * width), v);
+      v.a -= mean;
+      v.b -= mean;
+      shape.mask.apply<level, order>(block, 2 * p * width, v);
+      squares.lanes[2 * p] += v.a * v.a;
+      squares.lanes[2 * p + 1] += v.b * v.b;
+    }
+  }
+  const float variance = squares.total() / shape.channels;
+  return {mean, 1.0f / std::sqrt(variance + shape.eps)};
+}
+
+// y = (x - mean) rstd (1 + scale) + shift
+template <Level level, Order order, Element X, Element M, typename Row>
+LFM_HD void modulate_row(Row& x, const RowIn<M>& shift, const RowIn<M>& scale, const Statistics& s, RowOut<M>& y,
+                         const NormShape& shape) {
+  constexpr int width = Vectors<level>::width;
+  for (int64_t block = 0; block < shape.mask.blocks; ++block) {
+#pragma GCC unroll 8
+    for (int p = 0; p < kPairs<level>; ++p) {
+      const int64_t at = 2 * p * width;
+      Pair<level> v, factor, term;
+      load<level, order, X>(x.place(block, at), v);
+      load<level, order, M>(scale.place(block, at), factor);
+      load<level, order, M>(shift.place(block, at), term);
+      v.a = (v.a - s.mean) * s.rstd * (1.0f + factor.a) + term.a;
+      v.b = (v.b - s.mean) * s.rstd * (1.0f + factor.b) + term.b;
+      store<level, order, M>(y.place(block, at), v);
+    }
+  }
+  y.finish();
+}
+
+// The row's means of d = grad_y (1 + scale) and of d n, n = (x - mean) rstd; grad_y and grad_y n are added to the
+// columns' sums.
+struct RowMeans {
+  float along_ones, along_n;
+};
+
+template <Level level, Order order, Element X, Element M>
+LFM_HD RowMeans add_row(const RowIn<M>& grad_y, const RowIn<X>& x, const RowIn<M>& scale, const Statistics& s,
+                        char* grad_shift, char* grad_scale, const NormShape& shape) {
+  constexpr int width = Vectors<level>::width;
+  LaneSum<level, order> ones, along;
+  for (int64_t block = 0; block < shape.mask.blocks; ++block) {
+#pragma GCC unroll 8
+    for (int p = 0; p < kPairs<level>; ++p) {
+      const int64_t at = 2 * p * width, column = (block * kBlock + at) * size_of(Element::float32);
+      Pair<level> g, n, factor;
+      load<level, order, M>(grad_y.place(block, at), g);
+      load<level, order, X>(x.place(block, at), n);
+      load<level, order, M>(scale.place(block, at), factor);
+      n.a = (n.a - s.mean) * s.rstd;
+      n.b = (n.b - s.mean) * s.rstd;
+      shape.mask.apply<level, order>(block, at, n);
+      add_to<level>(grad_shift + column, g);
+      const Pair<level> product{g.a * n.a, g.b * n.b};
+      add_to<level>(grad_scale + column, product);
+      const Pair<level> d{g.a * (1.0f + factor.a), g.b * (1.0f + factor.b)};
+      ones.lanes[2 * p] += d.a;
+      ones.lanes[2 * p + 1] += d.b;
+      along.lanes[2 * p] += d.a * n.a;
+      along.lanes[2 * p + 1] += d.b * n.b;
+    }
+  }
+  return {ones.total() / shape.channels, along.total() / shape.channels};
+}
+
+// The norm's gradient in a pair of x: rstd ((d - mean of d) - n mean of d n)
+template <Level level>
+LFM_HD void norm_gradient(const Pair<level>& g, const Pair<level>& x, const Pair<level>& factor, const Statistics& s,
+                          const RowMeans& means, Pair<level>& out) {
+  const Pair<level> n{(x.a - s.mean) * s.rstd, (x.b - s.mean) * s.rstd};
+  out.a = (g.a * (1.0f + factor.a) - means.along_ones - n.a * means.along_n) * s.rstd;
+  out.b = (g.b * (1.0f + factor.b) - means.along_ones - n.b * means.along_n) * s.rstd;
+}
+
+}  // namespace lfm_fast
