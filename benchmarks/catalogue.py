@@ -1,10 +1,19 @@
 """The workloads by kind: what a specification (kind, arguments) builds, in this process or in another."""
 
 from benchmarks.networks import Forward, GuidedSampling, TrainingStep
+from benchmarks.optimizer import OptimizerStep
 from benchmarks.solving import Solving
-from benchmarks.workloads import OpWorkload, Workload
+from benchmarks.workloads import ForwardBackward, OpWorkload, Workload
 
-KINDS = {"op": OpWorkload, "forward": Forward, "training": TrainingStep, "sampling": GuidedSampling, "solver": Solving}
+KINDS = {
+    "op": OpWorkload,
+    "op and gradient": ForwardBackward,
+    "optimizer": OptimizerStep,
+    "forward": Forward,
+    "training": TrainingStep,
+    "sampling": GuidedSampling,
+    "solver": Solving,
+}
 
 
 def build(specification: tuple[str, dict]) -> Workload:

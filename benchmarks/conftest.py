@@ -7,17 +7,22 @@ import pytest
 import torch
 
 from benchmarks import ceilings, measure, report
+from benchmarks.memory import keep_freed_memory
 from benchmarks.settings import MODE
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _session(tmp_path_factory):
     """Compile afresh, so that the compile times mean something; measure the ceilings at both ends."""
+    _kept.append(keep_freed_memory())
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
     ceilings.measure()
     yield
     measure.compare_with_ceilings()
+
+
+_kept: list[bool] = []
 
 
 def about() -> dict:
@@ -29,6 +34,7 @@ def about() -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset"),
+        "freed_memory_is_kept": all(_kept),
         "load_average": list(os.getloadavg()),
         "ceilings": ceilings.measured(),
     }

@@ -1,12 +1,15 @@
-"""What a run of the benchmarks measures, and for how long: the full set, or the quick one that a CI run can afford."""
+"""What a run of the benchmarks measures, and for how long.
+
+standard: a choice of sizes, within 10 minutes on two cores; full: everything; quick: whether it all runs (CI).
+"""
 
 import os
 
-_MODES = ("full", "quick")
-MODE = os.environ.get("LFM_FAST_BENCH", "full")
+_MODES = ("standard", "full", "quick")
+MODE = os.environ.get("LFM_FAST_BENCH", "standard")
 if MODE not in _MODES:
     raise ValueError(f"LFM_FAST_BENCH is {MODE!r}, expected one of {', '.join(_MODES)}.")
-QUICK = MODE == "quick"
+QUICK, FULL = MODE == "quick", MODE == "full"
 
 # A call shorter than this follows untimed ones of this length: otherwise it would measure how the process wakes up.
 WARM_UP = 1e-3
@@ -17,5 +20,5 @@ MOST_ROUNDS = 50 if QUICK else 300
 
 
 def seconds_for(full: float, quick: float) -> float:
-    """Time to spend on the rounds of one workload."""
-    return quick if QUICK else full
+    """Time to spend on the rounds of one workload; standard lies between the two."""
+    return {"quick": quick, "standard": (full + quick) / 2, "full": full}[MODE]

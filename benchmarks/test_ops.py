@@ -2,20 +2,21 @@
 
 import pytest
 
+from benchmarks.catalogue import build
 from benchmarks.measure import COMPILED, compare
-from benchmarks.settings import QUICK, seconds_for
-from benchmarks.workloads import OpWorkload
+from benchmarks.settings import FULL, QUICK, seconds_for
 from lfm_fast.ops import _registry
 
+ROWS = _registry.rows()
 COMPILED_IN_QUICK_MODE = "velocity_loss"
 
 
-def sizes():
-    """Each row at its sizes; in quick mode at the first of them."""
+def cases(rows):
+    """Each row at its sizes; in standard mode at the last of them, in quick mode at the first."""
     return [
         pytest.param(row.name, size, id=_title(row.name, size))
-        for row in _registry.rows().values()
-        for size in (row.sizes[:1] if QUICK else row.sizes)
+        for row in rows
+        for size in (row.sizes if FULL else row.sizes[:1] if QUICK else row.sizes[-1:])
     ]
 
 
@@ -24,16 +25,39 @@ def _title(name, size):
     return "-".join([name, *words]).replace(" ", "")
 
 
-@pytest.mark.benchmark(group="ops")
-@pytest.mark.parametrize(("row", "size"), sizes())
-def test_op(benchmark, request, row, size):
-    specification = ("op", {"row": row, "size": size})
-    compiled = "quick mode" if QUICK and row != COMPILED_IN_QUICK_MODE else (COMPILED,)
+def run(benchmark, request, kind, row, size, seconds):
+    specification = (kind, {"row": row, "size": size})
     compare(
         benchmark,
         request.node.callspec.id,
-        OpWorkload(row, size),
-        seconds=seconds_for(full=3.0, quick=1.0),
+        build(specification),
+        seconds=seconds_for(full=seconds, quick=1.0),
         specification=specification,
-        compiled=compiled,
+        compiled="quick mode" if QUICK and row != COMPILED_IN_QUICK_MODE else (COMPILED,),
+    )
+
+
+@pytest.mark.benchmark(group="ops")
+@pytest.mark.parametrize(("row", "size"), cases(row for row in ROWS.values() if not row.mutates))
+def test_op(benchmark, request, row, size):
+    run(benchmark, request, "op", row, size, 3.0)
+
+
+@pytest.mark.benchmark(group="ops with their gradients")
+@pytest.mark.parametrize(("row", "size"), cases(row for row in ROWS.values() if f"{row.name}_backward" in ROWS))
+def test_op_and_gradient(benchmark, request, row, size):
+    run(benchmark, request, "op and gradient", row, size, 4.0)
+
+
+@pytest.mark.benchmark(group="optimizer")
+@pytest.mark.parametrize("network", ["DiT-S/2"] if not FULL else ["DiT-S/2", "DiT-B/2"])
+def test_optimizer_step(benchmark, network):
+    specification = ("optimizer", {"network": network})
+    compare(
+        benchmark,
+        f"AdamW and EMA, {network}",
+        build(specification),
+        seconds=seconds_for(full=10.0, quick=1.0),
+        specification=specification,
+        compiled="quick mode" if QUICK else (COMPILED,),
     )

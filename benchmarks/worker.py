@@ -56,8 +56,10 @@ class Worker:
 def _serve(connection, specification, backends, num_threads):
     from benchmarks.catalogue import build
     from benchmarks.measure import Turns, forced, peak_bytes
+    from benchmarks.memory import keep_freed_memory
 
     torch.set_num_threads(num_threads)
+    keep_freed_memory()
     workload = build(specification)
     workload.compile()
     turns = {}

@@ -60,6 +60,7 @@ class OpWorkload(Workload):
         held = sum(x.numel() * x.element_size() for x in _tensors_in(args))
         copies = math.ceil(working_set_bytes() / held) if held >= LARGE else 1
         self.note = "inputs from memory" if copies > 1 else "inputs in the cache"
+        self.copies = copies
         self.sets = itertools.cycle([args, *(_map_tensors(torch.clone, args) for _ in range(copies - 1))])
         self.function = self.row
 
@@ -83,6 +84,44 @@ class OpWorkload(Workload):
         generator = torch.Generator().manual_seed(0)
         # no sample number goes in: the same noise for any batch size is what it does not give
         return {"torch.randn": (lambda: torch.randn(len(index), numel, generator=generator), None)}
+
+
+class ForwardBackward(OpWorkload):
+    """A row and its gradient in every input that has one, as a training step calls them.
+
+    The compiled contender is Inductor's forward and backward of the reference.
+    """
+
+    def __init__(self, row: str, size: dict):
+        super().__init__(row, size)
+        backward = _registry.row(f"{row}_backward")
+        moved, flops = backward.cost(*backward.bind(**backward.arguments(**size)))
+        self.moved, self.flops = self.moved + moved, self.flops + flops
+        self.sets = itertools.cycle([self._requiring_grad(next(self.sets)) for _ in range(self.copies)])
+        results = tensors_of(self.row(*next(self.sets)))
+        self.positions = [i for i, result in enumerate(results) if result.requires_grad]
+        generator = torch.Generator().manual_seed(9)
+        self.gradients = [
+            torch.randn(r.shape, generator=generator).to(r.dtype) for r in (results[i] for i in self.positions)
+        ]
+
+    def call(self):
+        return self._gradients(next(self.sets), self.function, self.gradients)
+
+    def truth(self) -> list[Tensor]:
+        wide = _map_tensors(lambda x: x.detach().double() if x.is_floating_point() else x, next(self.sets))
+        return self._gradients(self._requiring_grad(wide), self.row.reference, [g.double() for g in self.gradients])
+
+    def _gradients(self, args, function, gradients) -> list[Tensor]:
+        results = tensors_of(function(*args))
+        wanted = [x for x in _tensors_in(args) if x.requires_grad]
+        return list(torch.autograd.grad([results[i] for i in self.positions], wanted, gradients))
+
+    def _requiring_grad(self, args):
+        for name, value in zip(self.row.argument_names, args):
+            if isinstance(value, Tensor) and value.is_floating_point() and name not in self.row.not_differentiable:
+                value.requires_grad_()
+        return args
 
 
 def exact_normals(index: Tensor, numel: int, seed: int, stream: int, offset: int) -> Tensor:
