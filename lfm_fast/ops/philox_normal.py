@@ -25,6 +25,14 @@ _LN2_HIGH, _LN2_LOW = _HEX("0x1.63p-1"), _HEX("-0x1.bd0106p-13")
 _SQRT_HALF_BITS = 0x3F3504F3
 
 
+def _product(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of word * multiplier. By halves of the multiplier: the whole product would overflow int64,
+    which wraps in eager PyTorch but is undefined in the C++ that torch.compile writes (it drew other numbers)."""
+    low, high = word * (multiplier & 0xFFFF), word * (multiplier >> 16)  # each below 2^48
+    high = high + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
 def philox_words(index: Tensor, num_blocks: int, seed: int, stream: int, offset: int) -> Tensor:
     """The 32-bit words of Philox4x32-10, (B, num_blocks, 4), each in an int64 of 0 .. 2^32 - 1."""
     block = torch.arange(num_blocks, device=index.device, dtype=torch.int64)
@@ -34,10 +42,8 @@ def philox_words(index: Tensor, num_blocks: int, seed: int, stream: int, offset:
     c2, c3 = index & _MASK, (index >> 32) & _MASK
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
-        # 32 x 32 -> 64 bits wraps in int64; the arithmetic shift plus the mask give the high word all the same
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c2 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, ((p0 >> 32) & _MASK) ^ c3 ^ k1
-        c1, c3 = p1 & _MASK, p0 & _MASK
+        (high0, low0), (high1, low1) = _product(c0, _MULTIPLIERS[0]), _product(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
     return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)
 
