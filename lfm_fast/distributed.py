@@ -23,7 +23,6 @@ class World:
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
     local_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     control: object = None
@@ -131,7 +130,7 @@ def start(device="auto"):
     else:
         chosen = torch.device("cpu")
     _set_threads(local_size)
-    world = World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=chosen)
+    world = World(rank=rank, size=size, local_size=local_size, device=chosen)
     if size > 1:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         if not dist.is_initialized():

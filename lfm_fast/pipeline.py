@@ -155,12 +155,6 @@ class LatentFlow:
         """Write model_index.json, transformer/ and vae/ into `folder` (diffusers' layout); `dtype` of the weights."""
         if not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; weights are saved in a floating-point type")
-        folder = Path(folder)
-        (folder / INDEX).unlink(missing_ok=True)  # written last: a folder that has it is complete
-        weights = {key: value.to(dtype) for key, value in self.model.state_dict().items()}
-        save_weights(folder / "transformer" / WEIGHTS_FILE, weights)
-        _write_json(folder / "transformer" / "config.json", {"_class_name": "DiT", **self.model.config})
-        self.autoencoder.save_pretrained(folder / "vae")
         index = {
             "_class_name": "LatentFlow",
             "_lfm_fast_version": __version__,
@@ -170,6 +164,12 @@ class LatentFlow:
             "class_names": list(self.class_names),
             "sampling": self.sampling,
         }
+        folder = Path(folder)
+        (folder / INDEX).unlink(missing_ok=True)  # written last: a folder that has it is complete
+        weights = {key: value.to(dtype) for key, value in self.model.state_dict().items()}
+        save_weights(folder / "transformer" / WEIGHTS_FILE, weights)
+        _write_json(folder / "transformer" / "config.json", {"_class_name": "DiT", **self.model.config})
+        self.autoencoder.save_pretrained(folder / "vae")
         _write_json(folder / INDEX, index)
 
     @classmethod

@@ -46,15 +46,6 @@ class Emoji:
     category: str
 
 
-def open_embedded(image_size: int = 64, *, split: str = "train", flip: bool = False) -> "EmbeddedImages":
-    """Open the embedded set at a size; draws it (seconds) if the cache folder does not hold it yet.
-
-    Raises:
-        ValueError: unknown split, size out of range, or the two packages that hold the set are missing.
-    """
-    return EmbeddedImages(image_size, split=split, flip=flip)
-
-
 class EmbeddedImages(ImageSource):
     """The embedded set as an `ImageSource`; `mask(i)` is the alpha channel, `rgba(i)` both.
 
@@ -62,6 +53,11 @@ class EmbeddedImages(ImageSource):
         image_size: side in pixels, 8 to 512.
         split: "train" (9 of 10), "held_out" (every tenth by code point) or "all".
         flip: allow mirrored pictures as augmentation; off, because letters and flags must not mirror.
+
+    The first time at a size it is drawn (seconds), then kept in the cache folder.
+
+    Raises:
+        ValueError: unknown split, size out of range, or the two packages that hold the set are missing.
     """
 
     name = "embedded"

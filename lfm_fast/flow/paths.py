@@ -253,5 +253,7 @@ def make_path(name, **arguments):
 
 def describe(path):
     """The inverse of `make_path`: {"name": ..., **arguments}, JSON-able, so make_path(**describe(path)) == path."""
-    name = next(name for name, kind in PATHS.items() if kind is type(path))
-    return {"name": name, **asdict(path)}
+    for name, kind in PATHS.items():
+        if kind is type(path):
+            return {"name": name, **asdict(path)}
+    raise ValueError(f"{type(path).__name__} is no path of the registry ({', '.join(PATHS)}), so it cannot be written.")

@@ -168,6 +168,14 @@ def test_a_path_described_is_made_again(path):
     assert make_path(**json.loads(json.dumps(describe(path)))) == path
 
 
+def test_a_path_of_ones_own_has_no_name_to_be_written_under():
+    class Mine(Linear):
+        pass
+
+    with pytest.raises(ValueError, match="Mine is no path of the registry"):
+        describe(Mine())
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
