@@ -20,6 +20,7 @@ from lfm_fast.ops._checks import (
     refuse_float64,
 )
 from lfm_fast.ops._registry import Backend, Op, Tolerance, register
+from lfm_fast.ops._triton import triton_backend
 from lfm_fast.ops.philox_normal import reference as normal_reference
 
 _STREAM = 5  # the noise of stochastic solvers
@@ -150,7 +151,7 @@ def _cost(
     return moved, z.numel() * (flops + (0 if error_weights is None else 7 + 2 * len(stored)))
 
 
-def _why_not_cpp(z, *args) -> str | None:
+def _why_not(z, *args) -> str | None:
     return refuse_float64(z)  # float64 elsewhere needs a float64 z
 
 
@@ -168,7 +169,7 @@ _row = register(
         setup_context=_setup_context,
         backward=_backward,
         not_differentiable=("scale", "weights", "error_weights", "noise_scale"),
-        backends=(Backend(name="cpp", devices=("cpu",), why_not=_why_not_cpp),),
+        backends=(Backend(name="cpp", devices=("cpu",), why_not=_why_not), triton_backend("guided_step", _why_not)),
         arguments=_arguments,
         cases=(
             {"shape": (3, 4, 5, 7), **_WITH},

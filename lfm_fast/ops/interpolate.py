@@ -16,6 +16,7 @@ from lfm_fast.ops._checks import (
     refuse_float64,
 )
 from lfm_fast.ops._registry import Backend, Op, Tolerance, register
+from lfm_fast.ops._triton import triton_backend
 from lfm_fast.ops.philox_normal import philox_normal
 from lfm_fast.ops.philox_normal import reference as normal_reference
 
@@ -84,7 +85,7 @@ def _cost(z_0, coefficients, z_1=None, index=None, seed=0, stream=0) -> tuple[in
     return size * z_0.element_size() * (3 if z_1 is None else 4), size * (45 if z_1 is None else 6)
 
 
-def _why_not_cpp(z_0, coefficients, z_1=None, index=None, seed=0, stream=0) -> str | None:
+def _why_not(z_0, coefficients, z_1=None, index=None, seed=0, stream=0) -> str | None:
     return refuse_float64(z_0)
 
 
@@ -99,7 +100,7 @@ _row = register(
         check=_check,
         setup_context=_setup_context,
         backward=_backward,
-        backends=(Backend(name="cpp", devices=("cpu",), why_not=_why_not_cpp),),
+        backends=(Backend(name="cpp", devices=("cpu",), why_not=_why_not), triton_backend("interpolate", _why_not)),
         arguments=_arguments,
         cases=(
             {"shape": (3, 4, 5, 7)},

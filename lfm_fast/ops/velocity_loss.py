@@ -19,6 +19,7 @@ from lfm_fast.ops._checks import (
     refuse_float64,
 )
 from lfm_fast.ops._registry import Backend, Op, Tolerance, register
+from lfm_fast.ops._triton import triton_backend
 from lfm_fast.ops.philox_normal import reference as normal_reference
 
 
@@ -123,7 +124,7 @@ def _cost(velocity, target=None, weight=None, z_0=None, coefficients=None, index
     return moved, size * (47 if target is None else 4)
 
 
-def _why_not_cpp(velocity, *args) -> str | None:
+def _why_not(velocity, *args) -> str | None:
     return refuse_float64(velocity)  # float64 elsewhere needs a float64 velocity
 
 
@@ -139,7 +140,7 @@ _row = register(
         setup_context=_setup_context,
         backward=_backward,
         not_differentiable=("z_0", "coefficients"),
-        backends=(Backend(name="cpp", devices=("cpu",), why_not=_why_not_cpp),),
+        backends=(Backend(name="cpp", devices=("cpu",), why_not=_why_not), triton_backend("velocity_loss", _why_not)),
         arguments=_arguments,
         cases=(
             {"shape": (3, 4, 5, 7)},

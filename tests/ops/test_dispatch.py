@@ -112,7 +112,7 @@ def test_wrong_names_are_refused():
         ops.use_backend("gpu").__enter__()
     with pytest.raises(ValueError, match=r"no op 'interpolat'; there are [a-z_, ]*guided_step, "):
         ops.use_backend("cpp", ops=["interpolat"]).__enter__()
-    with pytest.raises(ValueError, match="modulated_layer_norm has no backend 'cuda'; it has .*reference"):
+    with pytest.raises(ValueError, match=r"modulated_layer_norm has no backend 'cuda'; it has .*reference"):
         ops.use_backend("cuda", ops=ops.modulated_layer_norm).__enter__()
 
 
