@@ -168,14 +168,16 @@ def test_without_the_library_everything_runs_on_the_reference(without_library):
 
 def test_explain_names_the_backend_and_each_refusal(library):
     explanation = ops.explain(ops.interpolate, Z, C, z_1=Z)
-    assert (explanation.backend, explanation.refused) == ("cpp", {})
+    assert explanation.backend == "cpp"
+    assert "cpp" not in explanation.refused
     wide = ops.explain("interpolate", Z.double(), C.double(), index=torch.arange(2))
     assert wide.backend == "reference"
-    assert str(wide) == "interpolate runs on reference.\n  not cpp: it computes in float32, and an argument is float64."
+    text = "interpolate runs on reference.\n  not cpp: it computes in float32, and an argument is float64."
+    assert str(wide).startswith(text)
     meta = ops.explain("philox_normal", torch.arange(2, device="meta"), 8, seed=0)
     assert "it runs on cpu, the tensors are on meta" in meta.refused["cpp"]
     with ops.use_backend("reference"):
-        assert ops.explain("interpolate", Z, C, Z).refused == {"cpp": "reference comes first"}
+        assert ops.explain("interpolate", Z, C, Z).refused["cpp"] == "reference comes first"
 
 
 def test_explain_refuses_what_the_op_refuses():

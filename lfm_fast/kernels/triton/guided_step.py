@@ -60,7 +60,9 @@ def _kernel(
             if error_weights is not None:
                 error = error + tl.load(error_weights + sample * e_row + (1 + k) * e_column) * stage
         if noise_scale is not None:
-            noise = normals(number, seed.to(tl.int64), tl.full((), _STREAM, tl.int64), offset.to(tl.int64) + start // 4, BLOCK)
+            noise = normals(
+                number, seed.to(tl.int64), tl.full((), _STREAM, tl.int64), offset.to(tl.int64) + start // 4, BLOCK
+            )
             following = following + amount * noise
         tl.store(z_next + out, following, mask=inside)
         if error_weights is not None:
