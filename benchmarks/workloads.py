@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.ceilings import working_set_bytes
@@ -45,6 +46,29 @@ class Workload:
         return {}
 
 
+def _modulated_layer_norm(x, shift, scale, eps):
+    normal = F.layer_norm(x, x.shape[-1:], eps=eps).to(shift.dtype)
+    return torch.addcmul(shift[:, None], normal, 1 + scale[:, None])
+
+
+def _gated_residual_norm(x, branch, gate, shift, scale, eps):
+    x_new = torch.addcmul(x, gate[:, None].to(x.dtype), branch.to(x.dtype))
+    return x_new, _modulated_layer_norm(x_new, shift, scale, eps)
+
+
+def _group_norm_silu(x, num_groups, weight, bias, eps, silu):
+    y = F.group_norm(x, num_groups, weight, bias, eps)
+    return F.silu(y, inplace=not y.requires_grad) if silu else y
+
+
+# as somebody writes it who has PyTorch alone: its fused kernels one after the other
+EAGER = {
+    "modulated_layer_norm": _modulated_layer_norm,
+    "gated_residual_norm": _gated_residual_norm,
+    "group_norm_silu": _group_norm_silu,
+}
+
+
 class OpWorkload(Workload):
     """One row of the op table at one of its sizes.
 
@@ -78,12 +102,15 @@ class OpWorkload(Workload):
         return tensors_of(self.row.reference(*wide))
 
     def others(self):
-        if self.row.name != "philox_normal":
+        if self.row.name == "philox_normal":
+            index, numel = next(self.sets)[:2]
+            generator = torch.Generator().manual_seed(0)
+            # no sample number goes in: the same noise for any batch size is what it does not give
+            return {"torch.randn": (lambda: torch.randn(len(index), numel, generator=generator), None)}
+        if self.row.name not in EAGER:
             return {}
-        index, numel = next(self.sets)[:2]
-        generator = torch.Generator().manual_seed(0)
-        # no sample number goes in: the same noise for any batch size is what it does not give
-        return {"torch.randn": (lambda: torch.randn(len(index), numel, generator=generator), None)}
+        write = EAGER[self.row.name]
+        return {"PyTorch eager": (lambda: write(*next(self.sets)), lambda: tensors_of(write(*next(self.sets))))}
 
 
 class ForwardBackward(OpWorkload):
@@ -111,6 +138,15 @@ class ForwardBackward(OpWorkload):
     def truth(self) -> list[Tensor]:
         wide = _map_tensors(lambda x: x.detach().double() if x.is_floating_point() else x, next(self.sets))
         return self._gradients(self._requiring_grad(wide), self.row.reference, [g.double() for g in self.gradients])
+
+    def others(self):
+        if self.row.name not in EAGER:
+            return {}
+        write = EAGER[self.row.name]
+        return {"PyTorch eager": (lambda: self._gradients(next(self.sets), write, self.gradients), self._eager)}
+
+    def _eager(self) -> list[Tensor]:
+        return self._gradients(next(self.sets), EAGER[self.row.name], self.gradients)
 
     def _gradients(self, args, function, gradients) -> list[Tensor]:
         results = tensors_of(function(*args))
