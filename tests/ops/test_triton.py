@@ -1,14 +1,21 @@
 """The Triton kernels without a GPU: run by Triton's interpreter, compiled by its compiler."""
 
+import importlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from row_cases import ROWS
+
+from lfm_fast.ops import _triton
 
 INTERPRETED = Path(__file__).with_name("interpreter")
+WITH_TRITON = {name: row for name, row in ROWS.items() if any(b.name == "triton" for b in row.backends)}
+SIXTEEN_BYTES = r"(v4\.b32|v2\.b64|v8\.b16|v4\.f32)"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
@@ -29,3 +36,78 @@ def test_every_row_in_the_interpreter():
 @pytest.mark.fuzz
 def test_very_many_calls_in_the_interpreter():
     run_interpreted("slow")
+
+
+class NoGPU:
+    """What Triton asks of a driver in order to compile and not to run."""
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return f"none of capability {self.capability}"  # compiled kernels are kept by device
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def compile_for(monkeypatch, tmp_path):
+    """(row, case, capability, configuration) -> what its kernels compile to, by the path that launches them."""
+    if _triton.interpreting():
+        pytest.skip("in this process Triton interprets (TRITON_INTERPRET=1)")
+    import triton
+
+    from lfm_fast.kernels.triton import _tuning
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def compiled(row, case, capability, number=0):
+        monkeypatch.setattr(triton.runtime.driver, "_active", NoGPU(capability))
+        kernel = importlib.import_module(f"lfm_fast.kernels.triton.{row.name}").kernel
+        args = row.bind(**row.arguments(**{**case, "shape": (min(case["shape"][0], 3), *case["shape"][1:])}))
+        if row.named("triton").why_not(*args) is not None:
+            return []
+        with _tuning.use_configuration(number), _tuning.compile_only() as kernels:
+            kernel(*args)
+        return [k.asm for k in kernels]
+
+    monkeypatch.setattr(_triton, "interpreting", lambda: True)  # so that the backend does not refuse CPU tensors
+    return compiled
+
+
+def check_code(kernels, capability):
+    for asm in kernels:
+        assert asm["cubin"][:4] == b"\x7fELF"
+        assert f".target sm_{capability}" in asm["ptx"]
+        assert "fma.rn.f32" not in asm["ptx"], "contracted: other bits than the other backends"
+        assert ".local" not in asm["ptx"], "an array that registers cannot index"
+
+
+@pytest.mark.parametrize("row", WITH_TRITON.values(), ids=WITH_TRITON)
+def test_kernels_compile_for_a_gpu(row, compile_for):
+    """An odd case and a benchmarked size, whose accesses must be 16 bytes wide."""
+    kernels = compile_for(row, row.cases[0], 90)
+    assert kernels
+    check_code(kernels, 90)
+    large = compile_for(row, row.sizes[0], 90)
+    check_code(large, 90)
+    wide = [re.search(rf"st\.global\S*\.{SIXTEEN_BYTES}", asm["ptx"]) for asm in large]
+    assert any(wide), "no store of 16 bytes"
+
+
+@pytest.mark.slow
+@pytest.mark.fuzz
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("row", WITH_TRITON.values(), ids=WITH_TRITON)
+def test_every_case_compiles_in_every_configuration(row, capability, compile_for):
+    module = importlib.import_module(f"lfm_fast.kernels.triton.{row.name}")
+    most = max(len(getattr(value, "configurations", ())) for value in vars(module).values())
+    for case in (*row.cases, *row.sizes):
+        for number in range(most):
+            check_code(compile_for(row, case, capability, number), capability)
