@@ -90,10 +90,22 @@ def check_together(**values) -> None:
 
 def check_tolerance(**values) -> None:
     for name, value in values.items():
-        if not isinstance(value, (int, float)):
-            raise ValueError(f"{name} is a {type(value).__name__}: pass a number.")
+        check_number(name, value)
         if not value >= 0:
             raise ValueError(f"{name} is {value}, expected a number >= 0.")
+
+
+def check_number(name: str, value) -> None:
+    """A number that a C double can hold."""
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"{name} is a {type(value).__name__}: pass a number.")
+    if isinstance(value, int) and value.bit_length() > 1023:
+        raise ValueError(f"{name} is an int of {value.bit_length()} bits, more than a float can hold: pass inf.")
+
+
+def check_flag(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is a {type(value).__name__}: pass True or False.")
 
 
 def check_counter(numel: int, seed, stream=0, offset=0) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lfm_fast.ops._cases import numbers
-from lfm_fast.ops._checks import check_like, check_tensor, check_writable
+from lfm_fast.ops._checks import check_like, check_number, check_tensor, check_tolerance, check_writable
 from lfm_fast.ops._registry import Op, Tolerance, register
 
 _GRADIENT = (torch.float32, torch.bfloat16, torch.float64)
@@ -51,11 +51,10 @@ def _check(
     for p in parameters:
         _check_device("a tensor of parameters", p, schedule)
     for name, value in (("beta1", beta1), ("beta2", beta2)):
-        if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
-            raise ValueError(f"{name} is {value!r}, expected a number in [0, 1).")
-    for name, value in (("eps", eps), ("weight_decay", weight_decay)):
-        if not isinstance(value, (int, float)) or not value >= 0.0:
-            raise ValueError(f"{name} is {value!r}, expected a number >= 0.")
+        check_number(name, value)
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"{name} is {value}, expected a number in [0, 1).")
+    check_tolerance(eps=eps, weight_decay=weight_decay)
 
 
 def _check_lists(parameters, gradients, exp_avg, exp_avg_sq, averaged, low) -> None:

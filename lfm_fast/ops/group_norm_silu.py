@@ -6,6 +6,7 @@ from torch import Tensor
 from lfm_fast.ops._cases import numbers
 from lfm_fast.ops._checks import (
     VELOCITY,
+    check_flag,
     check_like,
     check_per_channel,
     check_per_sample,
@@ -83,6 +84,7 @@ def _dtype_of(parameter: Tensor | None, computed: Tensor) -> torch.dtype:
 def _check(x, num_groups, weight=None, bias=None, eps=1e-5, silu=True) -> None:
     _check_input(x, num_groups, weight, bias)
     check_tolerance(eps=eps)
+    check_flag("silu", silu)
 
 
 def _check_backward(grad_y, x, mean, rstd, weight, bias, num_groups, silu) -> None:
@@ -91,6 +93,7 @@ def _check_backward(grad_y, x, mean, rstd, weight, bias, num_groups, silu) -> No
     statistics = (torch.promote_types(x.dtype, torch.float32),)
     check_per_sample("mean", mean, (x.shape[0], num_groups), "x", x, statistics)
     check_per_sample("rstd", rstd, (x.shape[0], num_groups), "x", x, statistics)
+    check_flag("silu", silu)
 
 
 def _check_input(x, num_groups, weight, bias) -> None:

@@ -10,6 +10,7 @@ from lfm_fast.ops._checks import (
     INTEGER,
     VELOCITY,
     check_counter,
+    check_flag,
     check_like,
     check_per_sample,
     check_state,
@@ -75,6 +76,7 @@ def _check(
     if error_weights is not None:
         check_per_sample("error_weights", error_weights, (batch, 1 + len(stored)), "z", z)
     check_tolerance(atol=atol, rtol=rtol)
+    check_flag("keep", keep)
     if noise_scale is not None or index is not None:
         check_together(noise_scale=noise_scale, index=index)
         check_per_sample("noise_scale", noise_scale, (batch,), "z", z)

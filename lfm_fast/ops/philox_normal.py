@@ -98,8 +98,10 @@ def _check(index, numel, seed, stream=0, offset=0) -> None:
     check_tensor("index", index, INTEGER)
     if index.dim() != 1:
         raise ValueError(f"index is {tuple(index.shape)}, expected (B,): one number per sample.")
-    if not isinstance(numel, (int, torch.SymInt)) or numel < 0:
-        raise ValueError(f"numel is {numel!r}, expected an int >= 0.")
+    if not isinstance(numel, (int, torch.SymInt)):
+        raise ValueError(f"numel is a {type(numel).__name__}: pass an int.")
+    if numel < 0:
+        raise ValueError(f"numel is {numel}, expected an int >= 0.")
     check_counter(numel, seed, stream, offset)
 
 

@@ -28,8 +28,8 @@ DTYPES = (
 )  # fmt: skip
 # what a caller may pass by mistake; no number that would make a right call enormous
 OBJECTS = (
-    None, "1", 0, 1, -1, 2.5, -0.5, math.nan, math.inf, True, 1j, 2**63, -(2**70), [], [1], (), [None], object(),
-    torch.float32, np.ones(3, dtype=np.float32), torch.Size([3]), torch.zeros(3).to_sparse(), torch.tensor(1),
+    None, "1", 0, 1, -1, 2.5, -0.5, math.nan, math.inf, True, 1j, 2**63, -(2**70), 10**400, [], [1], (), [None],
+    object(), torch.float32, np.ones(3, dtype=np.float32), torch.Size([3]), torch.zeros(3).to_sparse(), torch.tensor(1),
 )  # fmt: skip
 SHAPE_CHANGES = {
     "first row": lambda x: x[:1],
@@ -129,17 +129,17 @@ def draw_call(draw, row):
     call = Call(row, draw_base(draw, row), backend=draw(st.sampled_from(usable_backends(row))))
     good = is_good(row, call.args)
     for slot in slots(call.args):
-        if draw(st.integers(0, 2)) == 0:
+        if draw(st.integers(0, max(2, len(slots(call.args)) - 1))) == 0:
             kind = draw(st.sampled_from(sorted(LAYOUTS)))
             put(call.args, slot, relayout(get(call.args, slot), kind, draw(st.integers(0, 5))))
             call.changes.append(f"{row.argument_names[slot[0]]} {kind}")
-    what = draw(st.sampled_from(["nothing", "nothing", "shape", "dtype", "object", "device", "meta", "swap"]))
+    what = draw(st.sampled_from(["nothing", "nothing", *sorted(CHANGES)]))
     if what != "nothing":
         CHANGES[what](draw, call, good)
     for slot in slots(call.args):
         x = get(call.args, slot)
         refused = row.argument_names[slot[0]] in row.not_differentiable
-        if x.dtype.is_floating_point and draw(st.integers(0, 19 if refused else 3)) == 0:
+        if x.dtype.is_floating_point and draw(st.integers(0, 19 if refused else 3 + 8 * len(row.mutates))) == 0:
             put(call.args, slot, x.detach().requires_grad_())
     return call
 
@@ -201,9 +201,19 @@ def change_swap(draw, call, good):
     call.args[position] = other[position]
 
 
+def change_to_another(draw, call, good):
+    """The same tensor twice, or an equal view of it: allowed where both are read, never where one is written."""
+    first, x, name = _draw_slot(draw, call)
+    alike = [s for s in slots(call.args) if (get(call.args, s).shape, get(call.args, s).dtype) == (x.shape, x.dtype)]
+    second = draw(st.sampled_from(alike))
+    assume(first != second)
+    call.changes.append(f"{call.row.argument_names[second[0]]} is {name}")
+    put(call.args, second, x if draw(st.booleans()) else x.view(x.shape))
+
+
 CHANGES = {
-    "shape": change_shape, "dtype": change_dtype, "object": change_object, "device": change_device,
-    "meta": change_to_meta, "swap": change_swap,
+    "alias": change_to_another, "shape": change_shape, "dtype": change_dtype, "object": change_object,
+    "device": change_device, "meta": change_to_meta, "swap": change_swap,
 }  # fmt: skip
 
 
@@ -246,7 +256,7 @@ def exact(args):
 
 
 def mutable(row, slot):
-    return row.argument_names[slot[0]] in getattr(row, "mutates", ())
+    return row.argument_names[slot[0]] in row.mutates
 
 
 def wants_gradient(call):

@@ -19,7 +19,7 @@ WRONG = [
     ("philox_normal", {"index": torch.arange(4).view(2, 2)}, r"index is \(2, 2\), expected \(B,\)"),
     ("philox_normal", {"index": torch.arange(3).to_sparse()}, "index has layout torch.sparse_coo"),
     ("philox_normal", {"numel": -1}, "numel is -1, expected an int >= 0"),
-    ("philox_normal", {"numel": 2.0}, "numel is 2.0, expected an int >= 0"),
+    ("philox_normal", {"numel": 2.0}, "numel is a float: pass an int"),
     ("philox_normal", {"seed": 1.5}, "seed is a float: pass an int"),
     ("philox_normal", {"seed": 2**63}, "seed is 9223372036854775808, expected a signed 64-bit number"),
     ("philox_normal", {"seed": torch.tensor(1)}, "seed is a Tensor: pass an int"),
