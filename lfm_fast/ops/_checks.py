@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 STATE = (torch.float32, torch.float64)
 VELOCITY = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -32,6 +33,21 @@ def check_writable(name: str, value: Tensor) -> None:
             reach += stride * (size - 1)
     if shared:
         raise ValueError(f"{name} is changed in place but is no memory of its own: pass a copy ({name}.clone()).")
+
+
+def check_apart(lists: dict[str, list[Tensor]]) -> None:
+    """No two of these start at the same memory: an op that changes one would change the other as well."""
+    if torch.compiler.is_compiling():
+        return
+    seen: dict[int, str] = {}
+    for name, tensors in lists.items():
+        for x in tensors:
+            if isinstance(x, FakeTensor) or not x.numel() or not (address := x.data_ptr()):
+                continue  # tensors without memory
+            if address in seen:
+                other = "another" if seen[address] == name else f"one of {seen[address]}"
+                raise ValueError(f"a tensor of {name} is {other} as well: each needs memory of its own.")
+            seen[address] = name
 
 
 def check_state(name: str, value, dtypes: Sequence[torch.dtype] = STATE) -> None:

@@ -155,6 +155,12 @@ class Op:
             self._announce_change(args)
         return self.reference(*args) if name == "reference" else self.kernels[name](*args)
 
+    def fake(self, *args):
+        """The fake (meta) kernel. It checks as well: with one meta tensor among real ones PyTorch comes here, and a
+        row that changes tensors in place would begin to before it found out."""
+        self.check(*args)
+        return self.reference(*args)
+
     def _refuse_gradient(self, args: tuple) -> None:
         for name, value in zip(self.argument_names, args):
             if not self.mutates and name not in self.not_differentiable:
@@ -205,7 +211,7 @@ def register(op: Op) -> Op:
     library = _library_of("lfm_fast")
     library.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(op.name, op.dispatch, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lfm_fast::{op.name}", op.reference, lib=library)
+    torch.library.register_fake(f"lfm_fast::{op.name}", op.fake, lib=library)
     if op.backward is not None:
         name = f"lfm_fast::{op.name}"
         torch.library.register_autograd(name, op._backward, setup_context=op._setup_context, lib=library)

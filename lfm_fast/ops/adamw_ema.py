@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lfm_fast.ops._cases import numbers
-from lfm_fast.ops._checks import check_like, check_number, check_tensor, check_tolerance, check_writable
+from lfm_fast.ops._checks import check_apart, check_like, check_number, check_tensor, check_tolerance, check_writable
 from lfm_fast.ops._registry import Op, Tolerance, register
 
 _GRADIENT = (torch.float32, torch.bfloat16, torch.float64)
@@ -81,6 +81,7 @@ def _check_lists(parameters, gradients, exp_avg, exp_avg_sq, averaged, low) -> N
                 check_like(f"a tensor of {name}", tensors[i], "its parameter", p, dtypes)
                 if name != "gradients":
                     check_writable(f"a tensor of {name}", tensors[i])
+    check_apart(lists)
 
 
 def _check_device(name: str, value: Tensor, schedule: Tensor) -> None:

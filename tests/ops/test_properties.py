@@ -90,9 +90,10 @@ def returning_its_input(x, scale):
 
 
 def broadcasting(x, scale):
-    if not isinstance(scale, torch.Tensor) or scale.dim() != 1 or scale.numel() != 1:
-        check_product(x, scale)
-    return x * scale[:, None]
+    both = isinstance(x, torch.Tensor) and isinstance(scale, torch.Tensor)
+    fits = both and x.dim() == 2 and scale.numel() in (1, x.shape[0])
+    check_product(x, scale.reshape(-1).expand(x.shape[0]) if fits else scale)
+    return x * scale.reshape(-1, 1)
 
 
 FAULTS = {
