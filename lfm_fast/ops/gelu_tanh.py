@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lfm_fast.ops._cases import SHAPES, numbers
-from lfm_fast.ops._checks import VELOCITY, check_like, check_tensor
+from lfm_fast.ops._checks import VELOCITY, check_like, check_tensor, refuse_float64
 from lfm_fast.ops._registry import Op, Tolerance, register
+from lfm_fast.ops._triton import triton_backend
 
 _SLOPE = math.sqrt(2.0 / math.pi)
 _CUBIC = 0.044715
@@ -98,7 +99,7 @@ _row = register(
         check=_check,
         setup_context=_setup_context,
         backward=_backward,
-        backends=(),
+        backends=(triton_backend("gelu_tanh", refuse_float64),),
         arguments=_arguments,
         cases=_CASES,
         sizes=_SIZES,
@@ -115,7 +116,7 @@ _backward_row = register(
         check=_check_backward,
         setup_context=_setup_context,
         backward=_backward_of_backward,
-        backends=(),
+        backends=(triton_backend("gelu_tanh_backward", refuse_float64),),
         arguments=_backward_arguments,
         cases=_CASES,
         sizes=_SIZES,

@@ -23,3 +23,12 @@ def rows(x: Tensor | None) -> tuple[Tensor | None, int]:
             break
         expected *= size
     return x, x.stride(0)
+
+
+def alike_rows(*tensors: Tensor) -> tuple[int, int, list[tuple[Tensor, int]]]:
+    """How many rows of how many elements to take tensors of one shape as, and `rows` of each: one long row where all
+    are contiguous, else one per index of the first dimension."""
+    x = tensors[0]
+    if x.dim() == 0 or all(t.is_contiguous() for t in tensors):
+        return min(x.numel(), 1), x.numel(), [(t, 0) for t in tensors]
+    return x.shape[0], elements(x), [rows(t) for t in tensors]

@@ -34,7 +34,7 @@ class Tuned:
     """A `triton.jit` kernel and the configurations it may run with, the default first.
 
     The kernel must only write to its outputs and never read them: tuning runs it many times. `options` are compiler
-    options; here `enable_fp_fusion` is False, so that a * b + c rounds twice, as in every other backend.
+    options; unless they say otherwise `enable_fp_fusion` is False: a * b + c rounds twice, as in every other backend.
     """
 
     def __init__(self, kernel, *configurations: Configuration, **options):
@@ -47,7 +47,8 @@ class Tuned:
         """Launch on the first tensor's device; nothing where there are no programs to run.
 
         programs: how many, from a configuration's constants. key: what the fastest configuration depends on besides the
-        kernel and the device, sizes as `bucket`.
+        kernel and the device, sizes as `bucket`. constants: `tl.constexpr` arguments, and num_warps where the sizes
+        decide it.
         """
         if programs(self.configurations[0].constants) == 0:
             return
@@ -61,12 +62,12 @@ class Tuned:
             run(self._choose(run, device, key))
 
     def _run(self, chosen: Configuration, grid: tuple, args: tuple, constants: dict) -> None:
-        settings = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, **self.options}
+        settings = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, **self.options, **constants}
         compiled = _COMPILED.get()
         if compiled is None:
-            self.kernel[grid](*args, **constants, **chosen.constants, **settings)
+            self.kernel[grid](*args, **chosen.constants, **settings)
         else:
-            compiled.append(self.kernel.warmup(*args, **constants, **chosen.constants, **settings, grid=grid))
+            compiled.append(self.kernel.warmup(*args, **chosen.constants, **settings, grid=grid))
 
     def _choose(self, run: Callable, device: torch.device, key: tuple) -> Configuration:
         number = _NUMBER.get()
