@@ -115,4 +115,12 @@ LFM_HD void box_muller(uint32_t radius_word, uint32_t angle_word, float& first, 
   second = radius * sine;
 }
 
+// The four normals of one block.
+LFM_HD void normal_block(uint32_t block, const PhiloxKey& key, float (&normals)[4]) {
+  uint32_t words[4];
+  philox4x32_10(block, key, words);
+  box_muller(words[0], words[1], normals[0], normals[1]);
+  box_muller(words[2], words[3], normals[2], normals[3]);
+}
+
 }  // namespace lfm_fast
