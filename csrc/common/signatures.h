@@ -34,6 +34,10 @@ template <>
 struct SchemaType<bool> {
   static std::string name() { return "bool"; }
 };
+template <>
+struct SchemaType<void> {
+  static std::string name() { return "()"; }
+};
 template <typename T>
 struct SchemaType<std::optional<T>> {
   static std::string name() { return SchemaType<T>::name().append("?"); }

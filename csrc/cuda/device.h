@@ -4,6 +4,7 @@
 //     Shared                     a struct of what a block's threads exchange
 //     kMostBlocks                the largest grid; beyond it, blocks take several items in turn
 //     item(item, shared, threads) const
+//     begin(shared, threads) const    optional: what a block does once, before its first item
 // One block of kThreads threads does an item. Where threads exchange something, `item` is cut into phases by
 // threads.each, which ends with a barrier: no result of one thread is read by another within a phase. Nothing else of
 // CUDA appears in a kernel. So with LFM_EMULATED defined any C++ compiler makes a library for CPU tensors of the very
@@ -92,6 +93,7 @@ class Device {
     const auto shared = std::make_unique<typename Kernel::Shared>();
     for (int64_t i = 0; i < blocks; ++i) {
       std::memset(static_cast<void*>(shared.get()), 0xff, sizeof(typename Kernel::Shared));
+      if constexpr (requires { kernel.begin(*shared, Threads{}); }) kernel.begin(*shared, Threads{});
       const int64_t block = emulation().order == 0 ? i : blocks - 1 - i;
       for (int64_t item = block; item < items; item += blocks) kernel.item(item, *shared, Threads{});
     }
@@ -126,6 +128,7 @@ struct Threads {
 template <typename Kernel>
 __global__ void __launch_bounds__(kThreads) run_blocks(const __grid_constant__ Kernel kernel, const int64_t items) {
   __shared__ typename Kernel::Shared shared;
+  if constexpr (requires { kernel.begin(shared, Threads{}); }) kernel.begin(shared, Threads{});
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) kernel.item(item, shared, Threads{});
 }
 

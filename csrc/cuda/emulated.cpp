@@ -16,6 +16,7 @@ extern "C" __attribute__((visibility("default"))) void lfm_fast_emulate(int orde
   lfm_fast::emulation() = {order, most_blocks};
 }
 
+#include "cuda/adamw_ema.cu"
 #include "cuda/guided_step.cu"
 #include "cuda/interpolate.cu"
 #include "cuda/library.cu"

@@ -36,10 +36,19 @@ struct alignas(8) Quad16 {
   uint16_t values[kQuad];
 };
 
+// A GPU faults on a vector that is not where a vector may be; a CPU would not notice.
+template <typename Quad, typename T>
+LFM_DEVICE const Quad& quad_at(const T* source) {
+#if defined(LFM_EMULATED)
+  LFM_CHECK(reinterpret_cast<uintptr_t>(source) % sizeof(Quad) == 0, "a vector must be aligned.");
+#endif
+  return *reinterpret_cast<const Quad*>(source);
+}
+
 // One access each. (A plain assignment is taken apart by nvcc, which finds the same four stores in the scalar path.)
 LFM_DEVICE void store_vector(float* target, const Quad32& quad) {
 #if defined(LFM_EMULATED)
-  *reinterpret_cast<Quad32*>(target) = quad;
+  const_cast<Quad32&>(quad_at<Quad32>(target)) = quad;
 #else
   asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(target)),
                "f"(quad.values[0]), "f"(quad.values[1]), "f"(quad.values[2]), "f"(quad.values[3])
@@ -48,7 +57,7 @@ LFM_DEVICE void store_vector(float* target, const Quad32& quad) {
 }
 LFM_DEVICE void store_vector(uint16_t* target, const Quad16& quad) {
 #if defined(LFM_EMULATED)
-  *reinterpret_cast<Quad16*>(target) = quad;
+  const_cast<Quad16&>(quad_at<Quad16>(target)) = quad;
 #else
   asm volatile("st.global.v4.u16 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(target)),
                "h"(quad.values[0]), "h"(quad.values[1]), "h"(quad.values[2]), "h"(quad.values[3])
@@ -68,7 +77,7 @@ LFM_DEVICE void load_quad(const void* data, int64_t at, int count, Element eleme
   if (element == Element::float32) {
     const float* source = static_cast<const float*>(data) + at;
     if (vector && count == kQuad) {
-      const Quad32 quad = *reinterpret_cast<const Quad32*>(source);
+      const Quad32 quad = quad_at<Quad32>(source);
       LFM_UNROLL
       for (int j = 0; j < kQuad; ++j) out[j] = quad.values[j];
     } else {
@@ -79,7 +88,7 @@ LFM_DEVICE void load_quad(const void* data, int64_t at, int count, Element eleme
     const uint16_t* source = static_cast<const uint16_t*>(data) + at;
     Quad16 quad = {};
     if (vector && count == kQuad) {
-      quad = *reinterpret_cast<const Quad16*>(source);
+      quad = quad_at<Quad16>(source);
     } else {
       LFM_UNROLL
       for (int j = 0; j < kQuad; ++j)

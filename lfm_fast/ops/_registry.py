@@ -62,6 +62,13 @@ class Backend:
         return self.available() or self.why_not(*args)
 
 
+def cuda_backend(why_not: Callable[..., str | None], shown_on_gpu: bool = False) -> Backend:
+    """The backend whose kernel is csrc/cuda/ROW.cu. shown_on_gpu: a committed result shows the row passing on a GPU;
+    until then it is opt-in."""
+    opt_in = None if shown_on_gpu else NEVER_ON_GPU
+    return Backend(name="cuda", devices=("cuda",), why_not=why_not, available=_library.load_cuda, opt_in=opt_in)
+
+
 @dataclass(kw_only=True, eq=False)
 class Op:
     """A row: everything there is to know about one op. Calling it checks the arguments, then dispatches."""

@@ -6,8 +6,16 @@ import torch
 from torch import Tensor
 
 from lfm_fast.ops._cases import numbers
-from lfm_fast.ops._checks import check_apart, check_like, check_number, check_tensor, check_tolerance, check_writable
-from lfm_fast.ops._registry import Op, Tolerance, register
+from lfm_fast.ops._checks import (
+    check_apart,
+    check_like,
+    check_number,
+    check_tensor,
+    check_tolerance,
+    check_writable,
+    refuse_float64,
+)
+from lfm_fast.ops._registry import Op, Tolerance, cuda_backend, register
 
 _GRADIENT = (torch.float32, torch.bfloat16, torch.float64)
 _LOW = (torch.bfloat16, torch.float16)
@@ -140,6 +148,10 @@ def _cost(
     return moved, sum(p.numel() for p in parameters) * (17 if averaged else 14)
 
 
+def _why_not_compiled(schedule, parameters, *rest) -> str | None:
+    return refuse_float64(*parameters, rest[-1])  # gradient_scale; the others are float64 beside these alone
+
+
 _SEVERAL = ((64, 65), (7,), (0,), (1,), (), (3, 4, 2, 2), (4097,), (1, 513))
 _row = register(
     Op(
@@ -152,7 +164,7 @@ _row = register(
         reference=reference,
         check=_check,
         mutates=("parameters", "exp_avg", "exp_avg_sq", "averaged", "low"),
-        backends=(),
+        backends=(cuda_backend(_why_not_compiled),),
         arguments=_arguments,
         cases=(
             {},

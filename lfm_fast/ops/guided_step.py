@@ -20,7 +20,7 @@ from lfm_fast.ops._checks import (
     numel_per_sample,
     refuse_float64,
 )
-from lfm_fast.ops._registry import Backend, Op, Tolerance, register
+from lfm_fast.ops._registry import Backend, Op, Tolerance, cuda_backend, register
 from lfm_fast.ops._triton import triton_backend
 from lfm_fast.ops.philox_normal import reference as normal_reference
 
@@ -173,7 +173,11 @@ _row = register(
         setup_context=_setup_context,
         backward=_backward,
         not_differentiable=("scale", "weights", "error_weights", "noise_scale"),
-        backends=(Backend(name="cpp", devices=("cpu",), why_not=_why_not), triton_backend("guided_step", _why_not)),
+        backends=(
+            Backend(name="cpp", devices=("cpu",), why_not=_why_not),
+            cuda_backend(_why_not),
+            triton_backend("guided_step", _why_not),
+        ),
         arguments=_arguments,
         cases=(
             {"shape": (3, 4, 5, 7), **_WITH},

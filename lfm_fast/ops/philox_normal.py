@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lfm_fast.ops._cases import indices
 from lfm_fast.ops._checks import INTEGER, check_counter, check_tensor
-from lfm_fast.ops._registry import Backend, Op, Tolerance, register
+from lfm_fast.ops._registry import Backend, Op, Tolerance, cuda_backend, register
 from lfm_fast.ops._triton import triton_backend
 
 _MASK = 0xFFFFFFFF
@@ -123,6 +123,7 @@ _row = register(
         check=_check,
         backends=(
             Backend(name="cpp", devices=("cpu",), why_not=lambda *args: None),
+            cuda_backend(lambda *args: None),
             triton_backend("philox_normal", lambda *args: None),
         ),
         arguments=_arguments,

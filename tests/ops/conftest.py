@@ -20,6 +20,20 @@ def library():
     return _library
 
 
+@pytest.fixture(scope="session")
+def emulated():
+    """The CUDA sources, compiled as loops over CPU tensors."""
+    import emulated
+
+    found = emulated.load()
+    if isinstance(found, str) and REQUIRED:
+        pytest.fail(f"LFM_FAST_REQUIRE_CPP=1, but {found}")
+    if isinstance(found, str):
+        pytest.skip(found)
+    emulated.choose()
+    return emulated
+
+
 @pytest.fixture(params=["reference", "cpp"])
 def backend(request):
     """Every op on one backend: all of them on the reference, or all that can on the compiled library."""
