@@ -1,4 +1,4 @@
-"""The noise: the published generator, the same bits in every batch and backend, and normal."""
+"""The noise: the published generator, and the same bits in every batch and backend. See test_noise_statistics.py."""
 
 import hashlib
 import os
@@ -146,68 +146,3 @@ def test_uniform_numbers():
     assert many.max() < 1
     # seeds are fixed, so this is no gamble: p is 0.3 or so, and 1e-3 is what a wrong range would be far below
     assert stats.kstest(many.flatten().numpy(), "uniform").pvalue > 1e-3
-
-
-def _pair(first, second):
-    n = first.numel()
-    return abs(np.corrcoef(first.flatten().numpy(), second.flatten().numpy())[0, 1]) * n**0.5
-
-
-def test_noise_is_standard_normal():
-    """Fixed seeds, so nothing is random here; a right generator goes beyond 4.5 standard errors once in 1e5.
-
-    Not on each backend: their bits are equal, which is tested above.
-    """
-    x = ops.philox_normal(torch.arange(256), 1024, seed=3)
-    n = x.numel()
-    assert stats.kstest(x.flatten().numpy(), "norm").pvalue > 1e-3
-    flat = x.double()
-    moments = [(flat, 1.0), (flat**2 - 1, 2.0**0.5), (flat**3, 15.0**0.5), (flat**4 - 3, 96.0**0.5)]
-    for power, (values, deviation) in enumerate(moments, start=1):
-        assert abs(values.mean().item()) < 4.5 * deviation / n**0.5, f"moment {power}"
-    for lane in range(4):
-        assert abs(flat[:, lane::4].mean().item()) < 4.5 / (n / 4) ** 0.5, f"word {lane}"
-
-
-def test_samples_streams_seeds_and_neighbours_are_uncorrelated():
-    index = torch.arange(256)
-    x = ops.philox_normal(index, 512, seed=3)
-    others = {
-        "next sample": ops.philox_normal(index + 1, 512, seed=3),
-        "sample 2^32 on": ops.philox_normal(index + 2**32, 512, seed=3),
-        "next stream": ops.philox_normal(index, 512, seed=3, stream=1),
-        "next seed": ops.philox_normal(index, 512, seed=4),
-        "seed 2^32 on": ops.philox_normal(index, 512, seed=3 + 2**32),
-    }
-    for name, other in others.items():
-        assert _pair(x, other) < 4.5, name
-        assert _pair(x.square(), other.square()) < 4.5, f"{name}, squares"
-    for step in (1, 2, 3, 4):
-        assert _pair(x[:, :-step], x[:, step:]) < 4.5, f"elements {step} apart"
-        assert _pair(x[:, :-step].abs(), x[:, step:].abs()) < 4.5, f"sizes of elements {step} apart"
-
-
-@pytest.mark.slow
-@pytest.mark.statistics
-def test_a_long_draw_is_standard_normal():
-    """Chi-square over 1,024 equally likely bins, the tails beyond 4 by count, moments up to 6; five seeds.
-
-    The seeds are fixed; each p-value bound, 1e-6, would be met by chance once in 50,000 changes of the generator.
-    """
-    per_seed = 2**20 if os.environ.get("LFM_FAST_SAMPLE", "quick") == "quick" else 2**25
-    edges = stats.norm.ppf(np.arange(1, 1024) / 1024)
-    for seed in (0, 1, -1, 2**40, 987654321):
-        counts, tail, powers = np.zeros(1024), 0, np.zeros(6)
-        for first in range(0, per_seed // 4096, 256):
-            x = ops.philox_normal(torch.arange(first, first + 256), 4096, seed=seed).double().flatten().numpy()
-            counts += np.bincount(np.searchsorted(edges, x), minlength=1024)
-            tail += int((np.abs(x) > 4).sum())
-            power = np.ones_like(x)
-            for k in range(6):
-                power *= x
-                powers[k] += power.sum()
-        assert stats.chisquare(counts).pvalue > 1e-6, f"bins, seed {seed}"
-        assert stats.binomtest(tail, per_seed, 2 * stats.norm.sf(4.0)).pvalue > 1e-6, f"tails, seed {seed}"
-        for k, total in enumerate(powers, start=1):
-            mean, variance = stats.norm.moment(k), stats.norm.moment(2 * k) - stats.norm.moment(k) ** 2
-            assert abs(total / per_seed - mean) < 5 * (variance / per_seed) ** 0.5, f"moment {k}, seed {seed}"
