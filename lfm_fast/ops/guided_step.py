@@ -82,8 +82,6 @@ def _check(
         check_per_sample("noise_scale", noise_scale, (batch,), "z", z)
         check_per_sample("index", index, (batch,), "z", z, INTEGER)
     check_counter(0 if index is None else numel_per_sample(z), seed, _STREAM, offset)
-    if not isinstance(keep, bool):
-        raise ValueError(f"keep is a {type(keep).__name__}: pass True or False.")
 
 
 def _setup_context(ctx, inputs, output) -> None:
