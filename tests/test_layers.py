@@ -17,7 +17,7 @@ ROWS = (
     {"sampling", "likelihood", "data", "pictures"},
     {"solvers", "guidance", "flow", "autoencoder", "models", "checkpoint"},
     {"ops"},
-    {"kernels", "_library", "distributed"},
+    {"kernels", "_cache", "_library", "distributed"},
 )
 WITHIN_A_ROW = {("pipeline", "interop"), ("train", "metrics"), ("guidance", "flow"), ("checkpoint", "models")}
 ABOVE_ALL = ("train_fast", "scripts", "tests", "benchmarks")

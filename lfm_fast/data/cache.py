@@ -1,20 +1,12 @@
-"""The user's cache folder, and small notes in it that save work done before."""
+"""Small notes in the user's cache folder that save work done before."""
 
 import hashlib
 import json
 import os
 from pathlib import Path
 
+from lfm_fast._cache import cache_folder
 from lfm_fast.checkpoint import atomic_write
-
-
-def cache_folder() -> Path:
-    """LFM_FAST_CACHE, else XDG_CACHE_HOME/lfm_fast, else ~/.cache/lfm_fast."""
-    if os.environ.get("LFM_FAST_CACHE"):
-        return Path(os.environ["LFM_FAST_CACHE"]).expanduser()
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]).expanduser() / "lfm_fast"
-    return Path.home() / ".cache" / "lfm_fast"
 
 
 def read_note(kind: str, subject) -> dict:

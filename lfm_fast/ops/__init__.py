@@ -5,6 +5,7 @@ A new op is one row file (see `_registry.Op`), its kernels, and one import line 
 
 from lfm_fast.ops._registry import explain, use_backend
 from lfm_fast.ops.adamw_ema import adamw_ema
+from lfm_fast.ops.attention import attention
 from lfm_fast.ops.gated_residual_norm import gated_residual_norm
 from lfm_fast.ops.gelu_tanh import gelu_tanh
 from lfm_fast.ops.group_norm_silu import group_norm_silu
@@ -16,6 +17,7 @@ from lfm_fast.ops.velocity_loss import velocity_loss
 
 __all__ = [
     "adamw_ema",
+    "attention",
     "explain",
     "gated_residual_norm",
     "gelu_tanh",

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from lfm_fast import _library
 
-BACKENDS = ("reference", "cpp", "cuda", "triton")
+BACKENDS = ("reference", "cpp", "cuda", "triton", "sdpa", "flash", "cudnn", "efficient", "math", "xformers")
 NEVER_ON_GPU = "never run on a GPU: no committed result shows it passing there (use_backend takes it all the same)"
 
 _ROWS: dict[str, "Op"] = {}
@@ -29,11 +29,15 @@ _FORCED: ContextVar[dict[str, tuple[str, bool]] | None] = ContextVar("lfm_fast_b
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """What float32 arithmetic may differ from float64 by: |got - want| <= absolute + relative |want|."""
+    """What float32 arithmetic may differ from float64 by: |got - want| <= absolute + relative |want|.
+
+    low: added to absolute where the result has 16 bits, for rows whose kernels keep something in 16 bits on the way.
+    """
 
     absolute: float
     relative: float
     origin: str
+    low: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,15 +94,23 @@ class Op:
     mutates: tuple[
         str, ...
     ] = ()  # lists of tensors that are changed in place; such a row has no gradient and no result
+    # Made of PyTorch's differentiable operators on every backend: autograd, fake tensors and torch.compile see those
+    # (the backend is then chosen when a graph is traced), so that it needs no setup_context and no backward.
+    composite: bool = False
+    prepare: Callable[[tuple], tuple] | None = None  # what autocast makes of the arguments
+    rank: Callable[["Op", tuple], tuple[str, dict[str, str]]] | None = None  # (backend, reasons against the others)
     overload: Callable = field(init=False, repr=False)
     argument_names: tuple[str, ...] = field(init=False)
 
     def __call__(self, *args):
+        args = args if self.prepare is None else self.prepare(args)
         self.check(*args)
         # PyTorch gives a custom op a ZERO tangent without a word, and has no batching rule for it: under a transform
         # the reference runs, whose every operation is PyTorch's own.
         if _inside_transform():
             return self.reference(*args)
+        if self.composite and not torch.compiler.is_compiling():
+            return self._run(self.choose(args), args)
         if torch.is_grad_enabled():
             if self.not_differentiable or self.mutates:
                 self._refuse_gradient(args)
@@ -142,10 +154,13 @@ class Op:
                 return name
             if strict:
                 raise ValueError(f"{self.name} cannot run on backend {name!r}: {reason}.")
-        for backend in self.backends:
-            if backend.refusal(args) is None:
-                return backend.name
-        return "reference"
+        if self.rank is not None:
+            return self.rank(self, args)[0]
+        return next(iter(self.willing(args)), "reference")
+
+    def willing(self, args: tuple, *, forced: bool = False) -> list[str]:
+        """The backends that would serve these arguments, in the row's order."""
+        return [b.name for b in self.backends if b.refusal(args, forced=forced) is None]
 
     def named(self, name: str) -> Backend:
         return next(b for b in self.backends if b.name == name)
@@ -153,13 +168,17 @@ class Op:
     def dispatch(self, *args):
         """The operator's kernel. Compiled backends look at the shapes again themselves; for a Python one, a call of
         `torch.ops.lfm_fast.NAME` that went round the public function is checked here, or it would broadcast."""
-        if args[0] is None:  # PyTorch lets None pass for a tensor
+        args = args if self.prepare is None else self.prepare(args)
+        if args[0] is None or self.rank is not None:  # PyTorch lets None pass for a tensor; rank looks at the shapes
             self.check(*args)
         name = self.choose(args)
         if name not in self.compiled_names:
             self.check(*args)
         if self.mutates:
             self._announce_change(args)
+        return self._run(name, args)
+
+    def _run(self, name: str, args: tuple):
         return self.reference(*args) if name == "reference" else self.kernels[name](*args)
 
     def fake(self, *args):
@@ -217,8 +236,9 @@ def register(op: Op) -> Op:
     """Define the row's operators with PyTorch. Chooses nothing, loads nothing."""
     library = _library_of("lfm_fast")
     library.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(op.name, op.dispatch, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lfm_fast::{op.name}", op.fake, lib=library)
+    library.impl(op.name, op.dispatch, f"Composite{'Implicit' if op.composite else 'Explicit'}Autograd")
+    if not op.composite:
+        torch.library.register_fake(f"lfm_fast::{op.name}", op.fake, lib=library)
     if op.backward is not None:
         name = f"lfm_fast::{op.name}"
         torch.library.register_autograd(name, op._backward, setup_context=op._setup_context, lib=library)
@@ -248,7 +268,8 @@ def use_backend(name: str, ops=None) -> Iterator[None]:
     """Within this context, run ops on the named backend.
 
     Args:
-        name: "reference", "cpp", "cuda" or "triton".
+        name: "reference", "cpp", "cuda" or "triton"; for attention also "sdpa", "flash", "cudnn", "efficient", "math"
+            or "xformers".
         ops: None (every row that has the backend; where it is missing or refuses, the row keeps its default), or a name
             or a list of names: these rows must run on it, and a call it refuses raises with the reason.
 
@@ -321,9 +342,12 @@ def explain(op=None, *args, **kwargs):
     r = op if isinstance(op, Op) else row(op)
     if args or kwargs:
         values = r.bind(*args, **kwargs)
+        values = values if r.prepare is None else r.prepare(values)
         r.check(*values)
     else:
         values = r.bind(**r.arguments(**r.cases[0]))
     chosen = r.choose(values)
-    reasons = {b.name: b.refusal(values) or f"{chosen} comes first" for b in r.backends if b.name != chosen}
+    slower = {} if r.rank is None else r.rank(r, values)[1]
+    others = [b for b in r.backends if b.name != chosen]
+    reasons = {b.name: slower.get(b.name) or b.refusal(values) or f"{chosen} comes first" for b in others}
     return Explanation(r.name, chosen, reasons)

@@ -15,7 +15,7 @@ from row_cases import ROWS, all_cases, alone, arguments_of, case_name, has_sampl
 from lfm_fast import _library
 
 LEVELS = ("baseline", "avx2", "avx512")
-COMPILED = {name: row for name, row in ROWS.items() if any(b.name == "cpp" for b in row.backends)}
+COMPILED = {name: row for name, row in ROWS.items() if any(b.name == "cpp" for b in row.compiled)}
 ROOT = Path(__file__).resolve().parents[2]
 MANY_CHUNKS = 20_011  # elements of a sample: several chunks of partial sums, the last tile and block cut short
 
@@ -32,7 +32,7 @@ def compiled_cases():
     """Every case of every row that the compiled backend takes, by name."""
     for row, case in (parameter.values for parameter in all_cases()):
         args = arguments_of(row, case)
-        if any(b.name == "cpp" and b.why_not(*args) is None for b in row.backends):
+        if any(b.name == "cpp" and b.why_not(*args) is None for b in row.compiled):
             yield case_name(row.name, case), row, args
 
 
