@@ -107,8 +107,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _why_not_empty(q, k, v, scale=None) -> str | None:
-    # an `or` of comparisons, not of one product: a graph with open sizes then guards on none that is never 0 or 1
-    if any(n == 0 for n in (*q.shape, k.shape[2])):
+    if 0 in q.shape or k.shape[2] == 0:
         return "there is nothing to compute, and fused kernels differ in what they make of that"
     return None
 
@@ -201,9 +200,10 @@ def rank(row: Op, args: tuple) -> tuple[str, dict[str, str]]:
         return (contenders or ["reference"])[0], {}
     if q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] > _MOST_WEIGHTS:
         contenders = [name for name in contenders if name != "math"]
-    key = _kind(q, k, v)
-    times = _measured.remembered(_TABLE, key) if key else {}
-    if key and not times.keys() >= set(contenders) and _measured.may_measure((q, k, v)):
+    table, measuring = _measured.remembered(_TABLE), _measured.may_measure((q, k, v))
+    key = _kind(q, k, v) if table or measuring else None
+    times = table.get(key, {})
+    if key and measuring and not times.keys() >= set(contenders):
         runs = {name: _trial(row, name, q, k, v, scale) for name in contenders}
         times = _measured.measure(_TABLE, key, runs, q.device)
     timed = {name: times[name] for name in contenders if isinstance(times.get(name), float)}

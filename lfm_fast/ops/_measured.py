@@ -12,6 +12,7 @@ Whatever it says, nothing is measured while a graph is traced or captured, under
 or on tensors that are not plain ones: there the remembered choice holds, or else the default.
 """
 
+import functools
 import json
 import os
 import secrets
@@ -38,7 +39,9 @@ def mode() -> str:
 def may_measure(tensors: tuple[Tensor, ...]) -> bool:
     """Whether this call is one that nobody minds to wait for."""
     asked, device = mode(), tensors[0].device
-    if asked == "never" or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
+    if asked == "never" or (asked == "auto" and device.type != "cuda"):
+        return False
+    if any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
         return False
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
@@ -48,12 +51,15 @@ def may_measure(tensors: tuple[Tensor, ...]) -> bool:
         return True
     ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
     alone = not ranks or torch.distributed.get_world_size() == 1
-    return device.type == "cuda" and alone and not torch.are_deterministic_algorithms_enabled()
+    return alone and not torch.are_deterministic_algorithms_enabled()
 
 
-def remembered(table: str, key: str) -> dict[str, float | str]:
-    """What was measured for this kind of call: seconds by contender, or why it has none."""
-    return _read(_file(table)).get(key, {})
+def remembered(table: str) -> dict[str, dict[str, float | str]]:
+    """What was measured, by kind of call: seconds by contender, or why it has none."""
+    path = _file(table, os.environ.get("LFM_FAST_CACHE"), os.environ.get("XDG_CACHE_HOME"))
+    if path not in _known:
+        _known[path] = _from_disk(path)
+    return _known[path]
 
 
 def measure(table: str, key: str, contenders: dict[str, Callable], device: torch.device) -> dict[str, float | str]:
@@ -64,7 +70,9 @@ def measure(table: str, key: str, contenders: dict[str, Callable], device: torch
             found[name] = _seconds(run, device)
         except (RuntimeError, ValueError, NotImplementedError) as error:  # out of memory is a RuntimeError too
             found[name] = f"it failed when it was measured ({str(error).splitlines()[0].rstrip('.')})"
-    _write(_file(table), key, found)
+    rows = remembered(table)
+    rows[key] = found
+    _write(str(cache_folder() / f"{table}.json"), rows)
     return found
 
 
@@ -102,14 +110,10 @@ def _on_cuda(run: Callable, calls: int = 3) -> float:
     return start.elapsed_time(end) / calls / 1e3
 
 
-def _file(table: str) -> str:
+@functools.lru_cache(maxsize=16)
+def _file(table: str, *variables: str | None) -> str:
+    """Asked at every call of a row: cached for the environment variables that decide it."""
     return str(cache_folder() / f"{table}.json")
-
-
-def _read(path: str) -> dict[str, dict]:
-    if path not in _known:
-        _known[path] = _from_disk(path)
-    return _known[path]
 
 
 def _from_disk(path: str) -> dict[str, dict]:
@@ -125,14 +129,14 @@ def _is_row(row) -> bool:
     return isinstance(row, dict) and all(isinstance(value, (str, float)) for value in row.values())
 
 
-def _write(path: str, key: str, found: dict) -> None:
-    """Add a row. Another process may do the same: its rows are read again first, and the file is replaced whole."""
-    _known[path] = {**_from_disk(path), **_known.get(path, {}), key: found}
+def _write(path: str, rows: dict[str, dict]) -> None:
+    """Another process may write too: its rows are read again first, and the file is replaced whole."""
+    rows |= {key: row for key, row in _from_disk(path).items() if key not in rows}
     temporary = f"{path}.{os.getpid()}~{secrets.token_hex(4)}"
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(_known[path], file, indent=1)
+            json.dump(rows, file, indent=1)
         os.replace(temporary, path)
     except OSError:  # then it is measured again in the next process
         if os.path.exists(temporary):

@@ -84,6 +84,7 @@ _row = register(
         backends=_attention.BACKENDS,
         arguments=_arguments,
         cases=(
+            {"shape": (3, 2, 17, 8)},
             {"shape": (3, 2, 5, 8)},
             *({"shape": s} for s in ((0, 2, 4, 8), (2, 0, 4, 8), (2, 2, 0, 8), (2, 2, 3, 0), (1, 1, 1, 1))),
             *({"shape": (2, 2, 3, 8), "keys": n} for n in (0, 1, 7)),
