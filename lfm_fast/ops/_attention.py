@@ -217,7 +217,11 @@ def rank(row: Op, args: tuple) -> tuple[str, dict[str, str]]:
 
 
 def _default(contenders: list[str], q, k, v) -> str:
-    """Without a measurement: PyTorch's own choice, but for gradients of short bf16 sequences on the CPU."""
+    """Without a measurement: PyTorch's own choice, but for gradients of short bf16 sequences on the CPU.
+
+    There its fused backward (2.13, AMX, one core) made forward and backward 110 against 31 ms at 64 tokens and 91
+    against 61 ms at 256.
+    """
     short = q.shape[2] <= _SHORT and k.shape[2] <= _SHORT
     slow_backward = q.device.type == "cpu" and q.dtype is torch.bfloat16 and needs_gradient(q, k, v)
     return "math" if slow_backward and short and "math" in contenders else contenders[0]
