@@ -12,8 +12,10 @@ from lfm_fast.ops._checks import (
     check_per_sample,
     check_state,
     check_tolerance,
+    refuse_float64,
 )
 from lfm_fast.ops._registry import Op, Tolerance, register
+from lfm_fast.ops._triton import triton_backend
 
 
 def reference(x, num_groups, weight=None, bias=None, eps=1e-5, silu=True):
@@ -197,7 +199,7 @@ _row = register(
         setup_context=_setup_context,
         backward=_backward,
         shared=("weight", "bias"),
-        backends=(),
+        backends=(triton_backend("group_norm_silu", lambda x, *args: refuse_float64(x)),),
         arguments=_arguments,
         cases=_CASES,
         sizes=_SIZES,
@@ -223,7 +225,7 @@ _backward_row = register(
         # the forward's gradient is differentiated again by PyTorch itself, see _backward
         not_differentiable=("grad_y", "x", "mean", "rstd", "weight", "bias"),
         shared=("weight", "bias", "grad_weight", "grad_bias"),
-        backends=(),
+        backends=(triton_backend("group_norm_silu_backward", lambda grad_y, *args: refuse_float64(grad_y)),),
         arguments=_backward_arguments,
         cases=_CASES,
         sizes=_SIZES,

@@ -18,6 +18,7 @@ if interpreting():
     from triton.runtime import interpreter
 
     ORIGINAL = interpreter._patch_lang_tensor
+    ORIGINAL_CALL = interpreter.InterpretedFunction.__call__
 else:
     collect_ignore_glob = ["test_*.py"]
 
@@ -74,7 +75,18 @@ def _patch_lang_tensor(tensor, scope):
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
+def _call(function, *args, **kwargs):
+    """A kernel's helper of ours sees the language that the launch has already turned to NumPy; doing that again for
+    every call, as Triton does, takes a quarter of the time."""
+    ours = function.fn.__module__.startswith("lfm_fast.")
+    return function.rewrite()(*args, **kwargs) if ours else ORIGINAL_CALL(function, *args, **kwargs)
+
+
 @pytest.fixture(autouse=True)
 def repaired_interpreter(monkeypatch):
     monkeypatch.setattr(interpreter, "_convert_float", _convert_float)
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", _patch_lang_tensor)
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", _call)
+    # each sum was computed in 64 bits too, for an assertion that is off
+    quick = interpreter.InterpreterOptions(sanitize_overflow=False)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", quick)

@@ -80,6 +80,14 @@ def test_noise_in_other_ops_has_the_bits_of_the_reference(backend):
     assert_same_bits(step[0] + 0.0, later + 0.0)
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 5, 7), (2, 6, 7), (1, 6, 33, 65)])
+def test_a_group_too_large_for_one_program_is_cut_into_tiles(shape, monkeypatch):
+    monkeypatch.setattr("lfm_fast.kernels.triton.group_norm_silu._WHOLE", 0)
+    row = ROWS["group_norm_silu"]
+    with ops.use_backend("triton", ops=row.name):
+        test_result_is_that_of_float64(row, {"shape": shape, "num_groups": 2}, "triton, in tiles")
+
+
 @pytest.mark.slow
 @pytest.mark.fuzz
 @pytest.mark.parametrize("row", WITH_TRITON.values(), ids=WITH_TRITON)
