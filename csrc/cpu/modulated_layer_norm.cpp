@@ -12,7 +12,8 @@ struct Forward {
   static constexpr Order order = order_of(X, M);
   TokenItems items;
   NormShape shape;
-  TokenRows x, shift, scale;
+  TokenRows x;
+  const VectorTable& modulation;  // shift, 1 + scale
   OutputTokens y;
   float *mean, *rstd;  // (B, T)
 
@@ -20,13 +21,14 @@ struct Forward {
   LFM_HD void run(int64_t first, int64_t last) const {
     for (int64_t item = first; item < last; ++item) {
       const int64_t sample = items.sample(item), end = items.end(item);
-      const RowIn<M> shift_row(shift.row(sample, 0), items.width), scale_row(scale.row(sample, 0), items.width);
+      const char *shift = modulation.row(sample, 0), *factor = modulation.row(sample, 1);
       for (int64_t token = items.begin(item); token < end; ++token) {
         const RowIn<X> x_row(x.row(sample, token), items.width);
         const float sum = row_sum<level, order, X>(x_row, shape);
         const Statistics s = row_statistics<level, order, X>(x_row, sum, shape);
         RowOut<M> y_row(y.row(sample, token), items.width);
-        modulate_row<level, order, X, M>(x_row, shift_row, scale_row, s, y_row, shape);
+        modulate_row<level, order, X, M>(x_row, shift, factor, s, y_row, shape,
+                                                RowAhead<X>(x, items.width, sample, token, end));
         mean[sample * items.length + token] = s.mean;
         rstd[sample * items.length + token] = s.rstd;
       }
@@ -39,7 +41,8 @@ struct Backward {
   static constexpr Order order = order_of(X, M);
   TokenItems items;
   NormShape shape;
-  TokenRows grad_y, x, scale;
+  TokenRows grad_y, x;
+  const VectorTable& modulation;  // 1 + scale
   const float *mean, *rstd;
   OutputTokens grad_x;
   ColumnSums& sums;  // of shift and scale
@@ -48,32 +51,37 @@ struct Backward {
   LFM_HD void run(int64_t first, int64_t last) const {
     for (int64_t item = first; item < last; ++item) {
       const int64_t sample = items.sample(item), end = items.end(item);
-      const RowIn<M> scale_row(scale.row(sample, 0), items.width);
+      const char* factor = modulation.row(sample, 0);
       for (int64_t token = items.begin(item); token < end; ++token) {
         const RowIn<X> x_row(x.row(sample, token), items.width);
         const RowIn<M> grad_row(grad_y.row(sample, token), items.width);
-        const Statistics s{mean[sample * items.length + token], rstd[sample * items.length + token]};
-        const RowMeans means = add_row<level, order, X, M>(grad_row, x_row, scale_row, s, sums.part(item, 0),
+        const Statistics s = saved_statistics(mean, rstd, sample * items.length + token);
+        const RowMeans means = add_row<level, order, X, M>(grad_row, x_row, factor, s, sums.part(item, 0),
                                                            sums.part(item, 1), shape);
         RowOut<X> out(grad_x.row(sample, token), items.width);
-        write_row<level>(grad_row, x_row, scale_row, s, means, out);
+        write_row<level>(grad_row, x_row, factor, s, means, out,
+                         RowAhead<M>(grad_y, items.width, sample, token, end),
+                         RowAhead<X>(x, items.width, sample, token, end));
       }
     }
   }
 
   template <Level level>
-  LFM_HD void write_row(const RowIn<M>& grad_row, const RowIn<X>& x_row, const RowIn<M>& scale_row, const Statistics& s,
-                        const RowMeans& means, RowOut<X>& out) const {
+  LFM_HD void write_row(const RowIn<M>& grad_row, const RowIn<X>& x_row, const char* factor, const Statistics& s,
+                        const RowMeans& means, RowOut<X>& out, const RowAhead<M>& next_grad,
+                        const RowAhead<X>& next_x) const {
     for (int64_t block = 0; block < shape.mask.blocks; ++block) {
+      next_grad.fetch(block);
+      next_x.fetch(block);
 #pragma GCC unroll 8
       for (int p = 0; p < kPairs<level>; ++p) {
         const int64_t at = 2 * p * Vectors<level>::width;
-        Pair<level> g, v, factor, result;
+        Pair<level> g, v, times, result;
         load<level, order, M>(grad_row.place(block, at), g);
         load<level, order, X>(x_row.place(block, at), v);
-        load<level, order, M>(scale_row.place(block, at), factor);
-        norm_gradient<level>(g, v, factor, s, means, result);
-        store<level, order, X>(out.place(block, at), result);
+        load_channels<level>(factor, block * kBlock + at, times);
+        norm_gradient<level>(g, v, times, s, means, result);
+        store<level, order, X, nan_of(X, M)>(out.place(block, at), result);
       }
     }
     out.finish();
@@ -91,11 +99,13 @@ std::tuple<Tensor, Tensor, Tensor> modulated_layer_norm(const Tensor& x, const T
   Tensor mean = new_tensor({items.samples, items.length}, ScalarType::Float);
   Tensor rstd = new_tensor({items.samples, items.length}, ScalarType::Float);
   with_elements(x, "x", shift, "shift", [&](auto x_element, auto element) {
-    const Forward<x_element, element> kernel{items,
+    using Kernel = Forward<x_element, element>;
+    VectorTable modulation(items, 2);
+    FillTable<Kernel::order, element>{items, modulation, {{shift_rows, 0.0f}, {scale_rows, 1.0f}}}.run_all();
+    const Kernel kernel{items,
                                              {TailMask(items.width), items.channels(), static_cast<float>(eps)},
                                              x_rows,
-                                             shift_rows,
-                                             scale_rows,
+                                             modulation,
                                              OutputTokens(y, "y"),
                                              static_cast<float*>(mean.mutable_data_ptr()),
                                              static_cast<float*>(rstd.mutable_data_ptr())};
@@ -119,11 +129,13 @@ std::tuple<Tensor, Tensor, Tensor> modulated_layer_norm_backward(const Tensor& g
   ColumnSums sums(items, 2);
   with_elements(x, "x", scale, "scale", [&](auto x_element, auto element) {
     using Kernel = Backward<x_element, element>;
+    VectorTable modulation(items, 1);
+    FillTable<Kernel::order, element>{items, modulation, {{scale_rows, 1.0f}}}.run_all();
     const Kernel kernel{items,
                         {TailMask(items.width), items.channels(), 0.0f},
                         grad_rows,
                         x_rows,
-                        scale_rows,
+                        modulation,
                         means.data,
                         rstds.data,
                         OutputTokens(grad_x, "grad_x"),

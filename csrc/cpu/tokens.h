@@ -107,6 +107,25 @@ struct RowOut {
   }
 };
 
+// Fetches the next rows of an input from memory while the last pass over the present one computes: left alone, a core
+// would read in its first pass and compute in the others, in turns.
+template <Element element>
+struct RowAhead {
+  const char* data;
+
+  // Two rows ahead, or as many as make 3 KB; near the end any row of the item does.
+  LFM_HD RowAhead(const TokenRows& rows, int64_t width, int64_t sample, int64_t token, int64_t end) {
+    const int64_t bytes = std::max<int64_t>(1, width * size_of(element));
+    const int64_t next = token + std::max<int64_t>(2, (3071 + bytes) / bytes);
+    data = rows.row(sample, next < end ? next : token);
+  }
+  LFM_HD void fetch(int64_t block) const {
+    constexpr int64_t bytes = kBlock * size_of(element), line = 64;
+#pragma GCC unroll 4
+    for (int64_t at = 0; at < bytes; at += line) __builtin_prefetch(data + block * bytes + at);
+  }
+};
+
 // Which elements of the last block exist: what is computed for the others must stay out of a row's sums.
 struct TailMask {
   alignas(64) float exists[kBlock];
@@ -123,67 +142,6 @@ struct TailMask {
     load<level, order, Element::float32>(reinterpret_cast<const char*>(exists + at), keep);
     pair.a = (typename V::Float)((typename V::Int)pair.a & (keep.a != 0.0f));
     pair.b = (typename V::Float)((typename V::Int)pair.b & (keep.b != 0.0f));
-  }
-};
-
-// Sums over a sample's tokens of `kinds` quantities per channel: an item adds up its rows in a part of its own, the parts
-// of a sample are then added in order. In a part, pairs lie as they lay in registers.
-struct ColumnSums {
-  int64_t kinds, width;
-  std::vector<float> parts;
-
-  ColumnSums(const TokenItems& items, int64_t kinds_)
-      : kinds(kinds_), width(items.padded_width()), parts(static_cast<size_t>(items.count() * kinds * width)) {}
-
-  LFM_HD const char* part(int64_t item, int64_t kind) const {
-    return reinterpret_cast<const char*>(parts.data() + (item * kinds + kind) * width);
-  }
-  LFM_HD char* part(int64_t item, int64_t kind) {
-    return reinterpret_cast<char*>(parts.data() + (item * kinds + kind) * width);
-  }
-};
-
-// One element pair of a part grows by `value`.
-template <Level level>
-LFM_HD void add_to(char* place, const Pair<level>& value) {
-  Pair<level> sum;
-  load<level, Order::natural, Element::float32>(place, sum);
-  sum.a += value.a;
-  sum.b += value.b;
-  store<level, Order::natural, Element::float32>(place, sum);
-}
-
-// The parts of each sample and kind added up, to outputs (B, D) of element type M.
-template <Order order, Element M>
-struct AddParts {
-  const TokenItems& items;
-  const ColumnSums& sums;
-  std::vector<OutputTokens> outputs;  // one per kind
-
-  template <Level level>
-  LFM_HD void run(int64_t first, int64_t last) const {
-    constexpr int step = 2 * Vectors<level>::width;
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t sample = task / sums.kinds, kind = task % sums.kinds;
-      RowOut<M> out(outputs[static_cast<size_t>(kind)].row(sample, 0), items.width);
-      for (int64_t channel = 0; channel < sums.width; channel += step) {
-        Pair<level> total{};
-        for (int64_t k = 0; k < items.per_sample; ++k) {
-          Pair<level> part;
-          load<level, Order::natural, Element::float32>(
-              sums.part(sample * items.per_sample + k, kind) + channel * size_of(Element::float32), part);
-          total.a += part.a;
-          total.b += part.b;
-        }
-        store<level, order, M>(out.place(channel / kBlock, channel % kBlock), total);
-      }
-      out.finish();
-    }
-  }
-
-  void run_all() const {
-    const int64_t work = std::max<int64_t>(1, items.per_sample * sums.width);
-    run_kernel(*this, items.samples * sums.kinds, std::max<int64_t>(1, (1 << 15) / work));
   }
 };
 

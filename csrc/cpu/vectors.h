@@ -51,6 +51,15 @@ constexpr Order order_of(Element first, Element second) {
   return first == Element::float32 && second == Element::float32 ? Order::natural : Order::split;
 }
 
+// What NaN a value may be. Rounding adds to a NaN's payload, which may carry over into a number. It cannot where the
+// lower half of the payload is empty: so in every NaN that arithmetic makes, and in those it passes on from bfloat16.
+enum class Nan { any, short_payload };
+
+// What NaN the arithmetic on two such rows may come upon.
+constexpr Nan nan_of(Element first, Element second) {
+  return first == Element::bfloat16 && second == Element::bfloat16 ? Nan::short_payload : Nan::any;
+}
+
 constexpr int64_t size_of(Element element) { return element == Element::float32 ? 4 : 2; }
 
 template <Level level, int... places>
@@ -100,15 +109,15 @@ LFM_HD void load(const char* place, Pair<level>& out) {
 }
 
 // float_to_bfloat16 of common/low_precision.h, the result in the upper half of each word.
-template <Level level>
+template <Level level, Nan nan>
 LFM_HD void round_to_bfloat16(const typename Vectors<level>::Float& value, typename Vectors<level>::Bits& out) {
   using Bits = typename Vectors<level>::Bits;
   const Bits bits = (Bits)value;
-  const Bits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  out = value == value ? rounded : bits | 0x400000u;
+  out = bits + 0x7fffu + ((bits >> 16) & 1u);
+  if constexpr (nan == Nan::any) out = value == value ? out : bits | 0x400000u;
 }
 
-template <Level level, Order order, Element element>
+template <Level level, Order order, Element element, Nan nan = Nan::any>
 LFM_HD void store(char* place, const Pair<level>& in) {
   using V = Vectors<level>;
   constexpr int width = V::width;
@@ -123,21 +132,21 @@ LFM_HD void store(char* place, const Pair<level>& in) {
   } else {
     static_assert(element == Element::bfloat16 && order == Order::split);
     typename V::Bits low, high;
-    round_to_bfloat16<level>(in.a, low);
-    round_to_bfloat16<level>(in.b, high);
+    round_to_bfloat16<level, nan>(in.a, low);
+    round_to_bfloat16<level, nan>(in.b, high);
     const typename V::Bits words = (low >> 16) | (high & 0xffff0000u);
     std::memcpy(place, &words, sizeof words);
   }
 }
 
 // `pair` as it will be read back from where it is stored.
-template <Level level, Element element>
+template <Level level, Element element, Nan nan>
 LFM_HD void round_as_stored(Pair<level>& pair) {
   using V = Vectors<level>;
   if constexpr (element == Element::bfloat16) {
     typename V::Bits low, high;
-    round_to_bfloat16<level>(pair.a, low);
-    round_to_bfloat16<level>(pair.b, high);
+    round_to_bfloat16<level, nan>(pair.a, low);
+    round_to_bfloat16<level, nan>(pair.b, high);
     pair.a = (typename V::Float)(low & 0xffff0000u);
     pair.b = (typename V::Float)(high & 0xffff0000u);
   }
