@@ -6,6 +6,8 @@ headers and libraries of the torch package are needed, found by file name in the
 Environment variables:
     LFM_FAST_BUILD   auto (default): without a compiler or torch's headers, install plain Python and say so
                      require: that is an error; off: never compile
+    LFM_FAST_CUDA    auto (default): the CUDA library too where nvcc and a torch with CUDA are found (it takes a minute
+                     or two to compile); on: also beside a torch without CUDA; off: never
     LFM_FAST_TORCH   torch's package (folder with include/ and lib/) to compile against, where it is not found by itself
     LFM_FAST_CMAKE   further arguments for CMake, such as -DLFM_FAST_WERROR=ON
 """
@@ -29,6 +31,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
 BUILD_RECORD = "_C_build.json"
+CUDA_LIBRARY = "_C_cuda.so"
 HEADER = Path("include/torch/csrc/stable/library.h")
 
 
@@ -86,6 +89,35 @@ def why_no_library():
     return None
 
 
+def find_nvcc():
+    """Path of CUDA's compiler, or None."""
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    found = [os.environ.get("CUDACXX"), shutil.which("nvcc"), *(Path(home, "bin", "nvcc") for home in homes if home)]
+    return next((str(path) for path in found if path and shutil.which(path)), None)
+
+
+def torch_has_cuda(folder):
+    """Whether a torch package is a build with CUDA, read from its version.py."""
+    match = re.search(r"^cuda\b[^=\n]*=\s*['\"](\d[\d.]*)['\"]", (folder / "version.py").read_text(), re.MULTILINE)
+    return match is not None
+
+
+def why_no_cuda():
+    """The reason why no CUDA library is to be compiled, as a sentence without its full stop, or None."""
+    wish = os.environ.get("LFM_FAST_CUDA") or "auto"
+    if wish not in ("auto", "on", "off"):
+        raise SystemExit(f"lfm_fast: LFM_FAST_CUDA is {wish}, expected auto, on or off.")
+    if wish == "off":
+        return "LFM_FAST_CUDA=off was set"
+    if find_nvcc() is None:
+        if wish == "on":
+            raise SystemExit("lfm_fast: LFM_FAST_CUDA=on, but there is no nvcc (on the PATH, or named by CUDACXX).")
+        return "nvcc was not found at build time"
+    if wish == "auto" and not torch_has_cuda(find_torch()):
+        return "the torch found at build time has no CUDA (LFM_FAST_CUDA=on compiles it all the same)"
+    return None
+
+
 class Build(build):
     """Runs build_ext even when nothing can be compiled, so that there is one place to say why."""
 
@@ -121,16 +153,29 @@ class BuildExt(build_ext):
         # named again on every call: an isolated build's own ninja is gone the next time, but its path is remembered
         command += [f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
         command += [f"-DLFM_FAST_TORCH={find_torch()}", f"-DLFM_FAST_OUTPUT={folder}", "-DLFM_FAST_WERROR=OFF"]
+        command += self.cuda_arguments()
         command += shlex.split(os.environ.get("LFM_FAST_CMAKE", ""))
-        configured = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        # by the environment: CMake tries such an nvcc before it relies on it, and insists on one given as an option
+        environment = {**os.environ, **({"CUDACXX": nvcc} if (nvcc := find_nvcc()) else {})}
+        configured = subprocess.run(command, capture_output=True, text=True, env=environment)
         if configured.returncode:
-            print(configured.stdout, file=sys.stderr)
+            print(configured.stdout, configured.stderr, file=sys.stderr)
             return "CMake found no way to build it (its messages stand in the build log)"
+        if "no_cuda" in json.loads((folder / BUILD_RECORD).read_text()):
+            (folder / CUDA_LIBRARY).unlink(missing_ok=True)  # of an earlier build
         if subprocess.run([tool("cmake"), "--build", str(build_folder)]).returncode:
             raise SystemExit(
-                "lfm_fast: compiling failed (see above); LFM_FAST_BUILD=off installs it without the library."
+                "lfm_fast: compiling failed (see above); LFM_FAST_BUILD=off installs it without the library, "
+                "LFM_FAST_CUDA=off without that for CUDA."
             )
         return None
+
+    @staticmethod
+    def cuda_arguments():
+        reason = why_no_cuda()
+        if reason:
+            return ["-DLFM_FAST_CUDA=OFF", f"-DLFM_FAST_NO_CUDA={reason}"]
+        return ["-DLFM_FAST_CUDA=ON" if os.environ.get("LFM_FAST_CUDA") == "on" else "-DLFM_FAST_CUDA=AUTO"]
 
     def get_ext_filename(self, fullname):
         """lfm_fast._C_cpu -> lfm_fast/_C_cpu.so: a plain library for every Python, not a Python module."""
@@ -191,7 +236,8 @@ def extensions():
     """The libraries this build will make; none where nothing can be compiled: the wheel is then a plain Python one."""
     if why_no_library():
         return []
-    return [Extension("lfm_fast._C_cpu", sources=[], py_limited_api=True)]
+    names = ["lfm_fast._C_cpu"] + ["lfm_fast._C_cuda"] * (why_no_cuda() is None)
+    return [Extension(name, sources=[], py_limited_api=True) for name in names]
 
 
 def wheel_options():

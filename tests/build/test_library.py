@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,30 @@ def test_library_brings_no_python_no_openmp_and_no_path(library):
 
 def test_signatures_are_exported(library):
     assert "philox_normal(" in _library.signatures()
+
+
+def test_a_torch_without_cuda_needs_no_cuda_library(monkeypatch):
+    monkeypatch.setattr(_library.torch.version, "cuda", None)
+    _library.load_cuda.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _library.load_cuda().endswith("is built without CUDA")
+    _library.load_cuda.cache_clear()
+
+
+def test_missing_cuda_library_is_a_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr(_library.torch.version, "cuda", "13.0")
+    monkeypatch.setenv("LFM_FAST_CUDA_LIBRARY", str(tmp_path / "_C_cuda.so"))
+    (tmp_path / "_C_build.json").write_text(json.dumps({"torch": "2.13.0", "no_cuda": "nvcc was not found"}))
+    _library.load_cuda.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="compiled CUDA library is not installed: nvcc was not found"):
+            reason = _library.load_cuda()
+        (tmp_path / "_C_cuda.so").write_bytes(b"not a library")
+        assert "nvcc unknown" in _library._why_not_loaded("cuda")
+    finally:
+        _library.load_cuda.cache_clear()
+    assert reason.endswith("the plain-PyTorch reference serves instead")
 
 
 def test_missing_library_is_a_reason(monkeypatch, tmp_path):

@@ -18,16 +18,16 @@ ROOT = Path(__file__).resolve().parents[2]
 def setup_py(monkeypatch):
     """The functions of setup.py, without its setup() having run."""
     monkeypatch.setattr(setuptools, "setup", lambda **keywords: None)
-    for name in ("LFM_FAST_BUILD", "LFM_FAST_TORCH", "CXX"):
+    for name in ("LFM_FAST_BUILD", "LFM_FAST_CUDA", "LFM_FAST_TORCH", "CXX"):
         monkeypatch.delenv(name, raising=False)
     return runpy.run_path(str(ROOT / "setup.py"))
 
 
-def fake_torch(folder, version):
+def fake_torch(folder, version, cuda=None):
     header = folder / "include/torch/csrc/stable/library.h"
     header.parent.mkdir(parents=True)
     header.touch()
-    (folder / "version.py").write_text(f"__version__ = '{version}'\n")
+    (folder / "version.py").write_text(f"__version__ = '{version}'\ncuda: Optional[str] = {cuda!r}\n")
     return folder
 
 
@@ -63,6 +63,44 @@ def test_an_activated_environment_is_searched(setup_py, monkeypatch, tmp_path):
     monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path))
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     assert tmp_path / "lib" / version / "site-packages" / "torch" in setup_py["torch_candidates"]()
+
+
+@pytest.mark.parametrize(
+    ("line", "has"),
+    [
+        ("cuda: Optional[str] = '13.0'", True),
+        ("cuda = '12.8'", True),
+        ("cuda: Optional[str] = None", False),
+        ("", False),
+    ],
+)
+def test_whether_a_torch_has_cuda(setup_py, tmp_path, line, has):
+    (tmp_path / "version.py").write_text(f"__version__ = '2.13.0'\n{line}\nhip = '6.1'\n")
+    assert setup_py["torch_has_cuda"](tmp_path) is has
+
+
+def test_the_cuda_library_is_compiled_where_it_can_serve(setup_py, monkeypatch, tmp_path):
+    """With nvcc, but a torch without CUDA, nobody waits for it who has not asked."""
+    why = setup_py["why_no_cuda"]
+    nvcc = {"here": None}
+    monkeypatch.setitem(why.__globals__, "find_nvcc", lambda: nvcc["here"])
+    monkeypatch.setenv("LFM_FAST_TORCH", str(fake_torch(tmp_path / "with", "2.13.0", cuda="13.0")))
+    assert "nvcc was not found" in why()
+    nvcc["here"] = "nvcc"
+    assert why() is None
+    monkeypatch.setenv("LFM_FAST_CUDA", "off")
+    assert why() == "LFM_FAST_CUDA=off was set"
+    monkeypatch.setenv("LFM_FAST_CUDA", "auto")
+    monkeypatch.setenv("LFM_FAST_TORCH", str(fake_torch(tmp_path / "without", "2.13.0")))
+    assert "has no CUDA" in why()
+    monkeypatch.setenv("LFM_FAST_CUDA", "on")
+    assert why() is None
+    nvcc["here"] = None
+    with pytest.raises(SystemExit, match="LFM_FAST_CUDA=on, but there is no nvcc"):
+        why()
+    monkeypatch.setenv("LFM_FAST_CUDA", "yes")
+    with pytest.raises(SystemExit, match="LFM_FAST_CUDA is yes, expected auto, on or off"):
+        why()
 
 
 def wheel_tag(**environment):
