@@ -31,12 +31,12 @@ struct SchemaType<double> {
   static std::string name() { return "float"; }
 };
 template <>
-struct SchemaType<bool> {
-  static std::string name() { return "bool"; }
-};
-template <>
 struct SchemaType<void> {
   static std::string name() { return "()"; }
+};
+template <>
+struct SchemaType<bool> {
+  static std::string name() { return "bool"; }
 };
 template <typename T>
 struct SchemaType<std::optional<T>> {

@@ -15,7 +15,7 @@ from lfm_fast.ops._checks import (
     check_writable,
     refuse_float64,
 )
-from lfm_fast.ops._registry import Op, Tolerance, cuda_backend, register
+from lfm_fast.ops._registry import Backend, Op, Tolerance, cuda_backend, register
 
 _GRADIENT = (torch.float32, torch.bfloat16, torch.float64)
 _LOW = (torch.bfloat16, torch.float16)
@@ -52,7 +52,7 @@ def _check(
         raise ValueError(f"schedule is {tuple(schedule.shape)}, expected (3,): learning_rate, step and ema_decay.")
     _check_lists(parameters, gradients, exp_avg, exp_avg_sq, averaged, low)
     if gradient_scale is not None:
-        check_tensor("gradient_scale", gradient_scale, (torch.float32, torch.float64))
+        check_tensor("gradient_scale", gradient_scale, (torch.float32,))
         if gradient_scale.dim():
             raise ValueError(f"gradient_scale is {tuple(gradient_scale.shape)}, expected a scalar tensor ().")
         _check_device("gradient_scale", gradient_scale, schedule)
@@ -148,8 +148,27 @@ def _cost(
     return moved, sum(p.numel() for p in parameters) * (17 if averaged else 14)
 
 
-def _why_not_compiled(schedule, parameters, *rest) -> str | None:
-    return refuse_float64(*parameters, rest[-1])  # gradient_scale; the others are float64 beside these alone
+def _why_not_compiled(
+    schedule, parameters, gradients, exp_avg, exp_avg_sq, averaged, low, beta1=0.9, beta2=0.999, eps=1e-8,
+    weight_decay=0.0, gradient_scale=None,
+) -> str | None:  # fmt: skip
+    return refuse_float64(*parameters, gradient_scale)  # the others are float64 beside these alone
+
+
+def _why_not_cpp(schedule, parameters, gradients, exp_avg, exp_avg_sq, averaged, low, *rest) -> str | None:
+    reason = _why_not_compiled(schedule, parameters, gradients, exp_avg, exp_avg_sq, averaged, low, *rest)
+    if reason:
+        return reason
+    tensors = (parameters, gradients, exp_avg, exp_avg_sq, *(x for x in (averaged, low) if x))
+    if all(x.is_contiguous() for same in tensors for x in same):
+        return None
+    if all(x.is_contiguous() or _alike_in_channels_last(others) for others in zip(*tensors) for x in others):
+        return None
+    return "the tensors of a parameter lie in memory in different orders, or with gaps"
+
+
+def _alike_in_channels_last(tensors) -> bool:
+    return all(x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) for x in tensors)
 
 
 _SEVERAL = ((64, 65), (7,), (0,), (1,), (), (3, 4, 2, 2), (4097,), (1, 513))
@@ -164,7 +183,10 @@ _row = register(
         reference=reference,
         check=_check,
         mutates=("parameters", "exp_avg", "exp_avg_sq", "averaged", "low"),
-        backends=(cuda_backend(_why_not_compiled),),
+        backends=(
+            Backend(name="cpp", devices=("cpu",), why_not=_why_not_cpp),
+            cuda_backend(_why_not_compiled),
+        ),
         arguments=_arguments,
         cases=(
             {},

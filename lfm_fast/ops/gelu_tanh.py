@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lfm_fast.ops._cases import SHAPES, numbers
 from lfm_fast.ops._checks import VELOCITY, check_like, check_tensor, refuse_float64
-from lfm_fast.ops._registry import Op, Tolerance, register
+from lfm_fast.ops._registry import Backend, Op, Tolerance, register
 from lfm_fast.ops._triton import triton_backend
 
 _SLOPE = math.sqrt(2.0 / math.pi)
@@ -99,7 +99,10 @@ _row = register(
         check=_check,
         setup_context=_setup_context,
         backward=_backward,
-        backends=(triton_backend("gelu_tanh", refuse_float64),),
+        backends=(
+            Backend(name="cpp", devices=("cpu",), why_not=refuse_float64),
+            triton_backend("gelu_tanh", refuse_float64),
+        ),
         arguments=_arguments,
         cases=_CASES,
         sizes=_SIZES,
@@ -116,7 +119,10 @@ _backward_row = register(
         check=_check_backward,
         setup_context=_setup_context,
         backward=_backward_of_backward,
-        backends=(triton_backend("gelu_tanh_backward", refuse_float64),),
+        backends=(
+            Backend(name="cpp", devices=("cpu",), why_not=refuse_float64),
+            triton_backend("gelu_tanh_backward", refuse_float64),
+        ),
         arguments=_backward_arguments,
         cases=_CASES,
         sizes=_SIZES,
