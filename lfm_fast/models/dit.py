@@ -6,25 +6,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lfm_fast import ops
 from lfm_fast.models.layers import (
     Attention,
     LabelEmbedding,
     Mlp,
     PatchEmbedding,
     TimeEmbedding,
-    modulate,
     sincos_table,
 )
 
 _NORM_EPS = 1e-6
 
 
-def _layer_norm(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=_NORM_EPS)
-
-
 class DiTBlock(nn.Module):
-    """Attention and MLP on tokens x (B, T, D), each with shift, scale and gate from the condition c (B, D)."""
+    """Attention and MLP, each added to the tokens x (B, T, D) through a gate.
+
+    A half block is branch -> x + gate branch -> modulated norm of that for the NEXT half, and the last two are one pass
+    over the residual stream (ops.gated_residual_norm). So a block takes tokens that are normed already, h, and returns
+    those that the next block, or the final layer, wants.
+    """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_size: int):
         super().__init__()
@@ -32,24 +33,24 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(hidden_size, mlp_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        modulation = self.adaLN_modulation(c).unsqueeze(1)  # (B, 1, 6 D): per sample, never per token
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
-        x = torch.addcmul(x, gate_attn, self.attn(modulate(_layer_norm(x), shift_attn, scale_attn)))
-        return torch.addcmul(x, gate_mlp, self.mlp(modulate(_layer_norm(x), shift_mlp, scale_mlp)))
+    def forward(self, x: Tensor, h: Tensor, modulation: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, h) -> (x, h), with this block's modulation (B, 6 D) and that of what follows it."""
+        _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
+        shift_next, scale_next, *_ = following.chunk(6, dim=-1)
+        x, h = ops.gated_residual_norm(x, self.attn(h), gate_attn, shift_mlp, scale_mlp, _NORM_EPS)
+        return ops.gated_residual_norm(x, self.mlp(h), gate_mlp, shift_next, scale_next, _NORM_EPS)
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and linear read-out, tokens (B, T, D) and condition (B, D) -> (B, T, p p C)."""
+    """Linear read-out of normed tokens, (B, T, D) -> (B, T, p p C); its norm's shift and scale come from adaLN."""
 
     def __init__(self, hidden_size: int, out_features: int):
         super().__init__()
         self.linear = nn.Linear(hidden_size, out_features)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
-        return self.linear(modulate(_layer_norm(x), shift, scale))
+    def forward(self, h: Tensor) -> Tensor:
+        return self.linear(h)
 
 
 class DiT(nn.Module):
@@ -92,7 +93,7 @@ class DiT(nn.Module):
         _check_config(config)
         self.config = {"family": self.family, **config}
         self.image_size, self.patch_size, self.in_channels = image_size, patch_size, in_channels
-        self.num_classes = num_classes
+        self.hidden_size, self.num_classes = hidden_size, num_classes
         self.num_labels = max(num_classes + (label_dropout > 0), 1)  # rows of the label table
         # Frozen, yet a parameter and not a buffer: the checkpoint format and its parameter counts have it so.
         self.pos_embed = nn.Parameter(sincos_table(image_size // patch_size, hidden_size), requires_grad=False)
@@ -138,9 +139,15 @@ class DiT(nn.Module):
         """The network proper, all inputs explicit: compile this and labelled and unlabelled calls share one graph."""
         x = self.x_embedder(z) + self.pos_embed  # (B, T, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
-        for block in self.blocks:
-            x = block(x, c)
-        return self._unpatchify(self.final_layer(x, c))
+        # shift, scale, gate of every half block: per sample, never per token
+        modulations = [block.adaLN_modulation(c) for block in self.blocks]  # (B, 6 D) each
+        # the last norm has no gate; padded, it looks to a compiled block like what follows any other
+        modulations.append(F.pad(self.final_layer.adaLN_modulation(c), (0, 4 * self.hidden_size)))
+        shift, scale, *_ = modulations[0].chunk(6, dim=-1)
+        h = ops.modulated_layer_norm(x, shift, scale, _NORM_EPS)
+        for block, modulation, following in zip(self.blocks, modulations, modulations[1:]):
+            x, h = block(x, h, modulation, following)
+        return self._unpatchify(self.final_layer(h))
 
     def flops_per_sample(self) -> int:
         """Floating-point operations of one forward on one sample: 2 per multiply-add of its matrix products."""

@@ -21,11 +21,6 @@ def time_features(t: Tensor, width: int, dtype: torch.dtype = torch.float32) -> 
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift with x (B, T, D) and shift, scale (B, 1, D), each sample by its own."""
-    return torch.addcmul(shift, x, 1 + scale)
-
-
 class TimeEmbedding(nn.Module):
     """Times (B,) -> (B, D): sinusoidal features, computed in float32 or above, through a two-layer MLP."""
 
@@ -94,7 +89,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(mlp_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(ops.gelu_tanh(self.fc1(x)))
 
 
 def sincos_table(side: int, hidden_size: int) -> Tensor:

@@ -144,8 +144,8 @@ def test_initialisation_is_adaln_zero():
     model = DiT(**{**SMALL, "hidden_size": 96, "num_classes": 200, "label_dropout": 0.1})
     t, z, y = inputs()
     assert torch.equal(model(t, z, y), torch.zeros_like(z))
-    x, c = torch.randn(3, 9, 96), torch.randn(3, 96)
-    assert torch.equal(model.blocks[1](x, c), x)
+    block, (x, h), c, following = model.blocks[1], torch.randn(2, 3, 9, 96), torch.randn(3, 96), torch.randn(3, 6 * 96)
+    assert torch.equal(block(x, h, block.adaLN_modulation(c), following)[0], x)
     for weight, scale in [
         (model.y_embedder.embedding_table.weight, 0.02),
         (model.t_embedder.mlp[0].weight, 0.02),

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lfm_fast import ops
 from lfm_fast.models import dit, from_reference_config, layers, num_parameters
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -52,21 +54,31 @@ def test_float64_evaluation_matches_the_reference(name, golden_networks, build_g
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("attention", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], ids=str)
-def test_float32_evaluation_matches_the_float64_one(name, attention, golden_networks, build_golden):
+@pytest.mark.parametrize("backend", ["reference", "cpp"])  # cpp where there is a compiled library
+def test_float32_evaluation_matches_the_float64_one(name, attention, backend, golden_networks, build_golden):
     golden = golden_networks[name]
     model = build_golden(golden)
     exact = evaluate(model, golden.tensors, torch.float64)
-    with sdpa_kernel(attention):
+    with sdpa_kernel(attention), ops.use_backend(backend):
         found = evaluate(model, golden.tensors, torch.float32)
     assert max(map(relative_error, found, exact)) <= FLOAT32
 
+
+def first_samples(op):
+    """`op` with the modulation of sample 0 for the whole batch."""
+    return lambda *tensors: op(*(x[:1].expand_as(x) if getattr(x, "ndim", 0) == 2 else x for x in tensors))
+
+
+WITH_THE_FIRST_SAMPLES_MODULATION = SimpleNamespace(
+    **{name: first_samples(getattr(ops, name)) for name in ("modulated_layer_norm", "gated_residual_norm")}
+)
 
 # mistake -> (where, which name, how it is broken)
 MISTAKES = {
     "epsilon of the norms": (dit, "_NORM_EPS", lambda _: 1e-5),
     "sine before cosine": (layers, "time_features", lambda make: lambda t, w, d: make(t, w, d).roll(w // 2, dims=-1)),
     "row before column": (dit, "sincos_table", lambda make: lambda side, d: make(side, d).roll(d // 2, dims=-1)),
-    "one modulation for all": (dit, "modulate", lambda make: lambda x, shift, scale: make(x, shift[:1], scale[:1])),
+    "one modulation for all": (dit, "ops", lambda _: WITH_THE_FIRST_SAMPLES_MODULATION),
 }
 
 
