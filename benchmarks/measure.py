@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import ceilings
+from benchmarks.plain import EAGER, plain_pytorch
 from benchmarks.settings import FEWEST_ROUNDS, LONG, MOST_ROUNDS, WARM_UP
 from benchmarks.worker import Worker, why_no_compiler
 from benchmarks.workloads import Workload, relative_error
@@ -19,6 +20,7 @@ from lfm_fast import ops
 
 FAST, AGAIN, REFERENCE = "fast path", "fast path, again", "reference path"
 COMPILED, FAST_COMPILED = "torch.compile", "fast path + torch.compile"
+PLAIN = "plain"  # among backends: the networks without the ops of the table
 SLEEP = 2e-3  # after a turn elsewhere: threads of the other process go on spinning for about a millisecond
 
 records: list[dict] = []  # of this session, in order: what the summary draws
@@ -47,9 +49,17 @@ class Turns:
             yield
 
 
+@contextlib.contextmanager
 def forced(backend: str | None):
-    """Context in which the ops run on `backend`; None leaves the choice to the table."""
-    return contextlib.nullcontext() if backend is None else ops.use_backend(backend)
+    """Context in which the ops run on `backend`; None leaves the choice to the table, PLAIN takes them out."""
+    if backend is None:
+        yield
+    elif backend == PLAIN:
+        with plain_pytorch(), ops.use_backend("reference"):
+            yield
+    else:
+        with ops.use_backend(backend):
+            yield
 
 
 def _seconds(call: Callable) -> float:
@@ -118,12 +128,16 @@ def _contenders(workload, truth, specification, compiled):
     with forced("reference"):
         found[REFERENCE].facts = _facts(workload, REFERENCE, workload.call, truth)
     found[AGAIN] = Contender(Turns(workload.call, None))
+    if workload.has_network:
+        found[EAGER] = Contender(Turns(workload.call, PLAIN))
+        with forced(PLAIN):
+            found[EAGER].facts = _facts(workload, EAGER, workload.call, truth, workload.result)
     for name, (call, result) in workload.others().items():
         found[name] = Contender(Turns(call, None), _facts(workload, name, call, truth, result))
     reason = compiled if isinstance(compiled, str) else why_no_compiler()
     if reason or not compiled:
         return found, None, {COMPILED: reason} if reason else {}
-    backends = {name: "reference" if name == COMPILED else None for name in compiled}
+    backends = {name: PLAIN if name == COMPILED else None for name in compiled}
     worker = Worker(specification, tuple(backends.values()))
     for name, backend in backends.items():
         error = relative_error(worker.results[backend], truth)

@@ -38,9 +38,9 @@ def latents(count: int) -> tuple[Tensor, Tensor]:
 
 
 class Forward(Workload):
-    """model(t, z, y) without gradients. There is no op of the table inside: reference and fast path are one code."""
+    """model(t, z, y) without gradients."""
 
-    note = "no op of the table inside: reference path and fast path are the same code"
+    has_network = True
 
     def __init__(self, batch_size: int, precision: str):
         self.precision, self.images = precision, batch_size
@@ -82,7 +82,7 @@ class TrainingStep(Workload):
     Its result is the gradient of all weights at the start, the same loss on the same samples.
     """
 
-    note = "interpolate and velocity_loss are the ops of the table inside"
+    has_network = True
 
     def __init__(self, batch_size: int, precision: str):
         self.precision, self.images = precision, batch_size
@@ -133,7 +133,7 @@ class TrainingStep(Workload):
 class GuidedSampling(Workload):
     """lfm_fast.sample with Heun and guidance: two network rows for each image and evaluation, in one forward."""
 
-    note = "guided_step is the op of the table inside"
+    has_network = True
     scale = 1.5
 
     def __init__(self, batch_size: int, num_steps: int, precision: str):

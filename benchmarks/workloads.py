@@ -9,10 +9,10 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.ceilings import working_set_bytes
+from benchmarks.plain import EAGER, PLAIN
 from lfm_fast import ops  # noqa: F401  (its import registers the rows)
 from lfm_fast.ops import _registry
 from lfm_fast.ops.philox_normal import philox_words
@@ -28,6 +28,7 @@ class Workload:
     flops: int | None = None
     images: int | None = None
     note = ""
+    has_network = False  # that calls ops of the table
 
     def call(self):
         raise AssertionError("every workload says what it runs")
@@ -44,29 +45,6 @@ class Workload:
     def others(self) -> dict[str, tuple[Callable, Callable | None]]:
         """Further contenders in this process: name -> (call, what gives its result or None where none compares)."""
         return {}
-
-
-def _modulated_layer_norm(x, shift, scale, eps):
-    normal = F.layer_norm(x, x.shape[-1:], eps=eps).to(shift.dtype)
-    return torch.addcmul(shift[:, None], normal, 1 + scale[:, None])
-
-
-def _gated_residual_norm(x, branch, gate, shift, scale, eps):
-    x_new = torch.addcmul(x, gate[:, None].to(x.dtype), branch.to(x.dtype))
-    return x_new, _modulated_layer_norm(x_new, shift, scale, eps)
-
-
-def _group_norm_silu(x, num_groups, weight, bias, eps, silu):
-    y = F.group_norm(x, num_groups, weight, bias, eps)
-    return F.silu(y, inplace=not y.requires_grad) if silu else y
-
-
-# as somebody writes it who has PyTorch alone: its fused kernels one after the other
-EAGER = {
-    "modulated_layer_norm": _modulated_layer_norm,
-    "gated_residual_norm": _gated_residual_norm,
-    "group_norm_silu": _group_norm_silu,
-}
 
 
 class OpWorkload(Workload):
@@ -107,10 +85,10 @@ class OpWorkload(Workload):
             generator = torch.Generator().manual_seed(0)
             # no sample number goes in: the same noise for any batch size is what it does not give
             return {"torch.randn": (lambda: torch.randn(len(index), numel, generator=generator), None)}
-        if self.row.name not in EAGER:
+        if self.row.name not in PLAIN:
             return {}
-        write = EAGER[self.row.name]
-        return {"PyTorch eager": (lambda: write(*next(self.sets)), lambda: tensors_of(write(*next(self.sets))))}
+        write = PLAIN[self.row.name]
+        return {EAGER: (lambda: write(*next(self.sets)), lambda: tensors_of(write(*next(self.sets))))}
 
 
 class ForwardBackward(OpWorkload):
@@ -140,13 +118,13 @@ class ForwardBackward(OpWorkload):
         return self._gradients(self._requiring_grad(wide), self.row.reference, [g.double() for g in self.gradients])
 
     def others(self):
-        if self.row.name not in EAGER:
+        if self.row.name not in PLAIN:
             return {}
-        write = EAGER[self.row.name]
-        return {"PyTorch eager": (lambda: self._gradients(next(self.sets), write, self.gradients), self._eager)}
+        write = PLAIN[self.row.name]
+        return {EAGER: (lambda: self._gradients(next(self.sets), write, self.gradients), self._eager)}
 
     def _eager(self) -> list[Tensor]:
-        return self._gradients(next(self.sets), EAGER[self.row.name], self.gradients)
+        return self._gradients(next(self.sets), PLAIN[self.row.name], self.gradients)
 
     def _gradients(self, args, function, gradients) -> list[Tensor]:
         results = tensors_of(function(*args))
