@@ -115,3 +115,46 @@ def test_every_case_compiles_in_every_configuration(row, capability, compile_for
     for case in (*row.cases, *row.sizes) if FULL else (row.cases[0], row.sizes[-1]):
         for number in range(most):
             check_code(compile_for(row, case, capability, number), capability)
+
+
+def test_the_fastest_configuration_is_kept(monkeypatch):
+    """One timing for each key and device, none while a CUDA graph is captured; ties and failures go to the first."""
+    import torch
+
+    from lfm_fast.kernels.triton import _tuning
+
+    first, second, third = (_tuning.Configuration({"BLOCK": block}) for block in (1, 2, 3))
+    kernel = _tuning.Tuned(None, first, second, third)
+    seconds, timed, capturing = {1: 3.0, 2: 1.0, 3: 2.0}, [], [True]
+
+    def time(run, configuration):
+        timed.append(configuration.constants["BLOCK"])
+        return seconds[timed[-1]]
+
+    monkeypatch.setattr(_tuning, "_seconds", time)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    device, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert kernel._choose(None, device, (4,)) is first
+    assert timed == []
+    capturing[0] = False
+    assert [kernel._choose(None, device, (4,)) for _ in range(2)] == [second, second]
+    assert timed == [1, 2, 3]
+    seconds.update({1: float("inf"), 2: float("inf"), 3: float("inf")})
+    assert kernel._choose(None, other, (4,)) is first
+    assert kernel._choose(None, device, (5,)) is first
+    capturing[0] = True
+    assert kernel._choose(None, device, (4,)) is second
+    with _tuning.use_configuration(5):
+        assert kernel._choose(None, device, (4,)) is third
+
+
+def test_a_configuration_that_does_not_fit_is_never_the_fastest(monkeypatch):
+    import triton
+
+    from lfm_fast.kernels.triton import _tuning
+
+    def fails(*args, **kwargs):
+        raise triton.OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(triton.testing, "do_bench", fails)
+    assert _tuning._seconds(print, _tuning.Configuration()) == float("inf")

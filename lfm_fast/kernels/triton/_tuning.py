@@ -88,7 +88,7 @@ class Tuned:
 def _seconds(run: Callable, chosen: Configuration) -> float:
     try:
         return triton.testing.do_bench(lambda: run(chosen), warmup=5, rep=25, return_mode="median")
-    except triton.OutOfResources:  # too many registers or too much shared memory for this GPU
+    except (triton.OutOfResources, triton.runtime.errors.PTXASError):  # this GPU has too little for it
         return float("inf")
 
 
