@@ -14,9 +14,8 @@ from lfm_fast import ops
 DEVICE = os.environ.get("LFM_FAST_TRITON_DEVICE", "cuda")  # cpu, in the interpreter, runs what needs no stream
 WITH_TRITON = {name: row for name, row in ROWS.items() if any(b.name == "triton" for b in row.backends)}
 DRAWING = [name for name in ("philox_normal", "interpolate", "velocity_loss", "guided_step") if name in WITH_TRITON]
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cuda" and not torch.cuda.is_available(), reason="there is no CUDA device on this machine"
-)
+if DEVICE == "cuda" and not torch.cuda.is_available():
+    pytest.skip("there is no CUDA device on this machine", allow_module_level=True)
 
 
 def served(cases):
