@@ -130,6 +130,10 @@ def _run(config, source, autoencoder, world):
             resume.load_checkpoint(checkpoint, state, world)
         elif config.resume not in ("auto", "never"):
             raise ValueError(f"--resume {config.resume}: none of its checkpoints can be read")
+        elif candidates:
+            damaged = folder
+            folder = world.from_main(lambda: resume.start_anew(config, instead_of=damaged))
+            journal = Journal(folder, active=world.is_main)
         if world.is_main:
             resume.truncate_metrics(folder, state.step)
             resume.write_config(folder, config)
@@ -255,7 +259,7 @@ class Run:
         if world.is_main:
             try:
                 resume.save_checkpoint(self.folder, state, self.config)
-                resume.keep_newest(self.folder, self.config.keep_checkpoints)
+                resume.keep_newest(self.folder, self.config.keep_checkpoints, state.step)
             except OSError as error:
                 if must:
                     raise

@@ -120,9 +120,13 @@ def newest_step(folder):
     return max((int(path.stem) for path in run_checkpoints(folder)), default=0)
 
 
-def keep_newest(folder, count):
-    """Delete all but the `count` newest checkpoints."""
-    for path in run_checkpoints(folder)[count:]:
+def keep_newest(folder, count, step):
+    """Of the checkpoints up to `step`, the one just written, delete all but the `count` newest.
+
+    One of a later step is damaged, or the run would have gone on from it; counted, it would displace a whole one.
+    """
+    made = [path for path in run_checkpoints(folder) if int(path.stem) <= step]
+    for path in made[count:]:
         path.unlink(missing_ok=True)
 
 
@@ -190,9 +194,16 @@ def choose_run(config, total_steps):
             if lock(folder):
                 _clean(folder)
                 return folder, run_checkpoints(folder)
+    return start_anew(config), []
+
+
+def start_anew(config, instead_of=None):
+    """A new run folder, locked; a folder chosen before, of which nothing can be read, is let go as it is."""
+    if instead_of is not None:
+        unlock(instead_of)
     folder = new_run(config.output, config.model)
     lock(folder)
-    return folder, []
+    return folder
 
 
 def _named_run(config, total_steps):
@@ -204,8 +215,9 @@ def _named_run(config, total_steps):
         folder, paths = path.parent.parent, [path]
         if not (folder / "config.json").exists() or run_checkpoints(folder)[:1] != [path]:
             # going on from an older checkpoint must not overwrite what came after it
-            new = new_run(config.output, config.model)
-            lock(new)
+            if newest_whole(paths, print) is None:
+                raise ValueError(f"--resume {config.resume}: none of its checkpoints can be read")
+            new = start_anew(config)
             if (folder / "metrics.jsonl").exists():
                 (new / "metrics.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes())
             return new, paths
