@@ -2,8 +2,18 @@
 
 import sys
 
-from lfm_fast.train.config import parse_args
-from lfm_fast.train.loop import main
+
+def main():
+    """Parse the command line and train; returns the exit status."""
+    try:
+        from lfm_fast.train.config import parse_args
+        from lfm_fast.train.loop import main as train
+
+        return train(parse_args())
+    except KeyboardInterrupt:  # while modules are imported, which takes seconds
+        print("error: interrupted", file=sys.stderr)
+        return 130
+
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    sys.exit(main())

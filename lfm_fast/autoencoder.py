@@ -102,8 +102,13 @@ class Autoencoder(nn.Module):
         return images.float().clamp(-1, 1)
 
     def save_pretrained(self, folder):
-        """Write config.json and the weights into ``folder`` in diffusers' layout."""
-        self.network.save_pretrained(folder)
+        """Write config.json and the weights into ``folder`` in diffusers' layout. Raises OSError if it cannot."""
+        from safetensors import SafetensorError
+
+        try:
+            self.network.save_pretrained(folder)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {folder}: {error}") from error
 
 
 class ResidualBlock(nn.Module):

@@ -82,10 +82,7 @@ def save_weights(path: str | os.PathLike, state_dict: dict[str, Tensor], metadat
         raise ValueError(f"the metadata of {path} is not JSON: {error}.") from error
     tensors = {name: value.detach().to("cpu").contiguous() for name, value in state_dict.items()}
     with atomic_write(path) as temporary:
-        try:
-            save_file(tensors, temporary, texts)
-        except SafetensorError as error:
-            raise OSError(f"cannot write {path}: {error}") from error
+        save_file(tensors, temporary, texts)
 
 
 def read_weights(path: str | os.PathLike, prefix: str = "", *, verify: bool = False) -> tuple[dict[str, Tensor], dict]:
@@ -131,23 +128,35 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary path beside `path` to write to, and put it in place when the block ends without an error.
 
     A kill at any instant leaves either the old file or the new one, whole and on the disk. The folder is made when it
-    is missing; partial files that killed processes of this machine left in it are removed.
+    is missing; partial files that killed processes of this machine left in it are removed. Raises OSError with one
+    sentence that names `path` where it cannot be written, safetensors' own error included.
 
         with atomic_write(folder / "stats.json") as temporary:
             temporary.write_text(text)
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent)
     temporary = path.parent / f".{path.name}.{socket.gethostname()}~{os.getpid()}~{secrets.token_hex(4)}{_PARTIAL}"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
         yield temporary
         os.chmod(temporary, 0o666 & ~_UMASK)  # safetensors makes files that nobody else can read
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its folder may never have been
+            temporary.unlink()
+
+
+def check_output(folder: str | os.PathLike, name: str = "--output") -> None:
+    """Raise ValueError now, before hours of work, if nothing could be written to `folder` at their end."""
+    folder = Path(folder).expanduser()
+    standing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not standing.is_dir() or not os.access(standing, os.W_OK):
+        raise ValueError(f"{name} {folder} cannot be written; choose another place")
 
 
 def _sync(path: Path) -> None:

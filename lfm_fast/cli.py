@@ -1,7 +1,6 @@
 """The command line, `lfm-fast`: one sub-command per function below, each a few lines over the library."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -9,18 +8,20 @@ from pathlib import Path
 def main(argv=None):
     """Run one sub-command; returns the exit status. The user's mistakes end in one sentence and status 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["train"]:  # it has a parser of its own, the one of train_fast.py
-        return _train(arguments[1:])
-    args = _parser().parse_args(arguments)
+    command = " ".join(["lfm-fast", *arguments[:1]])
     try:
+        if arguments[:1] == ["train"]:  # it has a parser of its own, the one of train_fast.py
+            return _train(arguments[1:])
+        args = _parser().parse_args(arguments)
         return args.run(args) or 0
     except (ValueError, OSError) as error:
-        print(f"lfm-fast {args.command}: {error}", file=sys.stderr)
+        print(f"{command}: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:  # a solver that cannot go on, a device that runs out of memory
-        print(f"lfm-fast {args.command}: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"{command}: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # while modules are imported, too: that takes seconds
+        print(f"{command}: interrupted", file=sys.stderr)
         return 130
 
 
@@ -68,7 +69,7 @@ def _add_sample(commands):
 
 
 def _sample(args):
-    from lfm_fast.pictures import grid
+    from lfm_fast.pictures import grid, save
     from lfm_fast.pipeline import LatentFlow
 
     output = Path(args.output)
@@ -78,25 +79,26 @@ def _sample(args):
     chosen |= {"atol": args.tolerance, "rtol": args.tolerance, "progress": sys.stderr.isatty()}
     sampling = {name: value for name, value in chosen.items() if value is not None}
     images = flow.sample(args.num_images, y=args.label, seed=args.seed, batch_size=args.batch_size, **sampling)
-    (output.parent if as_grid else output).mkdir(parents=True, exist_ok=True)
     if as_grid:
-        grid(images).save(output)
+        save(grid(images), output)
     else:
         for number, image in enumerate(images):
-            grid(image[None], padding=0).save(output / f"{number:06d}.png")
+            save(grid(image[None], padding=0), output / f"{number:06d}.png")
     print(f"wrote {len(images)} images to {output}")
 
 
 def _prepared(output):
     """Whether one .png is wanted rather than a folder. Raises ValueError now, before all the work."""
+    from lfm_fast.checkpoint import check_output
+
     if output == Path():
         raise ValueError("--output is empty; give a .png file or a folder")
     if output.suffix.lower() in (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npz", ".npy"):
         raise ValueError(f"--output {output} must end in .png, or be a folder")
     as_grid = output.suffix.lower() == ".png"
-    standing = next(p for p in (output.parent if as_grid else output, *output.parents) if p.exists())
-    if not standing.is_dir() or not os.access(standing, os.W_OK) or (as_grid and output.is_dir()):
-        raise ValueError(f"--output {output} cannot be written; choose another place")
+    if as_grid and output.is_dir():
+        raise ValueError(f"--output {output} is a folder; choose another place")
+    check_output(output.parent if as_grid else output)
     return as_grid
 
 
@@ -129,11 +131,16 @@ def _add_encode(commands):
 
 def _encode(args):
     from lfm_fast.autoencoder import load_autoencoder
+    from lfm_fast.checkpoint import check_output
     from lfm_fast.data import open_images
     from lfm_fast.data.latents import encode_images
+    from lfm_fast.train.source import latent_format
 
-    autoencoder = load_autoencoder(args.autoencoder, device=_device(args.device))
+    device = _device(args.device)
+    check_output(args.output)
+    latent_format(args.autoencoder)  # its complaints before all images are read, and theirs before a download
     source = open_images(args.data, args.image_size, flip=args.flip)
+    autoencoder = load_autoencoder(args.autoencoder, device=device)
     encode_images(source, autoencoder, args.output, flip=args.flip)
     if source.report.skipped:
         print(source.report.summary())
@@ -155,8 +162,10 @@ def _add_convert(commands):
 def _convert(args):
     import torch
 
+    from lfm_fast.checkpoint import check_output
     from lfm_fast.pipeline import LatentFlow
 
+    check_output(args.output)
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
     LatentFlow.from_pretrained(args.model, args.autoencoder).save_pretrained(args.output, dtype=dtype)
     print(f"wrote {args.output}")

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from lfm_fast.checkpoint import atomic_write
+
 _INK, _PAPER = (40, 40, 40), (255, 255, 255)
 
 
@@ -31,6 +33,12 @@ def to_uint8(images) -> np.ndarray:
             )
         images = np.rint(np.clip(images.astype(np.float32), 0.0, 1.0) * 255.0).astype(np.uint8)
     return images.transpose(0, 2, 3, 1)
+
+
+def save(picture, path) -> None:
+    """Write a PNG file whole or not at all: what `path` held before outlives a full disk. Raises OSError."""
+    with atomic_write(path) as temporary:
+        picture.save(temporary, format="PNG")
 
 
 def grid(images, columns: int | None = None, *, captions=None, column_captions=None, padding: int = 2, scale: int = 1):

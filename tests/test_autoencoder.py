@@ -1,12 +1,16 @@
 """The autoencoder wrapper against diffusers itself, and the embedded VAE against images it never saw."""
 
 import math
+import resource
+import warnings
 
 import pytest
 import torch
 
 from lfm_fast.autoencoder import EMBEDDED_FOLDER, WEIGHTS_FILE, Autoencoder, Posterior, SmallVAE, load_autoencoder
 from lfm_fast.data import open_images
+from lfm_fast.data.latents import CachedLatents
+from lfm_fast.train.source import FirstImages
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +173,25 @@ def test_damaged_small_vae_gets_a_sentence(tmp_path):
     (tmp_path / WEIGHTS_FILE).unlink()
     with pytest.raises(ValueError, match=WEIGHTS_FILE):
         load_autoencoder(tmp_path)
+
+
+def test_weights_that_cannot_be_written_are_one_sentence(tmp_path):
+    autoencoder, limits = load_autoencoder("embedded"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*vae: .*File too large"):
+            autoencoder.save_pretrained(tmp_path / "vae")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "vae" / "config.json").exists()
+
+
+def test_training_from_memory_says_when_latents_are_far_from_unit_variance():
+    images = FirstImages(open_images("embedded", 64, split="held_out"), 20)
+    autoencoder = load_autoencoder("embedded")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CachedLatents.from_images(images, autoencoder)
+    autoencoder.scaling_factor *= 10
+    with pytest.warns(UserWarning, match=r"far from unit variance.*scaling_factor"):
+        CachedLatents.from_images(images, autoencoder)

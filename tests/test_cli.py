@@ -1,9 +1,17 @@
 """The command line: what it writes, what it says, and one sentence for each mistake."""
 
+import contextlib
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
 
+import lfm_fast
 from lfm_fast import __version__
 from lfm_fast.cli import main
 from lfm_fast.data.latents import LatentCache
@@ -104,3 +112,81 @@ def test_unknown_command_is_refused(capsys):
         main(["paint"])
     assert stop.value.code == 2
     assert "invalid choice: 'paint'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sample", "--model", "nowhere"],
+        ["encode", "--data", "nowhere", "--autoencoder", "embedded"],
+        ["convert", "--model", "nowhere"],
+        ["train", "--data", "nowhere"],
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert main([*arguments, "--output", "file/folder"]) == 2
+    assert capsys.readouterr().err.endswith("--output file/folder cannot be written; choose another place\n")
+
+
+def test_missing_images_are_said_before_a_download(capsys, tmp_path):
+    assert main(["encode", "--data", str(tmp_path / "nowhere"), "--output", str(tmp_path / "cache")]) == 2
+    assert "nowhere does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sample", "--num-images", "16", "--num-steps", "1", "--output", "out.png"],
+        ["convert", "--model", "embedded", "--output", "out"],
+        ["encode", "--data", "images", "--image-size", "64", "--autoencoder", "embedded", "--output", "out"],
+    ],
+)
+def test_a_full_disk_is_one_sentence_and_spares_what_was_there(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 64), "red").save("images/a.png")
+    (tmp_path / "out.png").write_bytes(b"an earlier picture")
+    for limit in (4096, 4_000_000):  # bytes a file may have: of the VAE's weights, too, the second time
+        with smaller_files(limit):
+            status = main(arguments)
+        if status == 0:
+            break
+        said = capsys.readouterr().err.splitlines()
+        assert [line for line in said if "cannot write out" in line] == said[-1:]
+        assert (tmp_path / "out.png").read_bytes() == b"an earlier picture"
+    assert not list(tmp_path.glob("**/*.partial"))
+
+
+@contextlib.contextmanager
+def smaller_files(limit):
+    """Writing beyond `limit` bytes fails, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    "command", [["-m", "lfm_fast.cli", "sample"], ["-m", "lfm_fast.cli", "train"], ["train_fast.py"]]
+)
+def test_an_interrupt_while_modules_are_imported_is_one_sentence(command):
+    """torch is replaced by a module that Ctrl-C meets on its way in."""
+    root = Path(lfm_fast.__file__).parent.parent
+    program = "import runpy, sys; sys.meta_path.insert(0, type('Interrupted', (), {'find_spec': lambda name, *_: "
+    program += "exec('raise KeyboardInterrupt') if name == 'torch' else None})); sys.argv = sys.argv[1:]; "
+    program += (
+        "runpy.run_module(sys.argv.pop(1), run_name='__main__')"
+        if command[0] == "-m"
+        else ("runpy.run_path(sys.argv[0], run_name='__main__')")
+    )
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 130
+    assert done.stderr.endswith("interrupted\n")
+    assert done.stderr.count("\n") == 1

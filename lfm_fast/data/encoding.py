@@ -68,10 +68,7 @@ def encode_images(
             _write_shard(_shard_path(folder, k), shard, provenance | {"shard": k})
     if missing or not (folder / STATS_FILE).is_file():
         _write_stats(folder, ranges, names, source, provenance)
-    cache = LatentCache.open(folder)
-    if cache.variance_note():
-        warnings.warn(cache.variance_note(), stacklevel=2)
-    return cache
+    return _checked(LatentCache.open(folder))
 
 
 def encode_in_memory(source, autoencoder, *, flip: bool | None = None, batch_size: int = 32) -> LatentCache:
@@ -80,7 +77,14 @@ def encode_in_memory(source, autoencoder, *, flip: bool | None = None, batch_siz
     flip = source.flip if flip is None else flip
     shard = encode_range(source, autoencoder, range(len(source)), POSTERIOR, flip, batch_size, torch.float32)
     provenance = _provenance(source, autoencoder, flip, "posterior", torch.float32, len(source))
-    return LatentCache([shard], source.class_names, *moments([shard], POSTERIOR), provenance)
+    return _checked(LatentCache([shard], source.class_names, *moments([shard], POSTERIOR), provenance))
+
+
+def _checked(cache: LatentCache) -> LatentCache:
+    """Warns of latents far from unit variance."""
+    if cache.variance_note():
+        warnings.warn(cache.variance_note(), stacklevel=3)
+    return cache
 
 
 def check_sizes(source, autoencoder) -> None:

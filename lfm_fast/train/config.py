@@ -179,6 +179,7 @@ def build_parser(prog=None):
     """One flag per field; a flag not given is absent, so that the preset or the resumed run supplies it."""
     parser = argparse.ArgumentParser(
         prog=prog,
+        usage="%(prog)s [--help] [--FLAG VALUE ...]",  # all flags would bury the sentence about the wrong one
         description="Train a latent flow. Without arguments: on the embedded data set.",
         epilog="Exit status: 0 finished, or stopped by a signal and saved; 2 settings, data or files that cannot work; "
         "1 any other failure (a disk, a loss that is not finite); 130 interrupted twice.",

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from lfm_fast import distributed
+from lfm_fast.checkpoint import check_output
 from lfm_fast.flow import paths
 from lfm_fast.models import create_model, num_parameters
 from lfm_fast.train import report, resume
@@ -33,6 +34,7 @@ def main(config):
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
+        print("error: interrupted; checkpoints written before are whole", file=sys.stderr)
         return 130
     return 0
 
@@ -54,6 +56,7 @@ def train(config, source=None, autoencoder=None):
                 check_settings(config, latent_shape, world)
                 print(report.describe(config, world, latent_shape, num_items))
             return None
+        _check_outputs(config)
         if source is None:
             source, autoencoder = open_source(config, world)
         config = resolve_labels(config, source.num_classes)
@@ -63,6 +66,14 @@ def train(config, source=None, autoencoder=None):
         return folder
     finally:
         world.close()
+
+
+def _check_outputs(config):
+    """Raise ValueError before images are read and encoded if what comes of them could not be written."""
+    if config.resume in ("auto", "never"):
+        check_output(config.output)
+    if config.cache_latents is not None:
+        check_output(config.cache_latents, "--cache-latents")
 
 
 def resolve_precision(precision, device):

@@ -60,11 +60,9 @@ def save_checkpoint(folder, state, config):
         "checksum": checksum(tensors),
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         save_weights(path, tensors, metadata)
-    except (OSError, SafetensorError) as error:
-        reason = f"cannot write {path}: {error.strerror}" if getattr(error, "strerror", None) else error
-        raise OSError(f"{reason}; the checkpoints before it are whole") from error
+    except OSError as error:
+        raise OSError(f"{error}; the checkpoints before it are whole") from error
     return path
 
 

@@ -18,8 +18,7 @@ def sample_grid(state, source, autoencoder, config, path, world):
 
 
 def save_grid(file, images, columns, captions):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pictures.grid((images + 1) / 2, columns=columns, captions=captions).save(file)
+    pictures.save(pictures.grid((images + 1) / 2, columns=columns, captions=captions), file)
 
 
 def grid_labels(source, config):

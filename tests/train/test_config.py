@@ -118,7 +118,9 @@ def test_a_bad_flag_ends_with_status_2_and_the_sentence(capsys):
     with pytest.raises(SystemExit) as caught:
         parse_args(["--precision", "fp16"])
     assert caught.value.code == 2
-    assert "precision is 'fp16'; there is auto, fp32, tf32 and bf16" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "precision is 'fp16'; there is auto, fp32, tf32 and bf16" in said
+    assert len(said.splitlines()) == 2  # the usage in one line: the list of all flags would bury the sentence
 
 
 def test_flags_are_not_abbreviated_and_the_status_is_documented(capsys):
