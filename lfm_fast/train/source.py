@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from lfm_fast.autoencoder import load_autoencoder
+from lfm_fast.autoencoder import DEFAULT_HUB_NAME, load_autoencoder
 from lfm_fast.data import open_images
 from lfm_fast.data.latents import CachedLatents, EncodedImages, LatentCache, encode_images
 from lfm_fast.data.source import ImageSource
@@ -25,6 +25,8 @@ def open_source(config, world, say=print):
     images = open_images(config.data, config.image_size, flip=config.flip)
     if world.is_main and images.report.skipped:
         say(images.report.summary())
+    if world.is_main and config.autoencoder == "embedded" and config.data != "embedded":
+        say(f"The embedded autoencoder knows emoji alone; for photographs give --autoencoder {DEFAULT_HUB_NAME}.")
     if config.max_items is not None and config.max_items < len(images):
         images = FirstImages(images, config.max_items)
     autoencoder = load_autoencoder(config.autoencoder, device=world.device)

@@ -1,9 +1,13 @@
 import dataclasses
 import math
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
 
+import lfm_fast
 from lfm_fast.models import DiT
 from lfm_fast.train import compiling, resume
 from lfm_fast.train.config import TrainConfig, build_parser, from_preset, parse_args
@@ -190,3 +194,13 @@ def test_compiles_on_a_cpu_where_it_pays_and_can(mode, steps, tools, compiled, m
     model = DiT(image_size=4, hidden_size=16, depth=2, num_heads=2)
     compiling.compile_network(model, from_preset("embedded", compile=mode, steps=steps), torch.device("cpu"))
     assert seen == compiled
+
+
+def test_the_readme_trains_photographs_with_a_vae_made_for_them():
+    readme = (Path(lfm_fast.__file__).parent.parent / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^(?:torchrun|python)[^\n]* train_fast.py ([^\n#]*)", readme, re.MULTILINE)
+    own = [parse_args(shlex.split(command)) for command in commands if "--data" in command]
+    assert len(own) == 2
+    for config in own:
+        assert config.autoencoder == "stabilityai/sd-vae-ft-mse"
+        assert config.learning_rate <= 2e-4  # the embedded preset's 1e-3 suits its small network alone

@@ -224,6 +224,13 @@ def test_a_folder_of_images_trains_to_a_grid_and_a_checkpoint(tmp_path, monkeypa
     assert json.loads((folder / "config.json").read_text())["num_classes"] == 2
 
 
+def test_photographs_through_the_emoji_autoencoder_are_remarked_upon(tmp_path, photos, vae):
+    for autoencoder, remarks in ((vae, 0), ("embedded", 1)):
+        said = []
+        open_source(settings(tmp_path, data=photos, autoencoder=autoencoder, image_size=8), World(), said.append)
+        assert len([line for line in said if "emoji" in line]) == remarks
+
+
 def test_images_are_encoded_ahead_where_they_fit_and_on_the_fly_where_not(tmp_path, monkeypatch, photos, vae):
     monkeypatch.setenv("LFM_FAST_CACHE", str(tmp_path / "cache"))
     config = settings(tmp_path, data=photos, autoencoder=vae, image_size=8)
