@@ -99,9 +99,12 @@ class ForwardBackward(OpWorkload):
 
     def __init__(self, row: str, size: dict):
         super().__init__(row, size)
-        backward = _registry.row(f"{row}_backward")
-        moved, flops = backward.cost(*backward.bind(**backward.arguments(**size)))
-        self.moved, self.flops = self.moved + moved, self.flops + flops
+        if self.row.composite:  # its gradient is PyTorch's own, whose cost depends on what it kept
+            self.moved = self.flops = None
+        else:
+            backward = _registry.row(f"{row}_backward")
+            moved, flops = backward.cost(*backward.bind(**backward.arguments(**size)))
+            self.moved, self.flops = self.moved + moved, self.flops + flops
         self.sets = itertools.cycle([self._requiring_grad(next(self.sets)) for _ in range(self.copies)])
         results = tensors_of(self.row(*next(self.sets)))
         self.positions = [i for i, result in enumerate(results) if result.requires_grad]
