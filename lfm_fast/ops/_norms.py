@@ -90,6 +90,14 @@ def _why_not_cpp(*args) -> str | None:
 
 
 CPP = Backend(name="cpp", devices=("cpu",), why_not=_why_not_cpp)
+_WIDEST = 16384  # channels that the Triton kernels hold in the registers of one program
+
+
+def why_not_triton(*args) -> str | None:
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if tensors[0].shape[2] > _WIDEST:
+        return f"it holds a token in registers, and more than {_WIDEST} channels do not fit"
+    return refuse_float64(*tensors)
 
 
 def tokens(shape, seed: int, *, layout: str = "contiguous", **known) -> Tensor:

@@ -19,9 +19,11 @@ from lfm_fast.ops._norms import (
     statistics,
     tokens,
     vectors,
+    why_not_triton,
     wide,
 )
 from lfm_fast.ops._registry import Op, Tolerance, register
+from lfm_fast.ops._triton import triton_backend
 from lfm_fast.ops.modulated_layer_norm import CASES
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -147,7 +149,7 @@ _backward_row = register(
         check=_check_backward,
         # the forward's gradient is differentiated again by PyTorch itself, see _backward
         not_differentiable=("x_new", "branch", "gate", "scale", "mean", "rstd", "grad_x_new", "grad_y"),
-        backends=(CPP,),
+        backends=(CPP, triton_backend("gated_residual_norm_backward", why_not_triton)),
         arguments=_backward_arguments,
         cases=(
             *CASES,
@@ -170,7 +172,7 @@ _row = register(
         check=_check,
         setup_context=_setup_context,
         backward=_backward,
-        backends=(CPP,),
+        backends=(CPP, triton_backend("gated_residual_norm", why_not_triton)),
         arguments=_arguments,
         cases=(*CASES, {"shape": (3, 5, 37), "eps": 0.5}),
         sizes=SIZES,

@@ -18,8 +18,10 @@ from lfm_fast.ops._norms import (
     statistics,
     tokens,
     vectors,
+    why_not_triton,
 )
 from lfm_fast.ops._registry import Op, Tolerance, register
+from lfm_fast.ops._triton import triton_backend
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -121,7 +123,7 @@ _backward_row = register(
         check=_check_backward,
         # the forward's gradient is differentiated again by PyTorch itself, see _backward
         not_differentiable=("grad_y", "x", "scale", "mean", "rstd"),
-        backends=(CPP,),
+        backends=(CPP, triton_backend("modulated_layer_norm_backward", why_not_triton)),
         arguments=_backward_arguments,
         cases=CASES,
         sizes=SIZES,
@@ -138,7 +140,7 @@ _row = register(
         check=_check,
         setup_context=_setup_context,
         backward=_backward,
-        backends=(CPP,),
+        backends=(CPP, triton_backend("modulated_layer_norm", why_not_triton)),
         arguments=_arguments,
         cases=(*CASES, {"shape": (3, 5, 37), "eps": 0.5}),
         sizes=SIZES,
