@@ -14,7 +14,7 @@ from lfm_fast.ops._checks import (
     check_tolerance,
     refuse_float64,
 )
-from lfm_fast.ops._registry import Op, Tolerance, register
+from lfm_fast.ops._registry import Backend, Op, Tolerance, register
 from lfm_fast.ops._triton import triton_backend
 
 
@@ -162,6 +162,10 @@ def _backward_cost(grad_y, x, mean, rstd, weight, bias, num_groups, silu) -> tup
     return 3 * x.numel() * x.element_size(), x.numel() * (16 + (24 if silu else 0))
 
 
+def _why_not_compiled(first, *args) -> str | None:
+    return refuse_float64(first)  # x or grad_y; the others are float64 beside these alone
+
+
 _SMALL = ((0, 4, 2, 2), (2, 4, 0), (3, 0, 2), (1, 2), (3, 6), (1, 2, 1), (2, 6, 7), (3, 4, 5, 7), (2, 4, 3, 129))
 _LOW = (torch.bfloat16, torch.float16)
 _CASES = (
@@ -199,7 +203,10 @@ _row = register(
         setup_context=_setup_context,
         backward=_backward,
         shared=("weight", "bias"),
-        backends=(triton_backend("group_norm_silu", lambda x, *args: refuse_float64(x)),),
+        backends=(
+            Backend(name="cpp", devices=("cpu",), why_not=_why_not_compiled),
+            triton_backend("group_norm_silu", _why_not_compiled),
+        ),
         arguments=_arguments,
         cases=_CASES,
         sizes=_SIZES,
@@ -225,7 +232,10 @@ _backward_row = register(
         # the forward's gradient is differentiated again by PyTorch itself, see _backward
         not_differentiable=("grad_y", "x", "mean", "rstd", "weight", "bias"),
         shared=("weight", "bias", "grad_weight", "grad_bias"),
-        backends=(triton_backend("group_norm_silu_backward", lambda grad_y, *args: refuse_float64(grad_y)),),
+        backends=(
+            Backend(name="cpp", devices=("cpu",), why_not=_why_not_compiled),
+            triton_backend("group_norm_silu_backward", _why_not_compiled),
+        ),
         arguments=_backward_arguments,
         cases=_CASES,
         sizes=_SIZES,

@@ -1,0 +1,241 @@
+// group_norm_silu: statistics of each group, then h = weight (x - mean) rstd + bias and y = silu(h), x read from memory
+// once.
+#include <tuple>
+
+#include "common/activations.h"
+#include "common/registration.h"
+#include "cpu/groups.h"
+
+namespace lfm_fast {
+namespace {
+
+// Sum of a chunk and of the squared distances from its own mean.
+struct ChunkMoments {
+  float sum, squares;
+};
+
+struct GroupNorm {
+  GroupShape shape;
+  const void* x;
+  void* y;
+  std::vector<float> weight, bias;  // (C,)
+  double eps;
+  float *mean, *rstd;       // (B, G)
+  ChunkMoments* moments;    // positions innermost: (slab, chunk); channels innermost: (slab, chunk, group)
+  float *centres, *scales;  // channels innermost: (B, C) mean and rstd weight
+
+  int64_t chunks() const {  // of a slab
+    const int64_t elements = shape.channels_innermost ? shape.positions : shape.group_elements();
+    const int64_t chunk = shape.channels_innermost ? kPositions : kChunk;
+    return shape.group_size() > 0 ? (elements + chunk - 1) / chunk : 0;
+  }
+
+  // From the moments of a group's chunks, in order; `step` entries apart, chunk k of `elements(k)` elements.
+  template <typename Elements>
+  void write_statistics(int64_t group, const ChunkMoments* first, int64_t step, const Elements& elements) const {
+    double sum = 0.0, squares = 0.0;
+    for (int64_t k = 0; k < chunks(); ++k) sum += first[k * step].sum;
+    const double centre_of_group = sum / shape.count();
+    for (int64_t k = 0; k < chunks(); ++k) {
+      const ChunkMoments& chunk = first[k * step];
+      const double n = static_cast<double>(elements(k)), distance = chunk.sum / n - centre_of_group;
+      squares += chunk.squares + n * distance * distance;
+    }
+    mean[group] = static_cast<float>(centre_of_group);
+    rstd[group] = static_cast<float>(1.0 / std::sqrt(squares / shape.count() + eps));
+  }
+};
+
+template <bool silu_follows>
+LFM_HD float normalised(float x, float centre, float scale, float bias) {
+  const float h = (x - centre) * scale + bias;
+  return silu_follows ? silu(h) : h;
+}
+
+template <Element element, bool silu_follows>
+struct PositionsInnermost : GroupNorm {
+  using Type = typename Stored<element>::Type;
+
+  struct Scratch {
+    alignas(64) float values[kChunk];
+    Scratch(const GroupShape&, bool) {}
+  };
+
+  int64_t chunk_elements(int64_t chunk) const { return std::min(kChunk, shape.group_elements() - chunk * kChunk); }
+
+  LFM_HD void measure(int64_t slab, int64_t chunk, Scratch& scratch) const {
+    const int64_t n = chunk_elements(chunk);
+    const Type* from = static_cast<const Type*>(x) + slab * shape.group_elements() + chunk * kChunk;
+    const float* __restrict values = as_float<element>(from, scratch.values, n);
+    TileSum sum(n), squares(n);
+    for (int64_t start = 0; start < n; start += kTile) {
+      const int64_t width = std::min(kTile, n - start);
+      for (int64_t j = 0; j < width; ++j) sum.lanes[j] += values[start + j];
+    }
+    const float total = sum.total(), centre_of_chunk = total / static_cast<float>(n);
+    for (int64_t start = 0; start < n; start += kTile) {
+      const int64_t width = std::min(kTile, n - start);
+      for (int64_t j = 0; j < width; ++j) {
+        const float distance = values[start + j] - centre_of_chunk;
+        squares.lanes[j] += distance * distance;
+      }
+    }
+    moments[slab * chunks() + chunk] = {total, squares.total()};
+  }
+
+  void finish(int64_t slab) const {
+    write_statistics(slab, moments + slab * chunks(), 1,
+                     [this](int64_t chunk) { return chunk_elements(chunk); });
+  }
+
+  LFM_HD void apply(int64_t slab, int64_t chunk, Scratch&) const {
+    const int64_t positions = shape.positions, end = chunk * kChunk + chunk_elements(chunk);
+    const int64_t first_channel = slab % shape.groups * shape.group_size();
+    for (int64_t at = chunk * kChunk; at < end;) {
+      const int64_t channel = at / positions, stop = std::min(end, (channel + 1) * positions);
+      const float w = weight[static_cast<size_t>(first_channel + channel)], scale_of_channel = rstd[slab] * w;
+      const float b = bias[static_cast<size_t>(first_channel + channel)], centre_of_group = mean[slab];
+      for (; at < stop; at += std::min(kTile, stop - at))
+        tile(slab * shape.group_elements() + at, std::min(kTile, stop - at), centre_of_group, scale_of_channel, b);
+    }
+  }
+
+  LFM_HD void tile(int64_t start, int64_t n, float centre_of_group, float scale_of_channel, float b) const {
+    TileBuffer values, results;
+    const float* __restrict from = as_float<element>(static_cast<const Type*>(x) + start, values.values, n);
+    Type* out = static_cast<Type*>(y) + start;
+    float* __restrict to = results.values;
+    if constexpr (element == Element::float32) to = out;
+    for (int64_t j = 0; j < n; ++j) to[j] = normalised<silu_follows>(from[j], centre_of_group, scale_of_channel, b);
+    if constexpr (element != Element::float32) narrow_tile<element>(out, results.values, n);
+  }
+};
+
+template <Element element, bool silu_follows>
+struct ChannelsInnermost : GroupNorm {
+  using Type = typename Stored<element>::Type;
+
+  struct Scratch {
+    std::vector<float> row, result, sums, centres;
+    Scratch(const GroupShape& shape, bool)
+        : row(static_cast<size_t>(shape.channels)), result(row), sums(row), centres(row) {}
+  };
+
+  int64_t rows(int64_t chunk) const { return std::min(kPositions, shape.positions - chunk * kPositions); }
+  int64_t place(int64_t slab, int64_t chunk) const {
+    return (slab * shape.positions + chunk * kPositions) * shape.channels;
+  }
+
+  LFM_HD void measure(int64_t slab, int64_t chunk, Scratch& scratch) const {
+    const int64_t channels = shape.channels, size = shape.group_size();
+    const Type* from = static_cast<const Type*>(x) + place(slab, chunk);
+    float* __restrict sums = scratch.sums.data();
+    float* __restrict middle = scratch.centres.data();
+    for (int64_t c = 0; c < channels; ++c) sums[c] = 0.0f;
+    for (int64_t r = 0; r < rows(chunk); ++r) {
+      const float* __restrict row = as_float<element>(from + r * channels, scratch.row.data(), channels);
+      for (int64_t c = 0; c < channels; ++c) sums[c] += row[c];
+    }
+    ChunkMoments* out = moments + (slab * chunks() + chunk) * shape.groups;
+    const float n = static_cast<float>(rows(chunk) * size);
+    for (int64_t g = 0; g < shape.groups; ++g) {
+      out[g].sum = sum_of(sums + g * size, size);
+      for (int64_t c = g * size; c < (g + 1) * size; ++c) middle[c] = out[g].sum / n;
+    }
+    for (int64_t c = 0; c < channels; ++c) sums[c] = 0.0f;
+    for (int64_t r = 0; r < rows(chunk); ++r) {
+      const float* __restrict row = as_float<element>(from + r * channels, scratch.row.data(), channels);
+      for (int64_t c = 0; c < channels; ++c) {
+        const float distance = row[c] - middle[c];
+        sums[c] += distance * distance;
+      }
+    }
+    for (int64_t g = 0; g < shape.groups; ++g) out[g].squares = sum_of(sums + g * size, size);
+  }
+
+  static LFM_HD float sum_of(const float* values, int64_t n) {
+    float total = 0.0f;
+    for (int64_t j = 0; j < n; ++j) total += values[j];
+    return total;
+  }
+
+  void finish(int64_t slab) const {
+    float *centre = centres + slab * shape.channels, *scale = scales + slab * shape.channels;
+    for (int64_t g = 0; g < shape.groups; ++g) {
+      const int64_t group = slab * shape.groups + g;
+      write_statistics(group, moments + slab * chunks() * shape.groups + g, shape.groups,
+                       [this](int64_t chunk) { return rows(chunk) * shape.group_size(); });
+      for (int64_t c = g * shape.group_size(); c < (g + 1) * shape.group_size(); ++c) {
+        centre[c] = mean[group];
+        scale[c] = rstd[group] * weight[static_cast<size_t>(c)];
+      }
+    }
+  }
+
+  LFM_HD void apply(int64_t slab, int64_t chunk, Scratch& scratch) const {
+    const int64_t channels = shape.channels;
+    const float* __restrict centre = centres + slab * channels;
+    const float* __restrict scale = scales + slab * channels;
+    const float* __restrict b = bias.data();
+    for (int64_t r = 0; r < rows(chunk); ++r) {
+      const int64_t at = place(slab, chunk) + r * channels;
+      const float* __restrict row = as_float<element>(static_cast<const Type*>(x) + at, scratch.row.data(), channels);
+      Type* out = static_cast<Type*>(y) + at;
+      float* __restrict to = scratch.result.data();
+      if constexpr (element == Element::float32) to = out;
+      for (int64_t c = 0; c < channels; ++c) to[c] = normalised<silu_follows>(row[c], centre[c], scale[c], b[c]);
+      if constexpr (element != Element::float32) narrow_tile<element>(out, scratch.result.data(), channels);
+    }
+  }
+};
+
+template <Element element, bool silu_follows>
+void run_layout(GroupNorm&& norm) {
+  const GroupShape& shape = norm.shape;
+  const int64_t per_slab = norm.chunks() * (shape.channels_innermost ? shape.groups : 1);
+  std::vector<ChunkMoments> moments(static_cast<size_t>(shape.slabs() * per_slab));
+  norm.moments = moments.data();
+  if (!shape.channels_innermost) return run_stages(PositionsInnermost<element, silu_follows>{std::move(norm)});
+  std::vector<float> centres(static_cast<size_t>(shape.samples * shape.channels)), scales(centres);
+  norm.centres = centres.data();
+  norm.scales = scales.data();
+  run_stages(ChannelsInnermost<element, silu_follows>{std::move(norm)});
+}
+
+template <Element element>
+void run_element(GroupNorm&& norm, bool silu_follows) {
+  if (silu_follows)
+    run_layout<element, true>(std::move(norm));
+  else
+    run_layout<element, false>(std::move(norm));
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu(const Tensor& x, int64_t num_groups,
+                                                   const std::optional<Tensor>& weight,
+                                                   const std::optional<Tensor>& bias, double eps, bool silu_follows) {
+  check_on_cpu(x, "x");
+  const Element element = element_of(x, "x");
+  const Tensor input = in_group_layout(x);
+  const GroupShape shape = group_shape(input, num_groups);
+  GroupNorm norm{shape, nullptr, nullptr, channel_values(weight, "weight", shape.channels, 1.0f),
+                 channel_values(bias, "bias", shape.channels, 0.0f), eps, nullptr, nullptr, nullptr, nullptr, nullptr};
+  Tensor y = empty_in_layout_of(input);
+  Tensor mean = new_tensor({shape.samples, num_groups}, ScalarType::Float);
+  Tensor rstd = new_tensor({shape.samples, num_groups}, ScalarType::Float);
+  norm.x = input.const_data_ptr();
+  norm.y = y.mutable_data_ptr();
+  norm.mean = static_cast<float*>(mean.mutable_data_ptr());
+  norm.rstd = static_cast<float*>(rstd.mutable_data_ptr());
+  switch (element) {
+    case Element::float32: run_element<Element::float32>(std::move(norm), silu_follows); break;
+    case Element::bfloat16: run_element<Element::bfloat16>(std::move(norm), silu_follows); break;
+    case Element::float16: run_element<Element::float16>(std::move(norm), silu_follows); break;
+  }
+  return {y, mean, rstd};
+}
+
+}  // namespace
+
+LFM_REGISTER(CPU, group_norm_silu, group_norm_silu);
+
+}  // namespace lfm_fast
