@@ -136,7 +136,8 @@ void check_apart(const std::vector<Slice>& slices) {
   }
   std::sort(ranges.begin(), ranges.end());
   for (size_t i = 1; i < ranges.size(); ++i)
-    LFM_CHECK(ranges[i - 1].second <= ranges[i].first, "two of the tensors to change share memory; pass each one once.");
+    LFM_CHECK(ranges[i - 1].second <= ranges[i].first,
+              "two of the tensors to change share memory; pass each one once.");
 }
 
 void check_count(const std::vector<Tensor>& tensors, const char* name, size_t count) {

@@ -1,5 +1,6 @@
-// group_norm_silu_backward: with n = (x - mean) rstd, h = weight n + bias and g = grad_y silu'(h), the gradient in x is
-// rstd (weight g - mean(weight g) - n mean(weight g n)) over each group, those in weight and bias are sums of g n and g.
+// group_norm_silu_backward: with n = (x - mean) rstd, h = weight n + bias and g = grad_y silu'(h), the gradient in x
+// is rstd (weight g - mean(weight g) - n mean(weight g n)), the means over each group; those in weight and bias are the
+// sums of g n and g.
 #include <tuple>
 
 #include "common/activations.h"
@@ -177,7 +178,8 @@ struct ChannelsInnermost : GroupNormBackward {
   // One value per group to one per channel.
   LFM_HD void spread(int64_t slab, Scratch& scratch) const {
     for (int64_t c = 0; c < shape.channels; ++c) {
-      const size_t group = static_cast<size_t>(slab * shape.groups + c / shape.group_size()), at = static_cast<size_t>(c);
+      const size_t group = static_cast<size_t>(slab * shape.groups + c / shape.group_size());
+      const size_t at = static_cast<size_t>(c);
       scratch.mean[at] = mean[group];
       scratch.rstd[at] = rstd[group];
       scratch.mean_g[at] = means[group].g;

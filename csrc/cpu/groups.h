@@ -2,8 +2,8 @@
 //
 // There are two layouts. With positions innermost (contiguous) a group of a sample is one run of memory, a slab, cut
 // into chunks of at most 4096 elements. With channels innermost (channels_last) the slab is a whole sample, cut into
-// chunks of 64 positions. Sums are made chunk by chunk in float32 and added up in double, in order: chunks are constants
-// of the definition, so any number of threads gives the same bits.
+// chunks of 64 positions. Sums are made chunk by chunk in float32 and added up in double, in order: chunks are
+// constants of the definition, so any number of threads gives the same bits.
 #pragma once
 
 #include <cmath>
@@ -127,7 +127,9 @@ template <typename Kernel>
 void run_stages(const Kernel& kernel) {
   constexpr int64_t worth_a_thread = 1 << 14;
   const int64_t slabs = kernel.shape.slabs(), chunks = kernel.chunks(), elements = kernel.shape.slab_elements();
-  const auto grain = [](int64_t of_item) { return std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, of_item)); };
+  const auto grain = [](int64_t of_item) {
+    return std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, of_item));
+  };
   if (chunks <= 1 || slabs >= 2 * static_cast<int64_t>(torch::stable::get_num_threads()))
     return run_kernel(SlabBySlab<Kernel>{kernel}, slabs, grain(elements));
   run_kernel(ChunkByChunk<Kernel, true>{kernel}, slabs * chunks, grain(elements / chunks));

@@ -1,4 +1,4 @@
-"""group_norm_silu against PyTorch's own group_norm, silu and autograd, in both layouts and however work is shared out."""
+"""group_norm_silu against PyTorch's own group_norm, silu and autograd, in both layouts and for any share of work."""
 
 import itertools
 
