@@ -13,7 +13,8 @@ SHAPES = ((0, 4, 2, 2), (3, 0), (1,), (1, 1), (5,), (1, 129), (3, 4, 5, 7), (7, 
 
 def numbers(shape, seed: int, *, device="cpu", dtype=torch.float32, layout: str = "contiguous") -> Tensor:
     """Standard normals drawn on the CPU, then given the dtype, device and memory layout asked for."""
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device=device, dtype=dtype)
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    values = drawn.to(device=device, dtype=dtype)
     if layout == "transposed" and len(shape) > 1:
         return values.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "channels_last" and len(shape) == 4:

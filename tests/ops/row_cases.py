@@ -36,7 +36,9 @@ def has_samples(row):
 
 
 def arguments_of(row, case, **changes):
-    return row.bind(**{**row.arguments(**case), **changes})
+    """On the default device, which the fixture `backend` sets."""
+    device = torch.get_default_device()
+    return row.bind(**{**row.arguments(**({} if device.type == "cpu" else {"device": device}), **case), **changes})
 
 
 def outputs(result):

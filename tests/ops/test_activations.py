@@ -60,7 +60,8 @@ def test_derivative_of_gelu_of_all_floats(library):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_gelu_is_pytorchs(dtype, backend):
-    x = torch.randn(7, 513, dtype=dtype, generator=torch.Generator().manual_seed(0)).mul_(3).requires_grad_()
+    x = torch.randn(7, 513, dtype=dtype, generator=torch.Generator().manual_seed(0), device="cpu")
+    x = x.mul_(3).to(torch.get_default_device()).requires_grad_()
     y = ops.gelu_tanh(x)
     assert (y.dtype, y.shape) == (x.dtype, x.shape)
     wide = x.detach().double().requires_grad_()
@@ -75,6 +76,6 @@ def test_gelu_is_pytorchs(dtype, backend):
 
 def test_gelu_of_a_slice_reads_only_the_slice(backend):
     wide = torch.full((4, 6, 20), math.nan)
-    wide[:, 1:, 3:10] = torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(0))
+    wide[:, 1:, 3:10] = torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(0), device="cpu")
     part = wide[:, 1:, 3:10]
     assert_same_bits(ops.gelu_tanh(part), ops.gelu_tanh(part.contiguous()))

@@ -17,7 +17,8 @@ SETTINGS = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
 
 def draw(seed, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+    device = torch.get_default_device()
+    return [torch.randn(shape, generator=generator, device="cpu").to(device, dtype) for shape in SHAPES]
 
 
 def learning_rate(step):

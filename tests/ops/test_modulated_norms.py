@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_close, assert_same_bits
-from row_cases import ROWS
+from row_cases import ROWS, arguments_of
 
 from lfm_fast import ops
 from lfm_fast.ops._norms import tokens
@@ -29,9 +29,10 @@ def plain_gated(x, branch, gate, shift, scale):
 def inputs(dtype=torch.float32, state=torch.float32, shape=(BATCH, LENGTH, WIDTH)):
     """x, branch and a modulation (B, 6 D) to be cut into chunks."""
     g = torch.Generator().manual_seed(sum(shape))
-    x, branch = (torch.randn(shape, generator=g) * 2 + 0.5 for _ in range(2))
-    modulation = torch.randn(shape[0], 6 * shape[2], generator=g)
-    return x.to(state), branch.to(dtype), modulation.to(dtype)
+    x, branch = (torch.randn(shape, generator=g, device="cpu") * 2 + 0.5 for _ in range(2))
+    modulation = torch.randn(shape[0], 6 * shape[2], generator=g, device="cpu")
+    device = torch.get_default_device()  # as the fixture `backend` sets it
+    return x.to(device, state), branch.to(device, dtype), modulation.to(device, dtype)
 
 
 def wide(values):
@@ -206,9 +207,10 @@ def test_every_nan_stays_a_nan_in_its_token(nans, dtype, backend):
 def test_a_nan_in_the_saved_statistics_is_not_lost(name, backend):
     for row in (ROWS[f"{fast}_backward"] for fast in FAST):
         for bits in FLOAT32_NANS:
-            arguments = row.arguments(shape=(BATCH, LENGTH, WIDTH), dtype=torch.bfloat16, state=torch.bfloat16)
-            arguments[name][1, 33] = bits.view(torch.float32)
-            grad_x = row(*row.bind(**arguments))[0]
+            case = {"shape": (BATCH, LENGTH, WIDTH), "dtype": torch.bfloat16, "state": torch.bfloat16}
+            arguments = arguments_of(row, case)
+            arguments[row.argument_names.index(name)][1, 33] = bits.view(torch.float32)
+            grad_x = row(*arguments)[0]
             assert grad_x[1, 33].isnan().all()
             assert not grad_x[1, :33].isnan().any()
 
@@ -271,7 +273,7 @@ class Block(torch.nn.Module):
 def test_autocast_keeps_the_residual_stream_in_float32(backend):
     torch.manual_seed(0)
     block, x, c = Block(), torch.randn(3, 5, 16, requires_grad=True), torch.randn(3, 16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         x_new, y = block(x, c)
     assert (x_new.dtype, y.dtype) == (torch.float32, torch.bfloat16)
     (x_new.sum() + y.float().square().sum()).backward()

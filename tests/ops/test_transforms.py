@@ -11,11 +11,16 @@ from lfm_fast import ops
 BATCH = 3
 
 
+def here(x):
+    """On the device that the fixture `backend` chose."""
+    return x.to(torch.get_default_device())
+
+
 def problem(dtype=torch.float32):
     """Functions of one tensor (B, N), each through one op, with everything per sample different."""
     g = torch.Generator().manual_seed(0)
     shapes = ((BATCH, 5), (4, BATCH), (BATCH,), (BATCH, 3))
-    other, coefficients, scale, weights = (torch.randn(shape, generator=g).to(dtype) for shape in shapes)
+    other, coefficients, scale, weights = (here(torch.randn(s, generator=g, device="cpu")).to(dtype) for s in shapes)
     index = torch.arange(BATCH)
     return {
         "interpolate": lambda z: ops.interpolate(z, coefficients, other)[0],
@@ -33,7 +38,7 @@ DIRECTION = torch.linspace(1.0, -3.0, 15, dtype=torch.float64).view(BATCH, 5).si
 def tangent_in_float64(name):
     """By central differences, exact but for rounding: the functions are polynomials of degree 2 at most."""
     f = problem(torch.float64)[name]
-    return (f(POINT + DIRECTION) - f(POINT - DIRECTION)) / 2
+    return (f(here(POINT + DIRECTION)) - f(here(POINT - DIRECTION))) / 2
 
 
 def by_dual_numbers(f, z, direction):
@@ -49,7 +54,7 @@ def by_jvp(f, z, direction):
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_mode_gives_the_tangent(name, how, backend):
     """PyTorch gives a custom op without a rule a zero tangent, silently."""
-    got = how(problem()[name], POINT.float(), DIRECTION.float())
+    got = how(problem()[name], here(POINT.float()), here(DIRECTION.float()))
     assert_close(got, tangent_in_float64(name), absolute=1e-5, what=name)
 
 
@@ -74,7 +79,7 @@ def test_forward_mode_around_compile(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_func_transforms(name, backend):
-    f, z = problem()[name], POINT.float()
+    f, z = problem()[name], here(POINT.float())
     batched = torch.stack((z, 2 * z))
     assert_close(torch.func.vmap(f)(batched), torch.stack((f(z), f(2 * z))), absolute=1e-5, what="vmap")
     leaf = z.clone().requires_grad_()
@@ -181,7 +186,7 @@ def test_autocast_leaves_the_state_in_float32(backend):
     layer = torch.nn.Linear(6, 6)
     z_0, index = torch.randn(3, 6), torch.arange(3)
     coefficients = torch.rand(4, 3)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(z_0.device.type, dtype=torch.bfloat16):
         z_t, target = ops.interpolate(z_0, coefficients, index=index)
         velocity = layer(z_t)
         loss = ops.velocity_loss(velocity, target)
