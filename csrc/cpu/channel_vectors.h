@@ -5,7 +5,7 @@
 
 namespace lfm_fast {
 
-// gate, shift or 1 + scale of every sample in float32, pairs as they lie in registers, so that no row converts them again.
+// gate, shift or 1 + scale of every sample in float32, pairs as they lie in registers: no row converts them again.
 struct VectorTable {
   int64_t kinds, width;
   std::vector<float> values;
@@ -61,8 +61,8 @@ LFM_HD void load_channels(const char* row, int64_t channel, Pair<level>& out) {
   load<level, Order::natural, Element::float32>(row + channel * size_of(Element::float32), out);
 }
 
-// Sums over a sample's tokens of `kinds` quantities per channel: an item adds up its rows in a part of its own, the parts
-// of a sample are then added in order. In a part, pairs lie as they lay in registers.
+// Sums over a sample's tokens of `kinds` quantities per channel: an item adds up its rows in a part of its own, the
+// parts of a sample are then added in order. In a part, pairs lie as they lay in registers.
 struct ColumnSums {
   int64_t kinds, width;
   std::vector<float> parts;

@@ -31,8 +31,8 @@ struct Forward {
         const Statistics s = row_statistics<level, order, X>(new_row, sum, shape);
         RowOut<M> y_row(y.row(sample, token), items.width);
         modulate_row<level, order, X, M>(new_row, shift, factor, s, y_row, shape,
-                                                RowAhead<X>(x, items.width, sample, token, end),
-                                                RowAhead<M>(branch, items.width, sample, token, end));
+                                         RowAhead<X>(x, items.width, sample, token, end),
+                                         RowAhead<M>(branch, items.width, sample, token, end));
         new_row.finish();
         mean[sample * items.length + token] = s.mean;
         rstd[sample * items.length + token] = s.rstd;
@@ -46,7 +46,7 @@ struct Forward {
                           RowOut<X>& new_row) const {
     LaneSum<level, order> sum;
     for (int64_t block = 0; block < shape.mask.blocks; ++block) {
-#pragma GCC unroll 8
+LFM_UNROLL_PAIRS
       for (int p = 0; p < kPairs<level>; ++p) {
         const int64_t at = 2 * p * Vectors<level>::width;
         Pair<level> v, term, factor;
@@ -112,7 +112,7 @@ struct Backward {
     const bool has_direct = static_cast<bool>(grad_x_new), has_through = static_cast<bool>(grad_y);
     for (int64_t block = 0; block < shape.mask.blocks; ++block) {
       (ahead.fetch(block), ...);
-#pragma GCC unroll 8
+LFM_UNROLL_PAIRS
       for (int p = 0; p < kPairs<level>; ++p) {
         const int64_t at = 2 * p * Vectors<level>::width;
         const int64_t channel = block * kBlock + at;

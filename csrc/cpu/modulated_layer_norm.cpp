@@ -28,7 +28,7 @@ struct Forward {
         const Statistics s = row_statistics<level, order, X>(x_row, sum, shape);
         RowOut<M> y_row(y.row(sample, token), items.width);
         modulate_row<level, order, X, M>(x_row, shift, factor, s, y_row, shape,
-                                                RowAhead<X>(x, items.width, sample, token, end));
+                                         RowAhead<X>(x, items.width, sample, token, end));
         mean[sample * items.length + token] = s.mean;
         rstd[sample * items.length + token] = s.rstd;
       }
@@ -73,7 +73,7 @@ struct Backward {
     for (int64_t block = 0; block < shape.mask.blocks; ++block) {
       next_grad.fetch(block);
       next_x.fetch(block);
-#pragma GCC unroll 8
+LFM_UNROLL_PAIRS
       for (int p = 0; p < kPairs<level>; ++p) {
         const int64_t at = 2 * p * Vectors<level>::width;
         Pair<level> g, v, times, result;
@@ -93,7 +93,8 @@ std::tuple<Tensor, Tensor, Tensor> modulated_layer_norm(const Tensor& x, const T
   check_tokens(x, "x");
   const TokenItems items(x);
   const auto dtype = shift.scalar_type();
-  const TokenRows shift_rows = vectors_for(shift, "shift", x, dtype), scale_rows = vectors_for(scale, "scale", x, dtype);
+  const TokenRows shift_rows = vectors_for(shift, "shift", x, dtype);
+  const TokenRows scale_rows = vectors_for(scale, "scale", x, dtype);
   const TokenRows x_rows(x, "x");
   Tensor y = new_tensor(shape_of(x), dtype);
   Tensor mean = new_tensor({items.samples, items.length}, ScalarType::Float);

@@ -30,7 +30,7 @@ LFM_HD float row_sum(Row& x, const NormShape& shape) {
   constexpr int width = Vectors<level>::width;
   LaneSum<level, order> sum;
   for (int64_t block = 0; block < shape.mask.blocks; ++block) {
-#pragma GCC unroll 8
+LFM_UNROLL_PAIRS
     for (int p = 0; p < kPairs<level>; ++p) {
       Pair<level> v;
       load<level, order, X>(x.place(block, 2 * p * width), v);
@@ -47,7 +47,7 @@ LFM_HD Statistics row_statistics(Row& x, float sum_of_row, const NormShape& shap
   const float mean = sum_of_row / shape.channels;
   LaneSum<level, order> squares;
   for (int64_t block = 0; block < shape.mask.blocks; ++block) {
-#pragma GCC unroll 8
+LFM_UNROLL_PAIRS
     for (int p = 0; p < kPairs<level>; ++p) {
       Pair<level> v;
       load<level, order, X>(x.place(block, 2 * p * width), v);
@@ -69,7 +69,7 @@ LFM_HD void modulate_row(Row& x, const char* shift, const char* factor, const St
   constexpr int width = Vectors<level>::width;
   for (int64_t block = 0; block < shape.mask.blocks; ++block) {
     (ahead.fetch(block), ...);
-#pragma GCC unroll 8
+LFM_UNROLL_PAIRS
     for (int p = 0; p < kPairs<level>; ++p) {
       const int64_t at = 2 * p * width;
       Pair<level> v, times, plus;
@@ -103,7 +103,7 @@ LFM_HD RowMeans add_row(const RowIn<M>& grad_y, const RowIn<X>& x, const char* f
   constexpr int width = Vectors<level>::width;
   LaneSum<level, order> ones, along;
   for (int64_t block = 0; block < shape.mask.blocks; ++block) {
-#pragma GCC unroll 8
+LFM_UNROLL_PAIRS
     for (int p = 0; p < kPairs<level>; ++p) {
       const int64_t at = 2 * p * width, channel = block * kBlock + at;
       Pair<level> g, n, times;

@@ -18,7 +18,10 @@ struct TokenItems {
   int64_t samples, length, width, per_sample;
 
   explicit TokenItems(const Tensor& x)
-      : samples(x.size(0)), length(x.size(1)), width(x.size(2)), per_sample((length + kRowsPerItem - 1) / kRowsPerItem) {}
+      : samples(x.size(0)),
+        length(x.size(1)),
+        width(x.size(2)),
+        per_sample((length + kRowsPerItem - 1) / kRowsPerItem) {}
 
   int64_t count() const { return samples * per_sample; }
   int64_t grain(int64_t elements_per_thread) const {

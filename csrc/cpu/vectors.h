@@ -19,6 +19,14 @@ namespace lfm_fast {
 
 static_assert(std::endian::native == std::endian::little, "16-bit floats are taken apart as halves of a word");
 
+// Before a loop over the pairs of a block, so that its sums stay in registers. An instrumented kernel has none to spare,
+// and unrolled it would take minutes to compile.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define LFM_UNROLL_PAIRS
+#else
+#define LFM_UNROLL_PAIRS _Pragma("GCC unroll 8")
+#endif
+
 constexpr int64_t kBlock = 64;  // elements of a row taken at a time; lanes of a sum
 
 template <Level level>
