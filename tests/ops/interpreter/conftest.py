@@ -41,9 +41,15 @@ def pytest_collection_modifyitems(items):
                 item.originalname == "test_inputs_are_left_alone" and case is not row.cases[0]
             ):
                 items.remove(item)
-            elif draws(row, case) > 10_000:
+            elif draws(row, case) > 10_000 or repeats(case):
                 item.add_marker(pytest.mark.slow)
                 item.add_marker(pytest.mark.fuzz)
+
+
+def repeats(case):
+    """A long case in half precision: there is one in float32, and a short one in half precision."""
+    low = {torch.bfloat16, torch.float16} & {value for value in case.values() if isinstance(value, torch.dtype)}
+    return bool(low) and math.prod(case["shape"]) > 3_000
 
 
 def draws(row, case):
