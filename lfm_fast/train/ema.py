@@ -2,8 +2,6 @@
 
 import copy
 
-import torch
-
 
 class EMA:
     """A float32 copy of a model that follows its weights: w_ema <- d_n w_ema + (1 - d_n) w after step n.
@@ -17,14 +15,8 @@ class EMA:
         self.average = copy.deepcopy(model).float().eval().requires_grad_(False)
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         averaged, current = dict(self.average.named_parameters()), dict(model.named_parameters())
-        self._averaged = [averaged[name] for name in trained]
-        self._current = [current[name] for name in trained]
+        self.averaged = {current[name]: averaged[name] for name in trained}  # what the optimizer's step moves
 
     def decay_at(self, step):
         """d_n of the update after step n = 0, 1, ..."""
         return min(self.decay, (1 + step) / (10 + step))
-
-    @torch.no_grad()
-    def update(self, step):
-        """Follow the model's weights after optimizer step `step` (counted from 0)."""
-        torch._foreach_lerp_(self._averaged, self._current, 1 - self.decay_at(step))

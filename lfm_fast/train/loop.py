@@ -16,6 +16,7 @@ from lfm_fast.train import report, resume
 from lfm_fast.train.compiling import compile_network
 from lfm_fast.train.ema import EMA
 from lfm_fast.train.journal import Journal, read_metrics
+from lfm_fast.train.optimizer import AdamW
 from lfm_fast.train.samples import SAMPLING, sample_grid, save_grid
 from lfm_fast.train.schedule import learning_rate, total_steps
 from lfm_fast.train.source import check_settings, check_source, facts, open_source, resolve_labels
@@ -107,12 +108,11 @@ def build_state(config, source, world):
         network = torch.nn.parallel.DistributedDataParallel(
             model, device_ids=[world.device] if world.device.type == "cuda" else None, gradient_as_bucket_view=True
         )
-    optimizer = torch.optim.AdamW(
+    optimizer = AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=config.learning_rate,
         betas=(0.9, config.beta2),
         weight_decay=config.weight_decay,
-        fused=True,
     )
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     flow = {

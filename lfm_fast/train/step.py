@@ -9,6 +9,7 @@ from lfm_fast import ops
 from lfm_fast.flow import time_samplers
 from lfm_fast.flow.noise import label_dropout_mask
 from lfm_fast.train.ema import EMA
+from lfm_fast.train.optimizer import AdamW
 
 
 @dataclass
@@ -17,7 +18,7 @@ class TrainState:
 
     model: torch.nn.Module
     network: torch.nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     ema: EMA
     step: int = 0  # optimizer steps done
     samples: int = 0  # samples drawn, over all ranks; the next one's global number
@@ -53,11 +54,11 @@ def train_step(state, source, config, path, world):
             loss = ops.velocity_loss(velocity, target).sum() / config.batch_size
             (loss * world.size).backward()  # DistributedDataParallel divides by the number of ranks
         state.loss_sum += loss.detach()
-    # AdamW, then the average of the weights
-    state.grad_norm = _clip(state.model.parameters(), config.clip_grad_norm)
-    state.optimizer.step()
+    # AdamW and the average of the weights, in one pass over them (ops.adamw_ema)
+    state.grad_norm, scale = _clip(state.model.parameters(), config.clip_grad_norm)
+    ema = state.ema
+    state.optimizer.step(gradient_scale=scale, averaged=ema.averaged, ema_decay=ema.decay_at(state.step))
     state.optimizer.zero_grad(set_to_none=True)
-    state.ema.update(state.step)
     state.step += 1
     state.loss_steps += 1
     state.samples += config.batch_size
@@ -71,12 +72,10 @@ def _some_dropped(y, index, config, null_label):
 
 
 def _clip(parameters, largest):
-    """The norm of the whole gradient, () float32; the gradient is scaled down to `largest` unless that is 0."""
+    """The gradient's norm and the factor that brings it down to `largest`, both () float32; no factor if that is 0."""
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters], foreach=True)
-    if largest:
-        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm, foreach=True)
-    return norm
+    return norm, (largest / (norm + 1e-6)).clamp(max=1.0) if largest else None  # the optimizer's pass multiplies by it
 
 
 def _gradients_summed_over_ranks(network, last):
