@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the ops' tests on a CPU library built with a sanitizer.
+# Runs the ops' tests on a CPU library built with a sanitizer, and on the CUDA sources as loops (csrc/cuda/device.h).
 #   bash scripts/sanitize.sh [quick|full] [address] [thread]      (default: full, both)
 # address: AddressSanitizer and UndefinedBehaviorSanitizer. thread: ThreadSanitizer; it cannot see the barriers inside
 # torch's OpenMP runtime, so that build forks and joins plain threads instead (csrc/common/parallel.h): it checks the
@@ -69,13 +69,15 @@ CPP
 build() { # KIND FOLDER
   local torch
   torch="$("$python" -c "import importlib.util; print(importlib.util.find_spec('torch').submodule_search_locations[0])")"
-  cmake -S . -B "$2" -G Ninja -DLFM_FAST_TORCH="$torch" -DLFM_FAST_SANITIZE="$flags" -DLFM_FAST_CUDA=OFF && cmake --build "$2"
+  cmake -S . -B "$2" -G Ninja -DLFM_FAST_TORCH="$torch" -DLFM_FAST_SANITIZE="$flags" -DLFM_FAST_CUDA=OFF &&
+    cmake --build "$2" --target _C_cpu _C_emulated
 }
 
 check() { # KIND FOLDER
   local selection=(tests/ops -m "not slow")
   if [ "$size" = quick ]; then selection+=(-k "not reference and not compile and not opcheck"); fi
-  under "$1" env LFM_FAST_LIBRARY="$PWD/$2/_C_cpu.so" LFM_FAST_SAMPLE="$size" \
+  under "$1" env LFM_FAST_LIBRARY="$PWD/$2/_C_cpu.so" LFM_FAST_EMULATED_LIBRARY="$PWD/$2/_C_emulated.so" \
+    LFM_FAST_SAMPLE="$size" \
     "$python" -m pytest -p no:cacheprovider --capture=sys -x "${selection[@]}"
 }
 

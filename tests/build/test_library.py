@@ -1,9 +1,11 @@
 """The compiled library uses the stable ABI alone, and a refused load says why."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -87,6 +89,17 @@ def test_missing_cuda_library_is_a_reason(monkeypatch, tmp_path):
     finally:
         _library.load_cuda.cache_clear()
     assert reason.endswith("the plain-PyTorch reference serves instead")
+
+
+def test_the_gpu_check_says_that_there_is_no_gpu():
+    if _library.torch.cuda.is_available():
+        pytest.skip("there is one")
+    command = ["bash", "scripts/gpu_check.sh"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "no torch that sees a GPU" in done.stdout
 
 
 def test_missing_library_is_a_reason(monkeypatch, tmp_path):
