@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import emulated
 import pytest
 import torch
 from calls import get, put, slots
@@ -42,14 +43,17 @@ def guard_tensors(mode):
     assert ctypes.CDLL(None).lfm_guard(mode) == 0
 
 
-def guarded_calls():
-    """(name, row, backend, function that makes the arguments), each for every compiled CPU backend that takes them."""
+def guarded_calls(with_cuda_sources):
+    """(name, kernel, function that makes the arguments): the compiled kernels, those of the CUDA sources as loops."""
     for row, case in (parameter.values for parameter in all_cases()):
-        for backend in row.backends:
+        for backend in row.compiled:
             args = arguments_of(row, case)
             small = sum(get(args, slot).numel() for slot in slots(args)) <= MOST_ELEMENTS
-            if backend.kernel is None and "cpu" in backend.devices and small and backend.why_not(*args) is None:
-                yield case_name(row.name, case), row, backend.name, lambda row=row, case=case: arguments_of(row, case)
+            here = backend.name == "cpp" or with_cuda_sources
+            if small and here and backend.why_not(*args) is None:
+                kernel = row.kernels["cpp"] if backend.name == "cpp" else emulated.kernel_of(row)
+                name = f"{case_name(row.name, case)} of {backend.name}"
+                yield name, kernel, lambda row=row, case=case: arguments_of(row, case)
 
 
 def call_in(layout, make, kernel):
@@ -65,11 +69,12 @@ def bits(tensors):
     return [torch.empty(x.shape, dtype=x.dtype).copy_(x).view(-1).view(torch.uint8) for x in tensors]
 
 
-def run_guarded(journal):
+def run_guarded(journal, with_cuda_sources):
     """What the child does. Arguments, temporaries and results lie between forbidden pages; the bits stay the same."""
     count, note = 0, Journal(journal)
-    for name, row, backend, make in guarded_calls():
-        kernel = row.kernels[backend]
+    if with_cuda_sources:
+        emulated.load()
+    for name, kernel, make in guarded_calls(with_cuda_sources):
         for mode, layouts in LAYOUTS.items():
             for layout in layouts:
                 note(f"{name} {layout}, {'end' if mode == END else 'start'} of the pages")
@@ -84,11 +89,11 @@ def run_guarded(journal):
     print(count)
 
 
-def run_at(level, guard, tmp_path):
+def run_at(level, guard, tmp_path, with_cuda_sources=False):
     journal = tmp_path / "journal.txt"
     code = (
         "from lfm_fast import _library; assert _library.load() is None\n"
-        f"import test_guarded_memory as t; t.run_guarded({str(journal)!r})"
+        f"import test_guarded_memory as t; t.run_guarded({str(journal)!r}, {with_cuda_sources})"
     )
     return run_child(code, journal, 300, LD_PRELOAD=str(guard), LFM_FAST_CPU_LEVEL=level)
 
@@ -96,6 +101,13 @@ def run_at(level, guard, tmp_path):
 def test_nothing_outside_a_tensor_is_touched(guard, tmp_path):
     """At the level that this machine runs."""
     assert int(run_at("", guard, tmp_path)) > 10 * len(ROWS)
+
+
+@pytest.mark.slow
+@pytest.mark.fuzz
+def test_nothing_outside_a_tensor_is_touched_by_the_cuda_sources(guard, tmp_path, request):
+    request.getfixturevalue("emulated")
+    run_at("", guard, tmp_path, with_cuda_sources=True)
 
 
 @pytest.mark.slow
