@@ -123,21 +123,30 @@ float* changed(const std::vector<Tensor>& tensors, size_t i, const char* name, c
   return static_cast<float*>(tensor.mutable_data_ptr());
 }
 
-// Two threads would change the same memory.
+// Nothing that is changed is read or changed through another tensor too: by another thread, or one element later.
 void check_apart(const std::vector<Slice>& slices) {
-  std::vector<std::pair<const char*, const char*>> ranges;
-  const auto add = [&ranges](const void* data, int64_t bytes) {
+  struct Range {
+    const char *begin, *end;
+    bool changed;
+  };
+  std::vector<Range> ranges;
+  const auto add = [&ranges](const void* data, int64_t bytes, bool changed) {
     const char* begin = static_cast<const char*>(data);
-    if (data != nullptr && bytes > 0) ranges.emplace_back(begin, begin + bytes);
+    if (data != nullptr && bytes > 0) ranges.push_back({begin, begin + bytes, changed});
   };
   for (const Slice& slice : slices) {
-    for (const float* data : {slice.p, slice.m, slice.v, slice.averaged}) add(data, slice.count * 4);
-    add(slice.low, slice.count * 2);
+    for (const float* data : {slice.p, slice.m, slice.v, slice.averaged}) add(data, slice.count * 4, true);
+    add(slice.low, slice.count * 2, true);
+    add(slice.gradient, slice.count * (slice.gradient_type == Element::float32 ? 4 : 2), false);
   }
-  std::sort(ranges.begin(), ranges.end());
-  for (size_t i = 1; i < ranges.size(); ++i)
-    LFM_CHECK(ranges[i - 1].second <= ranges[i].first,
-              "two of the tensors to change share memory; pass each one once.");
+  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  const char *end_of_changed = nullptr, *end_of_any = nullptr;  // of the ranges so far
+  for (const Range& range : ranges) {
+    LFM_CHECK(range.begin >= (range.changed ? end_of_any : end_of_changed),
+              "a tensor to change shares memory with another one; pass each one once.");
+    if (range.changed) end_of_changed = std::max(end_of_changed, range.end);
+    end_of_any = std::max(end_of_any, range.end);
+  }
 }
 
 void check_count(const std::vector<Tensor>& tensors, const char* name, size_t count) {

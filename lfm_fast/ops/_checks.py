@@ -35,19 +35,21 @@ def check_writable(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} is changed in place but is no memory of its own: pass a copy ({name}.clone()).")
 
 
-def check_apart(lists: dict[str, list[Tensor]]) -> None:
-    """No two of these start at the same memory: an op that changes one would change the other as well."""
+def check_apart(lists: dict[str, list[Tensor]], read: str) -> None:
+    """No two of these start at the same memory, but for the ones of the list that is only `read`: an op that changes
+    one would change the other as well."""
     if torch.compiler.is_compiling():
         return
     seen: dict[int, str] = {}
-    for name, tensors in lists.items():
-        for x in tensors:
+    for name in [*(name for name in lists if name != read), read]:
+        for x in lists[name]:
             if isinstance(x, FakeTensor) or not x.numel() or not (address := x.data_ptr()):
                 continue  # tensors without memory
             if address in seen:
                 other = "another" if seen[address] == name else f"one of {seen[address]}"
                 raise ValueError(f"a tensor of {name} is {other} as well: each needs memory of its own.")
-            seen[address] = name
+            if name != read:
+                seen[address] = name
 
 
 def check_state(name: str, value, dtypes: Sequence[torch.dtype] = STATE) -> None:

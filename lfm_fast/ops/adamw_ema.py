@@ -89,7 +89,7 @@ def _check_lists(parameters, gradients, exp_avg, exp_avg_sq, averaged, low) -> N
                 check_like(f"a tensor of {name}", tensors[i], "its parameter", p, dtypes)
                 if name != "gradients":
                     check_writable(f"a tensor of {name}", tensors[i])
-    check_apart(lists)
+    check_apart(lists, read="gradients")
 
 
 def _check_device(name: str, value: Tensor, schedule: Tensor) -> None:
