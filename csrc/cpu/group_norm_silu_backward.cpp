@@ -72,17 +72,24 @@ LFM_HD float gradient_before_norm(float g, float n, float w, float rstd, float m
   return rstd * ((w * g - mean_g) - n * mean_gn);
 }
 
+// g costs an exponential and a division, so it is kept from measuring to applying: in the output itself, if that holds
+// float32.
+template <Element element, bool silu_follows>
+constexpr bool keep_in_output = element == Element::float32 && silu_follows;
+
 template <Element element, bool silu_follows>
 struct PositionsInnermost : GroupNormBackward {
   using Type = typename Stored<element>::Type;
+  static constexpr bool kKeepInOutput = keep_in_output<element, silu_follows>;
   static constexpr int64_t kMostKept = 1 << 17;  // half a megabyte: a part of a core's own cache
 
-  // Where whole slabs are done at a time and are not too large, g is kept from measuring to applying.
+  // For 16-bit outputs, where whole slabs are done at a time and are not too large, g is kept here.
   struct Scratch {
     std::vector<float> kept;
-    Scratch(const GroupShape& shape, bool whole_slabs)
-        : kept(static_cast<size_t>(
-              silu_follows && whole_slabs && shape.group_elements() <= kMostKept ? shape.group_elements() : 0)) {}
+    Scratch(const GroupShape& shape, bool whole_slabs) {
+      if (silu_follows && !kKeepInOutput && whole_slabs && shape.group_elements() <= kMostKept)
+        kept.resize(static_cast<size_t>(shape.group_elements()));
+    }
   };
 
   // Where a chunk lies.
@@ -108,8 +115,10 @@ struct PositionsInnermost : GroupNormBackward {
       TileBuffer x_buffer, grad_buffer, g_buffer;
       const float* __restrict from = as_float<element>(static_cast<const Type*>(x) + start, x_buffer.values, n);
       const float* __restrict grad = as_float<element>(static_cast<const Type*>(grad_y) + start, grad_buffer.values, n);
-      const bool keep = !scratch.kept.empty();
-      float* __restrict g = keep ? scratch.kept.data() + at.channel * shape.positions + position : g_buffer.values;
+      float* kept = g_buffer.values;
+      if constexpr (kKeepInOutput) kept = static_cast<Type*>(grad_x) + start;
+      if (!scratch.kept.empty()) kept = scratch.kept.data() + at.channel * shape.positions + position;
+      float* __restrict g = kept;
       float* __restrict lanes_g = sum_g.lanes;
       float* __restrict lanes_gn = sum_gn.lanes;
       for (int64_t j = 0; j < n; ++j) {
@@ -140,7 +149,12 @@ struct PositionsInnermost : GroupNormBackward {
       Type* out = static_cast<Type*>(grad_x) + start;
       float* __restrict to = results.values;
       if constexpr (element == Element::float32) to = out;
-      if (!scratch.kept.empty()) {
+      if constexpr (kKeepInOutput) {
+        for (int64_t j = 0; j < n; ++j) {
+          const float normal = (from[j] - at.mean) * at.rstd;
+          to[j] = gradient_before_norm(to[j], normal, at.w, at.rstd, of_group.g, of_group.gn);
+        }
+      } else if (!scratch.kept.empty()) {
         const float* __restrict g = scratch.kept.data() + at.channel * shape.positions + position;
         for (int64_t j = 0; j < n; ++j) {
           const float normal = (from[j] - at.mean) * at.rstd;
@@ -162,6 +176,7 @@ struct PositionsInnermost : GroupNormBackward {
 template <Element element, bool silu_follows>
 struct ChannelsInnermost : GroupNormBackward {
   using Type = typename Stored<element>::Type;
+  static constexpr bool kKeepInOutput = keep_in_output<element, silu_follows>;
 
   struct Scratch {
     std::vector<float> x_row, grad_row, result, mean, rstd, mean_g, mean_gn, sum_g, sum_gn;
@@ -202,9 +217,13 @@ struct ChannelsInnermost : GroupNormBackward {
       const float* __restrict row = as_float<element>(static_cast<const Type*>(x) + at, scratch.x_row.data(), channels);
       const float* __restrict grad =
           as_float<element>(static_cast<const Type*>(grad_y) + at, scratch.grad_row.data(), channels);
+      float* __restrict kept = scratch.result.data();
+      if constexpr (kKeepInOutput) kept = static_cast<Type*>(grad_x) + at;
+#pragma omp simd  // one array too many for the compiler to see that none overlaps another
       for (int64_t c = 0; c < channels; ++c) {
         const float normal = (row[c] - centre[c]) * scale[c];
         const float g = gradient_before_silu<silu_follows>(grad[c], normal, w[c], b[c]);
+        kept[c] = g;
         sum_g[c] += g;
         sum_gn[c] += g * normal;
       }
@@ -231,15 +250,22 @@ struct ChannelsInnermost : GroupNormBackward {
     for (int64_t r = 0; r < rows(chunk); ++r) {
       const int64_t at = place(slab, chunk) + r * channels;
       const float* __restrict row = as_float<element>(static_cast<const Type*>(x) + at, scratch.x_row.data(), channels);
-      const float* __restrict grad =
-          as_float<element>(static_cast<const Type*>(grad_y) + at, scratch.grad_row.data(), channels);
       Type* out = static_cast<Type*>(grad_x) + at;
       float* __restrict to = scratch.result.data();
       if constexpr (element == Element::float32) to = out;
-      for (int64_t c = 0; c < channels; ++c) {
-        const float normal = (row[c] - centre[c]) * scale[c];
-        const float g = gradient_before_silu<silu_follows>(grad[c], normal, w[c], b[c]);
-        to[c] = gradient_before_norm(g, normal, w[c], scale[c], mean_g[c], mean_gn[c]);
+      if constexpr (kKeepInOutput) {
+        for (int64_t c = 0; c < channels; ++c) {
+          const float normal = (row[c] - centre[c]) * scale[c];
+          to[c] = gradient_before_norm(to[c], normal, w[c], scale[c], mean_g[c], mean_gn[c]);
+        }
+      } else {
+        const float* __restrict grad =
+            as_float<element>(static_cast<const Type*>(grad_y) + at, scratch.grad_row.data(), channels);
+        for (int64_t c = 0; c < channels; ++c) {
+          const float normal = (row[c] - centre[c]) * scale[c];
+          const float g = gradient_before_silu<silu_follows>(grad[c], normal, w[c], b[c]);
+          to[c] = gradient_before_norm(g, normal, w[c], scale[c], mean_g[c], mean_gn[c]);
+        }
       }
       if constexpr (element != Element::float32) narrow_tile<element>(out, scratch.result.data(), channels);
     }
