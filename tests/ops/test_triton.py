@@ -1,6 +1,7 @@
 """The Triton kernels without a GPU: run by Triton's interpreter, compiled by its compiler."""
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -18,6 +19,10 @@ WITH_TRITON = {name: row for name, row in ROWS.items() if any(b.name == "triton"
 SIXTEEN_BYTES = r"(v4\.b32|v2\.b64|v8\.b16|v4\.f32)"
 FULL = os.environ.get("LFM_FAST_SAMPLE") == "full"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+TRITON = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else ""
+with_known_interpreter = pytest.mark.skipif(
+    not TRITON.startswith("3.6."), reason=f"the interpreter's faults are known of Triton 3.6; this is {TRITON}"
+)
 
 
 def run_interpreted(marks):
@@ -29,10 +34,12 @@ def run_interpreted(marks):
     assert result.returncode == 0, "a kernel fails in the interpreter: its report is above"
 
 
+@with_known_interpreter
 def test_every_row_in_the_interpreter():
     run_interpreted("not slow")
 
 
+@with_known_interpreter
 @pytest.mark.slow
 @pytest.mark.fuzz
 def test_very_many_calls_in_the_interpreter():
