@@ -91,6 +91,8 @@ def test_networks_compute_something(monkeypatch):
         assert 0 < error < most
         for _, result in workload.others().values():
             assert relative_error(result(), workload.truth()) < most
+        with measure.forced(measure.PLAIN):
+            assert 0 < relative_error(workload.result(), workload.truth()) < most
 
 
 def test_solvers_are_compared_at_equal_evaluations():
