@@ -31,7 +31,7 @@ def group_norm_silu(x, num_groups, weight, bias, eps, silu):
 
 
 def attention(q, k, v):
-    """In training in bf16, two products: the backward of PyTorch's fused CPU kernel takes two to three times as long."""
+    """In training in bf16, two products: the backward of PyTorch's fused CPU kernel takes far longer."""
     if q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu":
         weights = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), dim=-1)
         return weights.to(v.dtype) @ v
