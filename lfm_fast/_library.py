@@ -69,6 +69,14 @@ def signatures(device: str = "cpu") -> str:
     return function().decode()
 
 
+@functools.cache
+def has_tiles() -> bool:
+    """Whether the loaded CPU library may use the processor's matrix tiles (AMX) for bfloat16."""
+    function = ctypes.CDLL(str(path())).lfm_fast_cpu_has_tiles
+    function.restype = ctypes.c_bool
+    return function()
+
+
 def _open_lazily(library: Path) -> ctypes.CDLL:
     """Functions that this torch lacks (those of CUDA) are looked for when they are called, which here is never."""
     dlopen, dlerror = ctypes.CDLL(None).dlopen, ctypes.CDLL(None).dlerror

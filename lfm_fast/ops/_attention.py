@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lfm_fast import _library
 from lfm_fast.ops import _measured
 from lfm_fast.ops._registry import NEVER_ON_GPU, Backend, Op
 
@@ -23,6 +24,7 @@ _TABLE = "attention"
 _MOST_WEIGHTS = 1 << 28
 # Below this PyTorch's CPU kernel (2.13) makes 0 of a row of weights that are all NaN: no full vector, no NaN
 _FEWEST_KEYS = 16
+_MOST_KEYS, _MOST_WIDTH = 4096, 256  # of csrc/cpu/attention.cpp
 # PyTorch's fused CPU backward in 16 bits is the slower way up to here, see `_default`
 _SHORT = 512
 
@@ -101,6 +103,10 @@ def _xformers_available() -> str | None:
     return None
 
 
+def _always() -> None:
+    """Part of PyTorch."""
+
+
 def _first_line(error: Exception) -> str:
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[0].rstrip(".")
@@ -112,11 +118,31 @@ def _why_not_empty(q, k, v, scale=None) -> str | None:
     return None
 
 
-def _why_not_cpp(q, k, v, scale=None) -> str | None:
+def _why_not_sdpa(q, k, v, scale=None) -> str | None:
     empty = _why_not_empty(q, k, v)
-    if empty is None and k.shape[2] < _FEWEST_KEYS:
+    if empty is None and q.device.type == "cpu" and k.shape[2] < _FEWEST_KEYS:
         return f"below {_FEWEST_KEYS} keys PyTorch's CPU kernel would turn a NaN in q into 0"
     return empty
+
+
+def _why_not_cpp(q, k, v, scale=None) -> str | None:
+    if q.dtype is not torch.bfloat16:
+        return "it computes in bfloat16 alone, where the processor's tiles do"
+    if needs_gradient(q, k, v):
+        return "it has no backward pass"
+    if k.shape[2] > _MOST_KEYS or q.shape[3] > _MOST_WIDTH:
+        return f"it takes at most {_MOST_KEYS} keys of {_MOST_WIDTH} channels"
+    return _why_not_empty(q, k, v)
+
+
+def _cpp_available() -> str | None:
+    return _library.load() or (None if _library.has_tiles() else "this processor, or its system, has no AMX to give")
+
+
+def like_cpp(q, k, v, scale=None):
+    """What the compiled kernel returns: the heads of a token side by side."""
+    batch, heads, tokens, width = q.shape
+    return q.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
 def _why_not_torch(can_use: str, dtypes: tuple[torch.dtype, ...]):
@@ -160,11 +186,10 @@ def _why_not_xformers(q, k, v, scale=None) -> str | None:
 
 
 _HALF = (torch.bfloat16, torch.float16)
-_always = lambda: None  # noqa: E731 (part of PyTorch)
 BACKENDS = (
-    Backend(name="cpp", devices=("cpu",), why_not=_why_not_cpp, available=_always, kernel=_sdpa),
-    # on CUDA: the fused kernel that PyTorch itself would take
-    Backend(name="sdpa", devices=("cuda",), why_not=_why_not_empty, available=_always, kernel=_sdpa),
+    Backend(name="cpp", devices=("cpu",), why_not=_why_not_cpp, available=_cpp_available),
+    # the fused kernel that PyTorch itself would take
+    Backend(name="sdpa", devices=("cpu", "cuda"), why_not=_why_not_sdpa, available=_always, kernel=_sdpa),
     *(
         Backend(
             name=name,
@@ -217,9 +242,9 @@ def rank(row: Op, args: tuple) -> tuple[str, dict[str, str]]:
 
 
 def _default(contenders: list[str], q, k, v) -> str:
-    """Without a measurement: PyTorch's own choice, but for gradients of short bf16 sequences on the CPU.
+    """Without a measurement: the first, but for gradients of short bf16 sequences on the CPU.
 
-    There its fused backward (2.13, AMX, one core) made forward and backward 110 against 31 ms at 64 tokens and 91
+    There PyTorch's fused backward (2.13, AMX, one core) made forward and backward 110 against 31 ms at 64 tokens and 91
     against 61 ms at 256.
     """
     short = q.shape[2] <= _SHORT and k.shape[2] <= _SHORT

@@ -97,6 +97,7 @@ class Op:
     # Made of PyTorch's differentiable operators on every backend: autograd, fake tensors and torch.compile see those
     # (the backend is then chosen when a graph is traced), so that it needs no setup_context and no backward.
     composite: bool = False
+    like_compiled: Callable | None = None  # a composite row's compiled kernels, as fake tensors see them
     prepare: Callable[[tuple], tuple] | None = None  # what autocast makes of the arguments
     rank: Callable[["Op", tuple], tuple[str, dict[str, str]]] | None = None  # (backend, reasons against the others)
     overload: Callable = field(init=False, repr=False)
@@ -243,7 +244,10 @@ def register(op: Op) -> Op:
         name = f"lfm_fast::{op.name}"
         torch.library.register_autograd(name, op._backward, setup_context=op._setup_context, lib=library)
     for backend in op.compiled:
-        _library_of(f"lfm_fast_{backend.name}").define(op.name + op.schema)
+        namespace = f"lfm_fast_{backend.name}"
+        _library_of(namespace).define(op.name + op.schema)
+        if op.like_compiled is not None:
+            torch.library.register_fake(f"{namespace}::{op.name}", op.like_compiled, lib=_library_of(namespace))
     op.overload = getattr(torch.ops.lfm_fast, op.name).default
     op.argument_names = tuple(argument.name for argument in op.overload._schema.arguments)
     _ROWS[op.name] = op

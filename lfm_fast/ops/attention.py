@@ -79,6 +79,7 @@ _row = register(
         reference=reference,
         check=_check,
         composite=True,
+        like_compiled=_attention.like_cpp,
         prepare=_prepare,
         rank=_attention.rank,
         backends=_attention.BACKENDS,
@@ -134,11 +135,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         reference: any number of times), by the backward pass of the backend that ran forward. Autocast makes the
         arguments those of its dtype.
 
-    The backends: "cpp" is PyTorch's fused kernel on the CPU, "sdpa" PyTorch's own choice on CUDA; "flash", "cudnn",
-    "efficient" and "xformers" are single CUDA kernels, "math" the two matrix products with the weights in memory, on
-    either device. Which one runs is measured once and remembered in the user's cache folder, or not measured at all:
-    LFM_FAST_MEASURE is "auto" (on CUDA, in a run of one process), "always" or "never". Under torch.compile the choice
-    is made when the graph is traced, by what is remembered.
+    The backends: "cpp" is a compiled kernel for bfloat16 without gradients on processors with AMX, "sdpa" PyTorch's own
+    choice among its fused kernels; "flash", "cudnn", "efficient" and "xformers" are single CUDA kernels, "math" the two
+    matrix products with the weights in memory, on either device. Which one runs is measured once and remembered in the
+    user's cache folder, or not measured at all: LFM_FAST_MEASURE is "auto" (on CUDA, in a run of one process), "always"
+    or "never". Under torch.compile the choice is made when the graph is traced, by what is remembered.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or scale is not a positive number.

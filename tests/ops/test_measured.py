@@ -38,7 +38,7 @@ def test_each_kind_of_call_is_measured_once(folder, monkeypatch):
     ops.attention(*tensors())
     (key,) = table(folder)
     assert "float32, 4 heads, 32 queries, 32 keys of 8, forward" in key
-    assert set(table(folder)[key]) == {"cpp", "math"}
+    assert set(table(folder)[key]) == {"sdpa", "math"}
     ops.attention(*tensors(gradient=True))
     ops.attention(*tensors(dtype=torch.bfloat16))
     ops.attention(*tensors(tokens=40))
@@ -49,11 +49,11 @@ def test_each_kind_of_call_is_measured_once(folder, monkeypatch):
     ops.attention(*tensors(gradient=True))
 
 
-@pytest.mark.parametrize("best", ["cpp", "math"])
+@pytest.mark.parametrize("best", ["sdpa", "math"])
 def test_the_fastest_runs_and_explain_says_why(folder, best):
     ops.attention(*tensors())
     (key,) = table(folder)
-    other = {"cpp": "math", "math": "cpp"}[best]
+    other = {"sdpa": "math", "math": "sdpa"}[best]
     (folder / "attention.json").write_text(json.dumps({key: {best: 0.001, other: 0.0025}}))
     _measured._known.clear()
     explanation = ops.explain("attention", *tensors())
@@ -76,7 +76,7 @@ def test_on_the_cpu_nothing_is_measured_unless_asked(folder, monkeypatch):
 def test_what_was_measured_counts_later(folder, monkeypatch):
     ops.attention(*tensors())
     (key,) = table(folder)
-    (folder / "attention.json").write_text(json.dumps({key: {"math": 0.001, "cpp": 0.0025}}))
+    (folder / "attention.json").write_text(json.dumps({key: {"math": 0.001, "sdpa": 0.0025}}))
     for setting in ("auto", "never"):
         _measured._known.clear()
         monkeypatch.setenv("LFM_FAST_MEASURE", setting)
@@ -100,14 +100,14 @@ def test_a_graph_takes_what_is_remembered(folder):
     torch._dynamo.reset()
     ops.attention(*tensors())
     (key,) = table(folder)
-    for best, other in (("math", "cpp"), ("cpp", "math")):
+    for best, other in (("math", "sdpa"), ("sdpa", "math")):
         (folder / "attention.json").write_text(json.dumps({key: {best: 0.001, other: 0.0025}}))
         _measured._known.clear()
         torch._dynamo.reset()
         with torch.no_grad(), torch.profiler.profile() as profile:
             torch.compile(lambda *x: ops.attention(*x), fullgraph=True, backend="aot_eager", dynamic=True)(*tensors())
         ran = {event.key for event in profile.key_averages()}
-        assert ("aten::_scaled_dot_product_flash_attention_for_cpu" in ran) == (best == "cpp")
+        assert ("aten::_scaled_dot_product_flash_attention_for_cpu" in ran) == (best == "sdpa")
 
 
 @pytest.mark.parametrize("fault", ["raises", "is wrong"])
@@ -117,11 +117,11 @@ def test_a_broken_contender_is_out_with_its_reason(folder, monkeypatch, fault):
             raise RuntimeError("no kernel image.\nDetails")
         return ROW.reference(q, k, v, scale) + 1.0
 
-    monkeypatch.setitem(ROW.kernels, "cpp", broken)
+    monkeypatch.setitem(ROW.kernels, "sdpa", broken)
     explanation = ops.explain("attention", *tensors())
     assert explanation.backend == "math"
     said = "no kernel image" if fault == "raises" else "its result is off by 1"
-    assert explanation.refused["cpp"] == f"it failed when it was measured ({said})"
+    assert explanation.refused["sdpa"] == f"it failed when it was measured ({said})"
 
 
 def test_gradients_flow_while_it_is_measured(folder):
@@ -136,7 +136,7 @@ def test_gradients_flow_while_it_is_measured(folder):
         assert torch.allclose(g, w, atol=1e-5)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"key": 3}', '{"key": {"cpp": []}}'])
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"key": 3}', '{"key": {"sdpa": []}}'])
 def test_a_spoilt_table_is_made_again(folder, text):
     (folder / "attention.json").write_text(text)
     ops.attention(*tensors())
@@ -146,7 +146,7 @@ def test_a_spoilt_table_is_made_again(folder, text):
 
 def test_the_rows_of_other_processes_stay(folder):
     ops.attention(*tensors())
-    (folder / "attention.json").write_text(json.dumps({"another": {"cpp": 0.5}, **table(folder)}))
+    (folder / "attention.json").write_text(json.dumps({"another": {"sdpa": 0.5}, **table(folder)}))
     ops.attention(*tensors(tokens=40))
     assert len(table(folder)) == 3
 
