@@ -186,7 +186,7 @@ class Op:
         """The fake (meta) kernel. It checks as well: with one meta tensor among real ones PyTorch comes here, and a
         row that changes tensors in place would begin to before it found out."""
         self.check(*args)
-        return self.reference(*args)
+        return (self.like_compiled or self.reference)(*args)
 
     def _refuse_gradient(self, args: tuple) -> None:
         for name, value in zip(self.argument_names, args):
@@ -247,7 +247,7 @@ def register(op: Op) -> Op:
         namespace = f"lfm_fast_{backend.name}"
         _library_of(namespace).define(op.name + op.schema)
         if op.like_compiled is not None:
-            torch.library.register_fake(f"{namespace}::{op.name}", op.like_compiled, lib=_library_of(namespace))
+            torch.library.register_fake(f"{namespace}::{op.name}", op.fake, lib=_library_of(namespace))
     op.overload = getattr(torch.ops.lfm_fast, op.name).default
     op.argument_names = tuple(argument.name for argument in op.overload._schema.arguments)
     _ROWS[op.name] = op

@@ -90,7 +90,9 @@ def test_meta_tensors_never_reach_a_compiled_kernel(library):
         args = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments_of(row, row.cases[0])]
         args = [[x.to("meta") for x in a] if isinstance(a, list) else a for a in args]
         for name, operator in operators(row):
-            if name != "lfm_fast":
+            if name != "lfm_fast" and row.like_compiled:  # graphs hold the compiled operator of such a row itself
+                assert operator(*args).is_meta
+            elif name != "lfm_fast":
                 with pytest.raises(NotImplementedError):
                     operator(*args)
         assert all(argument(args, slot).is_meta for slot in slots(args))

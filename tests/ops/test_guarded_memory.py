@@ -49,7 +49,7 @@ def guarded_calls(with_cuda_sources):
         for backend in row.compiled:
             args = arguments_of(row, case)
             small = sum(get(args, slot).numel() for slot in slots(args)) <= MOST_ELEMENTS
-            here = backend.name == "cpp" or with_cuda_sources
+            here = backend.available() is None if backend.name == "cpp" else with_cuda_sources
             if small and here and backend.why_not(*args) is None:
                 kernel = row.kernels["cpp"] if backend.name == "cpp" else emulated.kernel_of(row)
                 name = f"{case_name(row.name, case)} of {backend.name}"
