@@ -214,7 +214,7 @@ LFM_AMX_INLINE __m512 power_of_two(__m512 x) {
 // The weights of one query, not yet divided by their sum, which is returned.
 LFM_AMX_INLINE float weigh(const Attention& a, float* scores, Bf16* weights) {
   const int64_t padded = a.padded_keys();
-  for (int64_t n = a.keys; n < padded; ++n) scores[n] = -INFINITY;
+  for (int64_t n = a.keys; n < padded; ++n) scores[n] = -INFINITY;  // weight 0, or NaN in a row that is NaN
   __m512 top = _mm512_set1_ps(-INFINITY);
   for (int64_t n = 0; n < padded; n += 16) top = _mm512_max_ps(top, _mm512_load_ps(scores + n));
   const float log2e = 1.4426950408889634f, slope = a.scale * log2e;
@@ -226,7 +226,6 @@ LFM_AMX_INLINE float weigh(const Attention& a, float* scores, Bf16* weights) {
     for (int64_t i = 0; i < 2; ++i) {
       const __m512 below = _mm512_sub_ps(_mm512_load_ps(scores + n + 16 * i), highest);
       w[i] = power_of_two(_mm512_mul_ps(below, factor));
-      if (n + 32 > a.keys) w[i] = _mm512_maskz_mov_ps(first_of_16(a.keys - n - 16 * i), w[i]);
       sums[i] = _mm512_add_ps(sums[i], w[i]);
     }
     _mm512_store_si512(weights + n, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(w[1], w[0])));

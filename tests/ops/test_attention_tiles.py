@@ -54,6 +54,17 @@ def test_rounds_weights_alone():
 
 
 @with_tiles
+@pytest.mark.parametrize("factor", [50.0, -50.0])
+def test_large_scores_neither_overflow_nor_vanish(factor):
+    """Scores of several hundreds, all of one sign in the second half."""
+    q, k, v, _ = arguments((1, 2, 40, 32), dtype=torch.bfloat16)
+    q, k = torch.cat((q, q.abs())) * factor, torch.cat((k, k.abs()))
+    v = torch.cat((v, v))
+    got, want = ROW.kernels["cpp"](q, k, v, None), ROW.reference(q.double(), k.double(), v.double())
+    assert_close(got, want, absolute=0.02)
+
+
+@with_tiles
 def test_passes_on_what_is_not_finite():
     for which, value in itertools.product(range(3), (math.nan, math.inf, -math.inf)):
         for keys in (1, 5, 16, 40):
