@@ -1,6 +1,6 @@
-// softmax(scale q k^T) v in bfloat16 by the tile instructions (AMX), forward alone. One item of work is one head: k and v
-// are packed once into the tiles' order, then 32 queries at a time meet all keys, so that a row of weights is whole and
-// its softmax needs no second look. Weights are rounded to bfloat16 before they meet v, their sum is taken before that.
+// softmax(scale q k^T) v in bfloat16 by the tile instructions (AMX), forward alone. One item of work is one head: k and
+// v are packed once into the tiles' order, then 32 queries at a time meet all keys, so that a row of weights is whole
+// and its softmax needs no second look. Weights are rounded to bfloat16 before they meet v, their sum is taken before.
 #include <cmath>
 #include <memory>
 
@@ -58,7 +58,10 @@ struct Heads {
   int64_t sample, head, token;  // strides in elements
 
   explicit Heads(const Tensor& x)
-      : data(static_cast<const Bf16*>(x.const_data_ptr())), sample(x.stride(0)), head(x.stride(1)), token(x.stride(2)) {}
+      : data(static_cast<const Bf16*>(x.const_data_ptr())),
+        sample(x.stride(0)),
+        head(x.stride(1)),
+        token(x.stride(2)) {}
 };
 
 struct Attention {
@@ -350,8 +353,9 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, std::optiona
   Tensor out = new_tensor({batch, queries, heads, width}, ScalarType::BFloat16);
 #if defined(LFM_AMX)
   const Tensor dense[] = {with_dense_channels(q), with_dense_channels(k), with_dense_channels(v)};
-  const Attention a{Heads(dense[0]), Heads(dense[1]), Heads(dense[2]), static_cast<Bf16*>(out.mutable_data_ptr()), heads,
-                    queries, keys, width, static_cast<float>(factor)};
+  Bf16* const result = static_cast<Bf16*>(out.mutable_data_ptr());
+  const Attention a{Heads(dense[0]), Heads(dense[1]), Heads(dense[2]), result, heads, queries, keys, width,
+                    static_cast<float>(factor)};
   const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 20) / (rounded_up(queries, 32) * keys * width));
   parallel_for(0, queries ? batch * heads : 0, grain, [&a](int64_t first, int64_t last) { run_heads(a, first, last); });
 #endif
