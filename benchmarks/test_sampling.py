@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.catalogue import build
 from benchmarks.measure import COMPILED, FAST_COMPILED, compare
-from benchmarks.settings import QUICK, seconds_for
+from benchmarks.settings import FULL, QUICK, seconds_for
 from lfm_fast.pipeline import EMBEDDED_FOLDER, INDEX
 
 # about as many evaluations each; dopri5 takes what its tolerance of 1e-5 asks for
@@ -14,7 +14,7 @@ REFERENCE_STEPS = {"mixture": 200 if QUICK else 1000, "embedded": 64}  # of RK4 
 
 
 @pytest.mark.benchmark(group="guided sampling")
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"] if FULL else ["bfloat16"])
 def test_guided_heun(benchmark, precision):
     # two images are four network rows, the batch of test_dit.py: Inductor's kernels are compiled once for both
     batch_size, num_steps = (1, 2) if QUICK else (2, 3)
@@ -33,8 +33,8 @@ def test_guided_heun(benchmark, precision):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("field", ["mixture", "embedded"])
 def test_solver(benchmark, field, method):
-    if field == "embedded" and QUICK:
-        pytest.skip("quick mode: the mixture alone")
+    if field == "embedded" and not FULL:
+        pytest.skip("the mixture alone, unless in full")
     if field == "embedded" and not (EMBEDDED_FOLDER / INDEX).is_file():
         pytest.skip("this installation has no weights of the embedded flow")
     settings = {"field_name": field, "method": method, "num_steps": METHODS[method]}
