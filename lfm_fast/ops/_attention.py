@@ -122,7 +122,13 @@ def _why_not_sdpa(q, k, v, scale=None) -> str | None:
     empty = _why_not_empty(q, k, v)
     if empty is None and q.device.type == "cpu" and k.shape[2] < _FEWEST_KEYS:
         return f"below {_FEWEST_KEYS} keys PyTorch's CPU kernel would turn a NaN in q into 0"
+    if empty is None and q.device.type == "cpu" and any(map(_rows_overlap, (q, k, v))):
+        return "of tokens that overlap in memory PyTorch's CPU kernel makes wrong numbers"
     return empty
+
+
+def _rows_overlap(x: Tensor) -> bool:
+    return x.shape[2] > 1 and x.stride(3) == 1 and 0 < x.stride(2) < x.shape[3]
 
 
 def _why_not_cpp(q, k, v, scale=None) -> str | None:

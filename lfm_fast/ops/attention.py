@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lfm_fast.ops import _attention
 from lfm_fast.ops._cases import numbers
-from lfm_fast.ops._checks import VELOCITY, check_like, check_tensor
+from lfm_fast.ops._checks import VELOCITY, check_like, check_number, check_tensor
 from lfm_fast.ops._registry import Op, Tolerance, register
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -36,8 +36,9 @@ def _check(q, k, v, scale=None) -> None:
             came, wanted = (str(t.dtype).removeprefix("torch.") for t in (x, q))
             raise ValueError(f"{name} is {came} but q is {wanted}: convert one of them.")
     if scale is not None:
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            raise ValueError(f"scale is a {type(scale).__name__}: pass a number.")
+        if isinstance(scale, bool):
+            raise ValueError("scale is a bool: pass a number.")
+        check_number("scale", scale)
         if not 0 < scale < math.inf:
             raise ValueError(f"scale is {scale}, expected a positive number.")
 
