@@ -70,20 +70,18 @@ build() { # KIND FOLDER
   local torch
   torch="$("$python" -c "import importlib.util; print(importlib.util.find_spec('torch').submodule_search_locations[0])")"
   local targets=(_C_cpu)
-  # the CUDA sources as loops start no threads
-  if [ "$size $1" != "quick thread" ]; then targets+=(_C_emulated); fi
+  if [ "$size" = full ]; then targets+=(_C_emulated); fi # the CUDA sources as loops
   cmake -S . -B "$2" -G Ninja -DLFM_FAST_TORCH="$torch" -DLFM_FAST_SANITIZE="$flags" -DLFM_FAST_CUDA=OFF &&
     cmake --build "$2" --target "${targets[@]}"
 }
 
-# What runs compiled code of ours. quick: every row's every case at every CPU level, the lists of adamw_ema and the
-# CUDA sources; under the thread sanitizer, where each call is spread over threads, every case at the machine's level.
+# What runs compiled code of ours. quick: every row's every case at every CPU level, and the lists of adamw_ema;
+# under the thread sanitizer, where each call is spread over threads, every case at the machine's level.
 check() { # KIND FOLDER
   local selection=(tests/ops --ignore=tests/ops/interpreter -k "not triton and not compile and not opcheck")
   case "$size $1" in
   "quick address")
-    selection=(tests/ops/test_{cpu_levels,adamw_ema,cuda_emulated}.py
-      -k "not reference and not compile and not odd_sizes and not torchs") ;;
+    selection=(tests/ops/test_{cpu_levels,adamw_ema}.py -k "not reference and not compile and not torchs") ;;
   "quick thread") selection=(tests/ops/test_{cpu_levels,rows}.py -k "threads or (float64 and cpp)") ;;
   esac
   selection+=(-m "not slow")
