@@ -1,0 +1,1 @@
+"""Other projects' networks: the same weights in their classes and in ours."""
