@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import platform
+import re
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 _FOLDER = Path(__file__).resolve().parent
 _FALLBACK = "the plain-PyTorch reference serves instead"
+_BUILD_AGAIN = "build it again with `python setup.py build_ext --inplace`"
 _NAMED_BY = {"cpu": "LFM_FAST_LIBRARY", "cuda": "LFM_FAST_CUDA_LIBRARY"}
 
 
@@ -67,6 +69,23 @@ def signatures(device: str = "cpu") -> str:
     function = _open_lazily(path(device)).lfm_fast_signatures
     function.restype = ctypes.c_char_p
     return function().decode()
+
+
+@functools.cache
+def lacks(backend: str, kernel: str, types: str) -> str | None:
+    """Why a loaded library ("cpp" or "cuda") cannot serve a row: None where it has the kernel, with these types.
+
+    Sources change under a library that was built before (a pull without a build). A kernel that is missing would end in
+    NotImplementedError, and one whose arguments have changed since would read a pointer as a number.
+    """
+    device = {"cpp": "cpu"}.get(backend, backend)
+    says = dict(re.match(r"(\w+)(\(.*)", line).groups() for line in signatures(device).splitlines())
+    there = torch._C._dispatch_has_kernel_for_dispatch_key(f"lfm_fast_{backend}::{kernel}", device.upper())
+    if there and says.get(kernel) == types:
+        return None
+    fault = "its kernel takes other arguments" if there else "it has no such kernel"
+    _warn(f"the compiled library is older than the sources: {_BUILD_AGAIN}; {_FALLBACK}")
+    return f"the compiled library is older than this row ({fault}): {_BUILD_AGAIN}"
 
 
 @functools.cache

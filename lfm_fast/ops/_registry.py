@@ -7,10 +7,11 @@ the schema stands once, in the row.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -143,6 +144,13 @@ class Op:
     def compiled(self) -> tuple[Backend, ...]:
         return tuple(b for b in self.backends if b.kernel is None)
 
+    @cached_property
+    def types(self) -> str:
+        """The schema in the words of a compiled library: types alone, such as "(Tensor, int) -> Tensor"."""
+        schema = self.overload._schema
+        taken, given = (", ".join(map(_type, values)) for values in (schema.arguments, schema.returns))
+        return f"({taken}) -> " + (given if len(schema.returns) == 1 else f"({given})")
+
     def choose(self, args: tuple) -> str:
         """The name of the backend that runs these arguments."""
         forced = _FORCED.get()
@@ -227,6 +235,18 @@ def _inside_transform() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
 
 
+def _type(argument) -> str:
+    """PyTorch prints Optional[Tensor] and List[Tensor], the library Tensor? and Tensor[]."""
+    name = str(argument.real_type).replace("SymInt", "int")
+    return re.sub(r"List\[(\w+)\]", r"\1[]", re.sub(r"Optional\[(\w+)\]", r"\1?", name))
+
+
+def _in_its_library(op: Op, backend: Backend) -> Backend:
+    """The compiled backend, available where the library that was loaded holds this row's kernel as well."""
+    load, asked = _library.load_cuda if backend.name == "cuda" else _library.load, backend.available
+    return replace(backend, available=lambda: load() or _library.lacks(backend.name, op.name, op.types) or asked())
+
+
 def _library_of(namespace: str) -> torch.library.Library:
     if namespace not in _LIBRARIES:
         _LIBRARIES[namespace] = torch.library.Library(namespace, "FRAGMENT")
@@ -248,6 +268,7 @@ def register(op: Op) -> Op:
         _library_of(namespace).define(op.name + op.schema)
         if op.like_compiled is not None:
             torch.library.register_fake(f"{namespace}::{op.name}", op.fake, lib=_library_of(namespace))
+    op.backends = tuple(_in_its_library(op, b) if b.kernel is None else b for b in op.backends)
     op.overload = getattr(torch.ops.lfm_fast, op.name).default
     op.argument_names = tuple(argument.name for argument in op.overload._schema.arguments)
     _ROWS[op.name] = op

@@ -89,20 +89,6 @@ def alone(row, args, i):
     return tuple(a if name in row.shared else map_tensors(cut, (a,))[0] for name, a in zip(row.argument_names, args))
 
 
-def schema_signature(row):
-    """The row's schema in the words of a compiled library: types alone."""
-    schema = row.overload._schema
-    taken = ", ".join(_type(a) for a in schema.arguments)
-    given = ", ".join(_type(r) for r in schema.returns)
-    return f"({taken}) -> " + (given if len(schema.returns) == 1 else f"({given})")
-
-
-def _type(argument):
-    """PyTorch prints Optional[Tensor] and List[Tensor], the library Tensor? and Tensor[]."""
-    name = str(argument.real_type).replace("SymInt", "int")
-    return re.sub(r"List\[(\w+)\]", r"\1[]", re.sub(r"Optional\[(\w+)\]", r"\1?", name))
-
-
 def signature_lines(text):
     """{kernel: types} of what a library says of itself."""
     return dict(re.match(r"(\w+)(\(.*)", line).groups() for line in text.splitlines() if line)

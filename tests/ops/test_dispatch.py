@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from children import run_child
 from row_cases import ROWS, arguments_of, results
 
 from lfm_fast import _library, ops
@@ -229,6 +230,60 @@ def test_compiled_kernels_refuse_what_would_read_out_of_bounds(row, library):
         if isinstance(value, torch.Tensor):
             with pytest.raises(RuntimeError):
                 kernel(*args[:position], value.to(torch.complex64), *args[position + 1 :])
+
+
+def test_a_kernel_with_other_arguments_does_not_serve_its_row(library, monkeypatch):
+    """It would read a pointer as a number."""
+    older = library.signatures().replace("\ninterpolate(", "\ninterpolate(int, ")
+    assert older != library.signatures()
+    monkeypatch.setattr(_library, "signatures", lambda device="cpu": older)
+    _library.lacks.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="the compiled library is older than the sources: build it again with"):
+            explanation = ops.explain(ops.interpolate, Z, C, z_1=Z)
+    finally:
+        monkeypatch.undo()
+        _library.lacks.cache_clear()
+    assert explanation.backend == "reference"
+    sentence = "the compiled library is older than this row (its kernel takes other arguments): build it again with"
+    assert explanation.refused["cpp"].startswith(sentence)
+
+
+OLDER = """
+import torch
+from row_cases import ROWS, arguments_of, results
+from lfm_fast import _library, ops
+assert _library.load() is None
+served = {name for name, row in ROWS.items() for b in row.compiled if b.name == "cpp" and not b.available()}
+for name, row in ROWS.items():
+    for case in row.cases:
+        results(row, arguments_of(row, case))
+x = torch.linspace(-3, 3, 8)
+compiled = torch.compile(lambda x: ROWS["gelu_tanh"](x), backend="aot_eager", fullgraph=True)
+assert torch.equal(compiled(x), ROWS["gelu_tanh"].reference(x))
+try:
+    with ops.use_backend("cpp", ops="gelu_tanh"):
+        ops.gelu_tanh(x)
+except ValueError as error:
+    print(error)
+print(*sorted(served))
+"""
+
+
+def test_kernels_that_a_library_lacks_run_on_the_reference(library, tmp_path):
+    """A copy of the library in which three kernels have other names, and the question for tiles as well."""
+    data = _library.path().read_bytes()
+    missing = ("attention", "gelu_tanh", "gelu_tanh_backward")
+    for name in ("lfm_fast_cpu_has_tiles", *missing):
+        assert name.encode() + b"\0" in data
+        data = data.replace(name.encode() + b"\0", name[:-1].encode() + b"0\0")
+    (tmp_path / "_C_cpu.so").write_bytes(data)
+    said = run_child(OLDER, tmp_path / "journal", 300, LFM_FAST_LIBRARY=str(tmp_path / "_C_cpu.so"))
+    refusal, served = said.splitlines()
+    sentence = "the compiled library is older than this row (it has no such kernel): build it again with"
+    assert refusal.startswith(f"gelu_tanh cannot run on backend 'cpp': {sentence}")
+    tiles = set() if ROWS["attention"].named("cpp").available() else {"attention"}
+    assert set(served.split()) == COMPILED.keys() - {*missing} - tiles
 
 
 def test_importing_ops_loads_and_decides_nothing():

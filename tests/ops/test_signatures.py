@@ -6,7 +6,7 @@ number. Each library derives the signatures of its kernels from their C++ types;
 
 import pytest
 import torch
-from row_cases import ROWS, schema_signature, signature_lines
+from row_cases import ROWS, signature_lines
 
 from lfm_fast import _library
 
@@ -19,7 +19,7 @@ def rows_with(backend):
 
 def differences(rows, text):
     """{kernel: (what the library says, what the row says)} where they differ; None where one of them has nothing."""
-    found, wanted = signature_lines(text), {name: schema_signature(row) for name, row in rows.items()}
+    found, wanted = signature_lines(text), {name: row.types for name, row in rows.items()}
     names = [line.split("(")[0] for line in text.splitlines() if line]
     twice = {name: ("registered twice", wanted.get(name)) for name in names if names.count(name) > 1}
     every = found.keys() | wanted.keys()
