@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/ops.h>
@@ -34,6 +35,56 @@ inline bool rows_are_dense(const Tensor& tensor) {
     expected *= sizes[i];
   }
   return true;
+}
+
+// Whether the elements fill their memory without gap or overlap, in whatever order of the dimensions.
+inline bool fills_its_memory(const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
+  for (size_t i = 0; i < sizes.size(); ++i)
+    if (sizes[i] != 1) dimensions.emplace_back(strides[i], sizes[i]);
+  std::sort(dimensions.begin(), dimensions.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dimensions) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+// Whether two tensors of one shape have their elements in the same order.
+inline bool same_strides(const Tensor& tensor, const Tensor& model) {
+  const auto sizes = model.sizes(), strides = tensor.strides(), wanted = model.strides();
+  for (size_t i = 0; i < sizes.size(); ++i)
+    if (sizes[i] != 1 && strides[i] != wanted[i]) return false;
+  return true;
+}
+
+// Where a tensor's elements lie, and whether an op changes them. Of one with gaps, where the first of them lies: others
+// may live in the gaps.
+struct Memory {
+  const char *begin, *end;
+  bool changed;
+};
+
+inline Memory memory_of(const Tensor& tensor, bool changed) {
+  const int64_t width = tensor.scalar_type() == ScalarType::Float ? 4 : 2;
+  const int64_t elements = tensor.numel() == 0 || fills_its_memory(tensor) ? tensor.numel() : 1;
+  const char* begin = static_cast<const char*>(tensor.const_data_ptr());
+  return {begin, begin + elements * width, changed};
+}
+
+// Nothing that is changed is read or changed through another tensor too: by another thread, or one element later.
+inline void check_apart(std::vector<Memory> memory) {
+  std::sort(memory.begin(), memory.end(), [](const Memory& a, const Memory& b) { return a.begin < b.begin; });
+  const char *end_of_changed = nullptr, *end_of_any = nullptr;  // of those so far
+  for (const Memory& m : memory) {
+    if (m.begin == m.end) continue;
+    LFM_CHECK(m.begin >= (m.changed ? end_of_any : end_of_changed),
+              "a tensor to change shares memory with another one; pass each one once.");
+    if (m.changed) end_of_changed = std::max(end_of_changed, m.end);
+    end_of_any = std::max(end_of_any, m.end);
+  }
 }
 
 inline std::vector<int64_t> shape_of(const Tensor& tensor) {

@@ -88,32 +88,10 @@ struct AdamWEma {
   }
 };
 
-// Whether the elements fill their memory without gap or overlap, in the order of `model`'s where one is given.
-bool is_dense(const Tensor& tensor) {
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  std::vector<std::pair<int64_t, int64_t>> dimensions;
-  for (size_t i = 0; i < sizes.size(); ++i)
-    if (sizes[i] != 1) dimensions.emplace_back(strides[i], sizes[i]);
-  std::sort(dimensions.begin(), dimensions.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : dimensions) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
-
-bool same_order(const Tensor& tensor, const Tensor& model) {
-  const auto sizes = model.sizes(), strides = tensor.strides(), wanted = model.strides();
-  for (size_t i = 0; i < sizes.size(); ++i)
-    if (sizes[i] != 1 && strides[i] != wanted[i]) return false;
-  return true;
-}
-
 const Tensor& beside(const std::vector<Tensor>& tensors, size_t i, const char* name, const Tensor& parameter) {
   check_on_cpu(tensors[i], name);
   check_same_shape(tensors[i], name, parameter, "its parameter");
-  LFM_CHECK(same_order(tensors[i], parameter), "a tensor of ", name, " must have its parameter's strides.");
+  LFM_CHECK(same_strides(tensors[i], parameter), "a tensor of ", name, " must have its parameter's strides.");
   return tensors[i];
 }
 
@@ -123,30 +101,19 @@ float* changed(const std::vector<Tensor>& tensors, size_t i, const char* name, c
   return static_cast<float*>(tensor.mutable_data_ptr());
 }
 
-// Nothing that is changed is read or changed through another tensor too: by another thread, or one element later.
-void check_apart(const std::vector<Slice>& slices) {
-  struct Range {
-    const char *begin, *end;
-    bool changed;
-  };
-  std::vector<Range> ranges;
-  const auto add = [&ranges](const void* data, int64_t bytes, bool changed) {
+// All that the slices read and change; their tensors fill their memory.
+std::vector<Memory> memory_of(const std::vector<Slice>& slices) {
+  std::vector<Memory> memory;
+  const auto add = [&memory](const void* data, int64_t bytes, bool changed) {
     const char* begin = static_cast<const char*>(data);
-    if (data != nullptr && bytes > 0) ranges.push_back({begin, begin + bytes, changed});
+    if (data != nullptr) memory.push_back({begin, begin + bytes, changed});
   };
   for (const Slice& slice : slices) {
     for (const float* data : {slice.p, slice.m, slice.v, slice.averaged}) add(data, slice.count * 4, true);
     add(slice.low, slice.count * 2, true);
     add(slice.gradient, slice.count * (slice.gradient_type == Element::float32 ? 4 : 2), false);
   }
-  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  const char *end_of_changed = nullptr, *end_of_any = nullptr;  // of the ranges so far
-  for (const Range& range : ranges) {
-    LFM_CHECK(range.begin >= (range.changed ? end_of_any : end_of_changed),
-              "a tensor to change shares memory with another one; pass each one once.");
-    if (range.changed) end_of_changed = std::max(end_of_changed, range.end);
-    end_of_any = std::max(end_of_any, range.end);
-  }
+  return memory;
 }
 
 void check_count(const std::vector<Tensor>& tensors, const char* name, size_t count) {
@@ -174,7 +141,7 @@ void adamw_ema(const Tensor& schedule, const std::vector<Tensor>& parameters, co
   if (!low.empty()) check_count(low, "low", count);
   for (size_t i = 0; i < count; ++i) {
     const Tensor& p = parameters[i];
-    LFM_CHECK(is_dense(p), "a tensor of parameters must fill its memory without gap or overlap.");
+    LFM_CHECK(fills_its_memory(p), "a tensor of parameters must fill its memory without gap or overlap.");
     Slice slice{kernel.blocks, p.numel(), changed(parameters, i, "parameters", p), changed(exp_avg, i, "exp_avg", p),
                 changed(exp_avg_sq, i, "exp_avg_sq", p),
                 averaged.empty() ? nullptr : changed(averaged, i, "averaged", p),
@@ -190,7 +157,7 @@ void adamw_ema(const Tensor& schedule, const std::vector<Tensor>& parameters, co
     kernel.blocks += (slice.count + kTile - 1) / kTile;
     kernel.slices.push_back(slice);
   }
-  check_apart(kernel.slices);
+  check_apart(memory_of(kernel.slices));
   run_kernel(kernel, kernel.blocks, (1 << 14) / kTile);
 }
 

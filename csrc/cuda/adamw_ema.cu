@@ -1,5 +1,4 @@
 // adamw_ema: AdamW, the moving average and the low-precision copy of many tensors, in one launch.
-#include <algorithm>
 #include <array>
 #include <utility>
 
@@ -98,32 +97,13 @@ struct AdamWEma {
 };
 static_assert(sizeof(AdamWEma) + sizeof(int64_t) <= 32764);
 
-// Whether the elements fill their memory, in whatever order of the dimensions.
-bool fills_its_memory(const Tensor& tensor) {
-  std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
-  for (int64_t i = 0; i < tensor.dim(); ++i)
-    if (tensor.size(i) != 1) dimensions.emplace_back(tensor.stride(i), tensor.size(i));
-  std::sort(dimensions.begin(), dimensions.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : dimensions) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
-
-bool same_strides(const Tensor& a, const Tensor& b) {
-  for (int64_t i = 0; i < a.dim(); ++i)
-    if (a.size(i) != 1 && a.stride(i) != b.stride(i)) return false;
-  return true;
-}
-
 using Lists = std::array<const std::vector<Tensor>*, 6>;
 constexpr const char* kNames[] = {"parameters", "gradients", "exp_avg", "exp_avg_sq", "averaged", "low"};
 constexpr size_t kGradients = 1, kLow = 5;
 
 void check_lists(const Device& device, const Lists& lists) {
   const std::vector<Tensor>& parameters = *lists[0];
+  std::vector<Memory> memory;
   for (size_t k = 0; k < lists.size(); ++k) {
     const std::vector<Tensor>& list = *lists[k];
     if (k >= 4 && list.empty()) continue;
@@ -136,8 +116,10 @@ void check_lists(const Device& device, const Lists& lists) {
       const bool half = dtype == ScalarType::BFloat16 || (k == kLow && dtype == ScalarType::Half);
       const bool fits = k == kLow ? half : dtype == ScalarType::Float || (k == kGradients && half);
       LFM_CHECK(fits, kNames[k], " cannot be ", dtype_name(dtype), ".");
+      memory.push_back(memory_of(list[i], k != kGradients));
     }
   }
+  check_apart(std::move(memory));
 }
 
 // Copies of strided tensors: worked on in their place, then copied back.

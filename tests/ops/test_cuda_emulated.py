@@ -170,6 +170,28 @@ def test_tensors_of_any_strides_are_changed_in_place(emulated):
             assert_same_bits(g, w, name)
 
 
+def test_memory_that_is_changed_twice_is_refused(emulated):
+    """Called without the row in front of it, which sees tensors that start together; the kernel sees overlaps too."""
+    kernel = emulated.kernel_of(WITH_CUDA["adamw_ema"])
+    for k in range(1, 7):
+        for other in (k, 1, 3):
+            args = optimizer_arguments([(9,), (9,)], low=torch.bfloat16, gradient=torch.float32)
+            memory = torch.zeros(14, dtype=args[k][0].dtype)  # elements 9 to 13 in two tensors
+            if args[other][1].dtype != memory.dtype or (k == other == 2):
+                continue
+            args[k][0], args[other][1] = memory[:9], memory[5:]
+            with pytest.raises(RuntimeError, match="a tensor to change shares memory with another one"):
+                kernel(*args)
+            assert not memory.any(), "refused before any work"
+    gaps = torch.zeros(9, 2)
+    args = optimizer_arguments([(9,), (9,)])
+    args[1][0], args[1][1] = gaps[:, 0], gaps[:, 1]  # each lives in the other's gaps
+    kernel(*args)
+    args = optimizer_arguments([(9,), (9,)], gradient=torch.float32)
+    args[2][0] = args[2][1]  # one gradient may serve two parameters
+    kernel(*args)
+
+
 def test_what_would_read_out_of_bounds_is_refused(emulated):
     """Called without the row in front of them: a tensor of another shape, dtype or number is refused by each kernel."""
     for name, args in calls(9, "contiguous", torch.float32):
