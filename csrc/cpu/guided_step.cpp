@@ -2,15 +2,13 @@
 #include <tuple>
 
 #include "common/flow_math.h"
+#include "common/guided_step.h"
 #include "common/registration.h"
 #include "cpu/noise.h"
 #include "cpu/rows.h"
 
 namespace lfm_fast {
 namespace {
-
-constexpr size_t kMostStored = 16;
-constexpr int64_t kNoiseStream = 5;  // the stochastic solvers' stream
 
 struct GuidedStep {
   Chunks chunks;
@@ -99,11 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> guided_step(const Tensor& z, const Tensor& ve
                                                double atol, double rtol, const std::optional<Tensor>& noise_scale,
                                                const std::optional<Tensor>& index, int64_t seed, int64_t offset,
                                                bool keep) {
-  check_dtype(z, "z", ScalarType::Float);
-  LFM_CHECK(unconditional.has_value() == scale.has_value(), "unconditional and scale go together, one is missing.");
-  LFM_CHECK(noise_scale.has_value() == index.has_value(), "noise_scale and index go together: one is missing.");
-  LFM_CHECK(stored.size() <= kMostStored, "stored holds ", stored.size(), " velocities, at most ", kMostStored,
-            " fit.");
+  check_guided_step(z, unconditional, scale, stored, noise_scale, index);
   GuidedStep kernel{Chunks(0, 0),
                     Rows(z, "z"),
                     rows_like(velocity, "velocity", z),

@@ -3,15 +3,13 @@
 #include <type_traits>
 
 #include "common/flow_math.h"
+#include "common/guided_step.h"
 #include "cuda/device.h"
 #include "cuda/rows.h"
 #include "cuda/sums.h"
 
 namespace lfm_fast {
 namespace {
-
-constexpr int kMostStored = 16;
-constexpr int64_t kNoiseStream = 5;  // the stochastic solvers' stream
 
 struct FinishError {
   float* error;
@@ -183,11 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> guided_step(const Tensor& z, const Tensor& ve
                                                double atol, double rtol, const std::optional<Tensor>& noise_scale,
                                                const std::optional<Tensor>& index, int64_t seed, int64_t offset,
                                                bool keep) {
-  check_dtype(z, "z", ScalarType::Float);
-  LFM_CHECK(unconditional.has_value() == scale.has_value(), "unconditional and scale go together, one is missing.");
-  LFM_CHECK(noise_scale.has_value() == index.has_value(), "noise_scale and index go together: one is missing.");
-  LFM_CHECK(stored.size() <= kMostStored, "stored holds ", stored.size(), " velocities, at most ", kMostStored,
-            " fit.");
+  check_guided_step(z, unconditional, scale, stored, noise_scale, index);
   Device device("guided_step", z, "z");
   const auto run = error_weights ? &run_step<true> : &run_step<false>;
   return run(device, z, velocity, unconditional, scale, stored, weights, error_weights, atol, rtol, noise_scale, index,
