@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lfm_fast import ops
+from lfm_fast.ops.streams import STREAM_POSTERIOR
 
 EMBEDDED_FOLDER = resources.files("lfm_fast") / "embedded"  # the flow and, in vae/, the VAE that ship with the package
 DEFAULT_HUB_NAME = "stabilityai/sd-vae-ft-mse"
-POSTERIOR_STREAM = 2  # of the counter-based generator: the noise that samples the posterior
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # diffusers' name, so that one folder format serves both
 
 
@@ -45,7 +45,7 @@ class Posterior:
         shape = self.mean.shape
         if index.shape != shape[:1]:
             raise ValueError(f"index has shape {tuple(index.shape)}; a batch of {shape[0]} images needs ({shape[0]},)")
-        normal = ops.philox_normal(index, shape[1:].numel(), seed, POSTERIOR_STREAM).view(shape)
+        normal = ops.philox_normal(index, shape[1:].numel(), seed, STREAM_POSTERIOR).view(shape)
         return self.mean + torch.exp(0.5 * self.log_variance) * normal.to(self.mean.dtype)
 
 

@@ -13,15 +13,14 @@ from lfm_fast.autoencoder import Posterior
 from lfm_fast.data.encoding import check_sizes, device_of, encode_images, encode_in_memory, to_model_range
 from lfm_fast.data.latent_cache import LatentCache
 from lfm_fast.data.order import item_of
+from lfm_fast.ops.streams import STREAM_AUGMENTATION
 
 __all__ = ["CachedLatents", "EncodedImages", "LatentCache", "encode_images", "flips_of"]
-
-AUGMENTATION_STREAM = 4
 
 
 def flips_of(sample_numbers: torch.Tensor, seed: int) -> torch.Tensor:
     """Whether each sample is mirrored: (B,) int64 -> (B,) bool, true with probability 1/2."""
-    return ops.philox_uniform(sample_numbers, 1, seed, AUGMENTATION_STREAM)[:, 0] < 0.5
+    return ops.philox_uniform(sample_numbers, 1, seed, STREAM_AUGMENTATION)[:, 0] < 0.5
 
 
 class CachedLatents:

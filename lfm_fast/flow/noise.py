@@ -9,16 +9,7 @@ import operator
 import torch
 
 from lfm_fast import ops
-
-# One stream per use, so that no two uses share numbers.
-STREAM_NOISE = 0
-STREAM_TIME = 1
-STREAM_POSTERIOR = 2
-STREAM_LABEL_DROPOUT = 3
-STREAM_AUGMENTATION = 4
-STREAM_SDE = 5
-STREAM_PROBES = 6
-STREAM_DEQUANTISATION = 7
+from lfm_fast.ops.streams import STREAM_LABEL_DROPOUT, STREAM_NOISE
 
 
 def noise(num_samples, shape, seed=0, first_index=0, indices=None, device=None, dtype=None):

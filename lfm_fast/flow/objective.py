@@ -4,9 +4,10 @@ import torch
 
 from lfm_fast import ops
 from lfm_fast.flow.checks import FLOATS, check_labels, check_model, check_times, check_velocity, describe
-from lfm_fast.flow.noise import STREAM_NOISE, check_indices, check_seed
+from lfm_fast.flow.noise import check_indices, check_seed
 from lfm_fast.flow.paths import Linear, Path
 from lfm_fast.flow.time_samplers import draw
+from lfm_fast.ops.streams import STREAM_NOISE
 
 
 def _data_weight(path, t):

@@ -7,7 +7,8 @@ import torch
 
 from lfm_fast import ops
 from lfm_fast.flow.checks import check_times
-from lfm_fast.flow.noise import STREAM_TIME, check_seed
+from lfm_fast.flow.noise import check_seed
+from lfm_fast.ops.streams import STREAM_TIME
 
 
 def uniform(index, seed):

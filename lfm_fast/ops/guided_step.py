@@ -23,8 +23,8 @@ from lfm_fast.ops._checks import (
 from lfm_fast.ops._registry import Backend, Op, Tolerance, cuda_backend, register
 from lfm_fast.ops._triton import triton_backend
 from lfm_fast.ops.philox_normal import reference as normal_reference
+from lfm_fast.ops.streams import STREAM_SDE
 
-_STREAM = 5  # the noise of stochastic solvers
 _MOST_STORED = 16
 
 
@@ -38,7 +38,7 @@ def reference(
     stages = [v, *(flat(k).to(z.dtype) for k in stored)]
     z_next = _combine(weights, [state, *stages])
     if noise_scale is not None:
-        noise = normal_reference(index, state.shape[1], seed, _STREAM, offset)
+        noise = normal_reference(index, state.shape[1], seed, STREAM_SDE, offset)
         z_next = z_next + noise_scale[:, None] * noise.to(z.dtype)
     error = z.new_empty(0)
     if error_weights is not None:
@@ -81,7 +81,7 @@ def _check(
         check_together(noise_scale=noise_scale, index=index)
         check_per_sample("noise_scale", noise_scale, (batch,), "z", z)
         check_per_sample("index", index, (batch,), "z", z, INTEGER)
-    check_counter(0 if index is None else numel_per_sample(z), seed, _STREAM, offset)
+    check_counter(0 if index is None else numel_per_sample(z), seed, STREAM_SDE, offset)
 
 
 def _setup_context(ctx, inputs, output) -> None:
