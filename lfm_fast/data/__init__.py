@@ -1,8 +1,8 @@
 """Images and latents to train on: the embedded set, folders, and caches of encoded images."""
 
-from lfm_fast.data.source import ImageSource, Report, check_labels
+from lfm_fast.data.source import ImageSource, Report, check_num_classes
 
-__all__ = ["ImageSource", "Report", "check_labels", "open_images"]
+__all__ = ["ImageSource", "Report", "open_images"]
 
 
 def open_images(source, image_size, *, split="train", flip=False, small="skip", num_classes=None) -> ImageSource:
@@ -37,5 +37,5 @@ def open_images(source, image_size, *, split="train", flip=False, small="skip", 
 
         images = FolderImages(source, int(image_size), flip=flip, small=small)
     if num_classes is not None:
-        check_labels(images, num_classes)
+        check_num_classes(images, num_classes)
     return images

@@ -16,7 +16,7 @@ from lfm_fast.data.latent_cache import (
     POSTERIOR,
     STATS_FILE,
     LatentCache,
-    checksum,
+    file_checksum,
     moments,
     read_header,
 )
@@ -190,7 +190,7 @@ def _write_stats(folder: Path, ranges, names, source, provenance) -> None:
     paths = [_shard_path(folder, k) for k in range(len(ranges))]
     mean, std = moments((load_file(path) for path in paths), names)
     rows = [
-        {"file": path.name, "items": len(items), "bytes": path.stat().st_size, "crc32": checksum(path)}
+        {"file": path.name, "items": len(items), "bytes": path.stat().st_size, "crc32": file_checksum(path)}
         for path, items in zip(paths, ranges)
     ]
     stats = {"format": FORMAT, "mean": mean, "std": std, "class_names": source.class_names}

@@ -115,7 +115,7 @@ def moments(shards, names) -> tuple[list[float], list[float]]:
     return average.tolist(), (squares / count - average.square()).clamp(min=0).sqrt().tolist()
 
 
-def checksum(path) -> int:
+def file_checksum(path) -> int:
     """CRC-32 of a file's bytes: finds a flipped bit, at the speed of the disk."""
     value = 0
     with open(path, "rb") as file:
@@ -186,7 +186,7 @@ def _verify(folder: Path, rows: list[dict], verify: bool | None) -> None:
         if verify or (verify is None and known.get(row["file"]) != key):
             new.append((path, row, key))
     with ThreadPoolExecutor(4) as pool:
-        for (path, row, key), value in zip(new, pool.map(checksum, (path for path, _, _ in new))):
+        for (path, row, key), value in zip(new, pool.map(file_checksum, (path for path, _, _ in new))):
             if value != row["crc32"]:
                 raise _damaged(path, "its checksum differs from the one in stats.json")
             known[row["file"]] = key

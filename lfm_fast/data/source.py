@@ -67,7 +67,7 @@ class ImageSource:
         return torch.stack([self.load(i) for i in positions])
 
 
-def check_labels(source, num_classes: int) -> None:
+def check_num_classes(source, num_classes: int) -> None:
     """Refuse, before any work, labels that a network with `num_classes` classes has no row for.
 
     Raises:

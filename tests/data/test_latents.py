@@ -316,7 +316,7 @@ def test_checksums_are_compared_once_per_file(tmp_path, source, monkeypatch):
     encode_images(source, Pooling(), tmp_path, shard_size=4, progress=False)
     from lfm_fast.data import latent_cache
 
-    monkeypatch.setattr(latent_cache, "checksum", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(latent_cache, "file_checksum", lambda path: pytest.fail("read again"))
     LatentCache.open(tmp_path)
     with pytest.raises(pytest.fail.Exception):
         LatentCache.open(tmp_path, verify=True)
