@@ -1,11 +1,12 @@
 """Train the embedded preset for a few minutes and show what came of it (run it through scripts/quickstart.sh).
 
 Leaves in quickstart/: samples.png (one row per category), compare.png (the untrained network, this one, the shipped
-one), nearest.png (samples over their nearest training images), loss.png, and run/ with checkpoints and metrics.
+one), nearest.png (samples over their nearest training images), loss.png, and a numbered folder in run/ with checkpoints
+and metrics, beside those of earlier runs.
 """
 
 import argparse
-import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -14,21 +15,29 @@ import torch
 from PIL import Image
 
 from lfm_fast import LatentFlow, pictures
+from lfm_fast.checkpoint import check_output
 from lfm_fast.data import open_images
 from lfm_fast.train.compiling import can_compile_for_cpu
 from lfm_fast.train.config import from_preset
 from lfm_fast.train.journal import read_metrics
 from lfm_fast.train.loop import train
+from lfm_fast.train.resume import newest_step
 
 PER_CLASS = 10
 FEWEST_STEPS, MOST_STEPS = 200, 4000
+TIMED_STEPS = 12
 
 
 def steps_within(minutes, settings):
-    """How many steps fit, by timing a few in a folder that is thrown away: a schedule has to know its length."""
+    """How many steps fit, by timing a few in a folder that is thrown away: a schedule has to know its length.
+
+    Raises KeyboardInterrupt where a signal ended them, which training takes for a wish to stop and save.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        quiet = {**settings, "output": folder, "sample_every": 0, "log_every": 4, "resume": "never"}
-        run = train(from_preset("embedded", **quiet, steps=12))
+        quiet = {**settings, "output": folder, "sample_every": 0, "log_every": 4}
+        run = train(from_preset("embedded", **quiet, steps=TIMED_STEPS))
+        if newest_step(run) < TIMED_STEPS:
+            raise KeyboardInterrupt
         steps_per_s = read_metrics(run)[-1]["steps_per_s"]
     return int(min(MOST_STEPS, max(FEWEST_STEPS, steps_per_s * 60 * minutes)))
 
@@ -72,9 +81,20 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("quickstart"))
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     args = parser.parse_args()
+    try:
+        check_output(args.output)
+        quickstart(args)
+    except ValueError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def quickstart(args):
     began = time.time()
-    shutil.rmtree(args.output / "run", ignore_errors=True)
-    settings = {"device": args.device, "samples_per_class": PER_CLASS}
+    settings = {"device": args.device, "samples_per_class": PER_CLASS, "resume": "never"}
     settings["compile"] = "block" if torch.cuda.is_available() or can_compile_for_cpu() else "off"
     steps = args.steps or steps_within(args.minutes, settings)
     run = train(
@@ -88,6 +108,9 @@ def main():
             output=str(args.output / "run"),
         )
     )
+    if newest_step(run) < steps:  # a signal; training has saved, and said how to go on
+        print(f"No pictures yet. Draw some: lfm-fast sample --model {run} --class Flags")
+        return
     summary = show(run, steps, args.output)
     print(f"\ndone in {time.time() - began:.0f} s; {summary}. Look at")
     print(f"  {args.output / 'samples.png'}   what the network draws now, one row per category")
@@ -98,4 +121,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
