@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import secrets
+import shutil
 import socket
 import zipfile
 import zlib
@@ -135,7 +136,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             temporary.write_text(text)
     """
     path = Path(path)
-    temporary = path.parent / f".{path.name}.{socket.gethostname()}~{os.getpid()}~{secrets.token_hex(4)}{_PARTIAL}"
+    temporary = _partial_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent)
@@ -149,6 +150,44 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # its folder may never have been
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def replace_files(folder: str | os.PathLike, last: str) -> Iterator[Path]:
+    """Give a temporary folder to write to, and put its files in place in `folder` when the block ends without an error.
+
+    Until all of them are written and on the disk, nothing in `folder` changes. Then the file `last`, without which
+    nobody takes the folder for a whole one, is removed, the others are renamed into place, and `last` comes last: a
+    kill leaves the old files, the new ones, or a folder without `last`. Other files in `folder` stay.
+
+        with replace_files(folder, last="model_index.json") as temporary:
+            save_weights(temporary / "weights.safetensors", weights)
+            (temporary / "model_index.json").write_text(text)
+    """
+    folder = Path(folder)
+    temporary = _partial_of(folder / last)
+    try:
+        temporary.mkdir(parents=True)
+        remove_leftovers(folder)
+        yield temporary
+        files = sorted((path for path in temporary.rglob("*") if path.is_file()), key=lambda path: path.name == last)
+        for path in files:
+            _sync(path)
+        (folder / last).unlink(missing_ok=True)
+        for path in files:
+            place = folder / path.relative_to(temporary)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
+            _sync(place.parent)
+    except OSError as error:
+        raise OSError(str(error).replace(str(temporary), str(folder))) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _partial_of(path: Path) -> Path:
+    """A name beside `path` for what is being written, by which `remove_leftovers` knows whose it is."""
+    return path.parent / f".{path.name}.{socket.gethostname()}~{os.getpid()}~{secrets.token_hex(4)}{_PARTIAL}"
 
 
 def check_output(folder: str | os.PathLike, name: str = "--output") -> None:
@@ -169,11 +208,14 @@ def _sync(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the partial files that `atomic_write` left in `folder` in processes of this machine that are gone."""
+    """Remove what `atomic_write` and `replace_files` left in `folder` in processes of this machine that are gone."""
     for leftover in folder.glob(f".*~*~*{_PARTIAL}"):
         owner, pid, _ = leftover.name.rsplit("~", 2)
         if owner.endswith(f".{socket.gethostname()}") and pid.isdecimal() and not _is_running(int(pid)):
-            leftover.unlink(missing_ok=True)
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
 
 
 def _is_running(pid: int) -> bool:

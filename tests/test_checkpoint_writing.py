@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lfm_fast import checkpoint
-from lfm_fast.checkpoint import atomic_write, read_weights, save_weights
+from lfm_fast.checkpoint import atomic_write, read_weights, replace_files, save_weights
 
 
 def test_an_atomic_write_replaces_only_when_whole(tmp_path):
@@ -80,6 +80,59 @@ def test_a_kill_leaves_the_previous_file_and_the_next_write_clears_the_rest(tmp_
         assert other.exists()
     assert {p.name for p in tmp_path.iterdir()} == {"w.safetensors", "running"}
     assert path.read_bytes() == b"next"
+
+
+def test_a_kill_while_files_are_replaced_leaves_the_previous_ones(tmp_path):
+    (tmp_path / "index").write_text("previous")
+    child = os.fork()
+    if child == 0:
+        try:
+            with replace_files(tmp_path, last="index") as temporary:
+                (temporary / "index").write_text("next")
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)  # the child must never go on with the tests
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert (tmp_path / "index").read_text() == "previous"
+    assert len(list(tmp_path.iterdir())) == 2
+    with replace_files(tmp_path, last="index") as temporary:
+        (temporary / "below").mkdir()
+        (temporary / "below" / "a").write_text("a")
+        (temporary / "index").write_text("next")
+        assert (tmp_path / "index").read_text() == "previous"
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")} == {"index", "below", "below/a"}
+    assert (tmp_path / "index").read_text() == "next"
+
+
+def test_the_file_that_says_all_is_there_goes_first_and_comes_last(tmp_path, monkeypatch):
+    """On the disk, too: each file before any is renamed, and each folder after its renames."""
+    (tmp_path / "b").write_text("previous")
+    events, fsync, replace, unlink = [], os.fsync, os.replace, Path.unlink
+
+    def record_fsync(descriptor):
+        events.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def record_replace(source, target):
+        events.append(("rename", Path(target).name))
+        replace(source, target)
+
+    def record_unlink(path, missing_ok=False):
+        events.append(("remove", path.name))
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", record_fsync)
+    monkeypatch.setattr(checkpoint.os, "replace", record_replace)
+    monkeypatch.setattr(Path, "unlink", record_unlink)
+    with replace_files(tmp_path, last="b") as temporary:
+        for name in "abc":
+            (temporary / name).write_text("next")
+    here = ("sync", tmp_path.name)
+    assert sorted(events[:3]) == [("sync", name) for name in "abc"]
+    assert events[3] == ("remove", "b")
+    assert sorted(events[4:8:2]) == [("rename", "a"), ("rename", "c")]
+    assert events[8:] == [("rename", "b"), here]
+    assert events[5] == events[7] == here
 
 
 def test_others_may_read_what_is_written(tmp_path):

@@ -21,7 +21,8 @@ PAGES = [*GUIDES, ROOT / "README.md"]
 FOLDERS = ("lfm_fast", "csrc", "tests", "benchmarks", "scripts", "docs", ".ci")
 MADE_BY_A_RECIPE = {"lfm_fast/ops/scale_samples.py", "csrc/cpu/scale_samples.cpp"}
 
-# Runs the blocks it reads from standard input in one process, each with its own names, as they stand in order.
+# Runs the blocks it reads from standard input in one process, each with its own names, as they stand in order. A
+# snippet may fail with any exception: its traceback is what the test of that snippet then fails with and shows.
 RUNNER = """
 import json, sys, traceback
 report = {}
