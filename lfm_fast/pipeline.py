@@ -2,6 +2,7 @@
 
 import json
 import operator
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +10,14 @@ import torch
 
 from lfm_fast import __version__
 from lfm_fast.autoencoder import DEFAULT_HUB_NAME, EMBEDDED_FOLDER, WEIGHTS_FILE, Autoencoder, load_autoencoder
-from lfm_fast.checkpoint import atomic_write, load_checkpoint, read_metadata, run_checkpoints, save_weights
+from lfm_fast.checkpoint import (
+    atomic_write,
+    load_checkpoint,
+    read_metadata,
+    replace_files,
+    run_checkpoints,
+    save_weights,
+)
 from lfm_fast.flow.noise import noise
 from lfm_fast.flow.paths import Linear, describe, make_path
 from lfm_fast.flow.paths import Path as ProbabilityPath
@@ -152,7 +160,11 @@ class LatentFlow:
         return label
 
     def save_pretrained(self, folder, dtype=torch.float32):
-        """Write model_index.json, transformer/ and vae/ into `folder` (diffusers' layout); `dtype` of the weights."""
+        """Write model_index.json, transformer/ and vae/ into `folder` (diffusers' layout); `dtype` of the weights.
+
+        A flow that is there already stays whole until the new one is on the disk, and is replaced then. Raises
+        ValueError for a dtype that is not floating, OSError where `folder` cannot be written.
+        """
         if not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; weights are saved in a floating-point type")
         index = {
@@ -164,20 +176,19 @@ class LatentFlow:
             "class_names": list(self.class_names),
             "sampling": self.sampling,
         }
-        folder = Path(folder)
-        (folder / INDEX).unlink(missing_ok=True)  # written last: a folder that has it is complete
         weights = {key: value.to(dtype) for key, value in self.model.state_dict().items()}
-        save_weights(folder / "transformer" / WEIGHTS_FILE, weights)
-        _write_json(folder / "transformer" / "config.json", {"_class_name": "DiT", **self.model.config})
-        self.autoencoder.save_pretrained(folder / "vae")
-        _write_json(folder / INDEX, index)
+        with replace_files(folder, last=INDEX) as temporary:
+            save_weights(temporary / "transformer" / WEIGHTS_FILE, weights)
+            _write_json(temporary / "transformer" / "config.json", {"_class_name": "DiT", **self.model.config})
+            self.autoencoder.save_pretrained(temporary / "vae")
+            _write_json(temporary / INDEX, index)
 
     @classmethod
     def from_pretrained(cls, source, autoencoder=None, device=None):
         """Load from "embedded", a folder that `save_pretrained` wrote, a training run's folder, or a checkpoint file.
 
         Args:
-            source: any of these. A run's folder gives its newest checkpoint; `.pth` files are LFM's.
+            source: any of these. A run's folder gives its newest checkpoint that can be read; `.pth` files are LFM's.
             autoencoder: an `Autoencoder`, or a name or folder for `load_autoencoder`; None takes the one recorded with
                 the weights, and for LFM's files, which record none, stabilityai/sd-vae-ft-mse.
             device: where to put it; None is the CPU.
@@ -188,9 +199,9 @@ class LatentFlow:
         if (folder / INDEX).is_file():
             flow = _from_folder(cls, folder, autoencoder)
         elif folder.is_dir():
-            flow = _from_checkpoint(cls, _newest_checkpoint(folder), autoencoder)
+            flow = _from_checkpoint(cls, *_newest_whole(folder), autoencoder)
         else:
-            flow = _from_checkpoint(cls, folder, autoencoder)
+            flow = _from_checkpoint(cls, folder, load_checkpoint(folder), autoencoder)
         flow.model.eval()
         return flow.to(device) if device is not None else flow
 
@@ -251,17 +262,23 @@ def _read_json(path, *needed):
     return content
 
 
-def _newest_checkpoint(folder):
+def _newest_whole(folder):
+    """(path, network) of a run's newest checkpoint that can be read; each one passed over gets a warning."""
     files = run_checkpoints(folder)
     if not files:
         raise ValueError(
             f"{folder} holds neither {INDEX} nor a checkpoint of a training run (checkpoints/*.safetensors)"
         )
-    return files[0]
+    for path in files:
+        try:
+            return path, load_checkpoint(path)
+        except ValueError as error:
+            damage = error
+            warnings.warn(f"skipping a checkpoint that cannot be read ({error})", stacklevel=3)
+    raise ValueError(f"{folder}: none of its checkpoints can be read ({damage})")
 
 
-def _from_checkpoint(cls, path, autoencoder):
-    model = load_checkpoint(path)
+def _from_checkpoint(cls, path, model, autoencoder):
     recorded = read_metadata(path).get("flow") if path.suffix == ".safetensors" else None
     if recorded is None:  # weights alone, LFM's among them: the paper's path and autoencoder
         return cls(model, _opened(autoencoder, DEFAULT_HUB_NAME), Linear(sigma_min=1e-5))

@@ -1,5 +1,8 @@
 """LatentFlow: images depend on (seed, number, label) alone, survive saving, and bad arguments get one sentence."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ import torch
 import lfm_fast
 from lfm_fast import LatentFlow, pictures
 from lfm_fast.autoencoder import Autoencoder, SmallVAE
-from lfm_fast.checkpoint import save_weights
+from lfm_fast.checkpoint import checksum, save_weights
 from lfm_fast.data import open_images
 from lfm_fast.flow.paths import Linear, VariancePreserving, describe, make_path
 from lfm_fast.models import DiT
@@ -166,12 +169,62 @@ def test_labels_and_scales_of_numpy_and_one_each(flow):
     assert not torch.allclose(together[2], flow.sample(3, y=y, guidance_scale=2.0)[2], atol=1e-4)
 
 
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_saving_over_a_folder_is_never_half_done(tmp_path, flow, monkeypatch):
     flow.save_pretrained(tmp_path)
-    monkeypatch.setattr(flow.autoencoder, "save_pretrained", lambda folder: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        flow.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds neither"):
+    (tmp_path / "notes.txt").write_text("the user's")
+    before, other = files(tmp_path), tiny_flow(sampling={"num_steps": 7})
+    with torch.no_grad():
+        other.model.pos_embed.add_(1.0)
+    with monkeypatch.context() as failing:
+        failing.setattr(other.autoencoder, "save_pretrained", lambda folder: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            other.save_pretrained(tmp_path)
+    assert files(tmp_path) == before, "the flow that was there is lost"
+    with monkeypatch.context() as failing:
+        failing.setattr("lfm_fast.checkpoint.os.replace", replace_but("transformer/config.json", os.replace))
+        with pytest.raises(OSError, match="No space left"):
+            other.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds neither"):  # weights of the one, configuration of the other
+        LatentFlow.from_pretrained(tmp_path)
+    other.save_pretrained(tmp_path)
+    assert LatentFlow.from_pretrained(tmp_path).sampling == {"num_steps": 7}
+    assert files(tmp_path).keys() == before.keys()
+
+
+def replace_but(place, replace):
+    """os.replace that fails where it should put a file in this place of the final folder."""
+
+    def replacing(source, target):
+        if str(target).endswith(place) and ".partial" not in str(target):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    return replacing
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_gives_an_older_one(tmp_path, flow):
+    recorded = {"path": describe(flow.path), "autoencoder": "embedded", "class_names": [], "sampling": {}}
+    tensors = {f"model.{key}": value for key, value in flow.model.state_dict().items()}
+    paths = [tmp_path / "checkpoints" / f"{step:07d}.safetensors" for step in (10, 20, 30)]
+    for path in paths:
+        save_weights(path, tensors, {"config": flow.model.config, "flow": recorded, "checksum": checksum(tensors)})
+    paths[2].write_bytes(paths[2].read_bytes()[:-1])
+    data = bytearray(paths[1].read_bytes())
+    data[-1] ^= 1
+    paths[1].write_bytes(data)
+    with pytest.warns(UserWarning, match="cannot be read") as warned:
+        read = LatentFlow.from_pretrained(tmp_path)
+    assert [str(path) in str(w.message) for path, w in zip(paths[:0:-1], warned, strict=True)] == [True, True]
+    assert torch.equal(read.model.state_dict()["pos_embed"], flow.model.state_dict()["pos_embed"])
+    paths[0].write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="skipping"),
+        pytest.raises(ValueError, match=r"none of its checkpoints can be read \(.*0000010"),
+    ):
         LatentFlow.from_pretrained(tmp_path)
 
 
