@@ -18,6 +18,7 @@ def open_source(config, world, say=print):
         raise ValueError(f"preset {config.preset} comes without data; give --data FOLDER (images or cached latents)")
     latent_format(config.autoencoder)  # its complaints, before anything is read or loaded
     if is_latent_cache(config.data):
+        _refuse_second_cache(config)
         autoencoder = load_autoencoder(config.autoencoder, device=world.device)
         cache = LatentCache.open(config.data, fingerprint=autoencoder.fingerprint, image_size=config.image_size)
         _require_whole(config, cache)
@@ -50,6 +51,7 @@ def facts(config):
     """
     channels, downsampling = latent_format(config.autoencoder)
     if config.data is not None and is_latent_cache(config.data):
+        _refuse_second_cache(config)
         cache = LatentCache.open(config.data, image_size=config.image_size)
         _require_whole(config, cache)
         return cache.num_items, len(cache.class_names), cache.latent_shape
@@ -62,6 +64,15 @@ def facts(config):
         return None, config.num_classes or 0, shape
     images = open_images(config.data, config.image_size)
     return min(len(images), config.max_items or len(images)), images.num_classes, shape
+
+
+def _refuse_second_cache(config):
+    if config.cache_latents is None or Path(config.cache_latents).expanduser() == Path(config.data).expanduser():
+        return
+    raise ValueError(
+        f"cache_latents is {config.cache_latents}, but the data in {config.data} is a latent cache already; "
+        "leave --cache-latents out, or give the images as --data"
+    )
 
 
 def latent_format(autoencoder):

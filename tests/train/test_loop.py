@@ -273,6 +273,7 @@ FAULTS = [
     ({"autoencoder": "./no-such-vae"}, "no-such-vae"),
     ({"model": "DiT-Q/2"}, "DiT-Q/2"),
     ({"max_items": 3, "data": "CACHE"}, "a latent cache is used whole"),
+    ({"cache_latents": "OTHER", "data": "CACHE"}, "is a latent cache already; leave --cache-latents out"),
     ({"image_size": 6, "model": "DiT-Tiny"}, "patch_size 2"),
     ({"autoencoder": "EMPTY"}, "holds no config.json"),
     ({"autoencoder": "LIST"}, "no VAE's config.json"),
