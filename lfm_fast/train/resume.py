@@ -187,12 +187,20 @@ def choose_run(config, total_steps):
         runs = [path for path in Path(config.output).glob("*") if pattern.fullmatch(path.name)]
         for folder in sorted(runs, reverse=True):
             settings = _read_config(folder)
-            if settings is None or config.different_curve(settings) or newest_step(folder) >= total_steps:
+            if settings is None or config.different_curve(settings) or _is_finished(folder, total_steps):
                 continue
             if lock(folder):
                 _clean(folder)
                 return folder, run_checkpoints(folder)
     return start_anew(config), []
+
+
+def _is_finished(folder, total_steps):
+    """Whether a checkpoint of the last step is there and can be read: a damaged one is made again from the one before.
+
+    Where none can be read there is nothing to go on from, and `_run` says so and starts anew."""
+    last = [path for path in run_checkpoints(folder) if int(path.stem) >= total_steps]
+    return newest_whole(last, lambda sentence: None) is not None
 
 
 def start_anew(config, instead_of=None):

@@ -38,6 +38,23 @@ def test_a_stop_before_a_damaged_checkpoint_is_saved_as_it_says(tmp_path, capfd)
     assert_same_checkpoint(resume.run_checkpoints(folder)[0], resume.run_checkpoints(whole)[0])
 
 
+def test_a_finished_run_whose_last_checkpoint_is_damaged_makes_it_again(tmp_path, capfd):
+    folder = train(settings(tmp_path), TinySource())
+    newest, previous = resume.run_checkpoints(folder)[:2]
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[:-1])
+    capfd.readouterr()
+    assert train(settings(tmp_path), TinySource()) == folder
+    said = capfd.readouterr().out
+    assert f"Skipping {newest}" in said
+    assert f"going on from {previous}" in said
+    again, first = newest.with_name("again.safetensors"), newest.with_name("first.safetensors")
+    again.write_bytes(newest.read_bytes())
+    first.write_bytes(whole)
+    assert_same_checkpoint(again, first)
+    assert train(settings(tmp_path), TinySource()).name == "001-DiT-Tiny", "a whole finished run is left alone"
+
+
 def test_a_run_without_one_whole_checkpoint_is_left_as_it_is(tmp_path, capfd):
     folder = train(settings(tmp_path), StoppingSource(6))
     for path in resume.run_checkpoints(folder):
