@@ -213,7 +213,7 @@ def start_anew(config, instead_of=None):
 
 
 def _named_run(config, total_steps):
-    path = Path(config.resume)
+    path = _given(config.resume)
     _refuse_fewer_steps(config, path, total_steps)
     if path.is_dir():
         folder, paths = path, run_checkpoints(path)
@@ -237,6 +237,13 @@ def _named_run(config, total_steps):
     return folder, paths
 
 
+def _given(path):
+    """An empty text, a shell variable that is not set, would be the current folder."""
+    if not str(path):
+        raise ValueError("--resume is empty; give auto, never, a run folder or a checkpoint")
+    return Path(path)
+
+
 def _refuse_fewer_steps(config, path, total_steps):
     """Before anything is written again: a run that has gone further than these settings go has nothing to do."""
     step = newest_step(path)
@@ -257,7 +264,7 @@ def _clean(folder):
 
 def settings_of(path):
     """The training settings of a run folder or a checkpoint, as a dict. Raises ValueError if there are none."""
-    path = Path(path)
+    path = _given(path)
     settings = _read_config(path) if path.is_dir() else None
     if path.is_file():
         try:

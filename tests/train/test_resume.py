@@ -221,7 +221,14 @@ def test_wrong_metadata_is_one_sentence(tmp_path, name, value):
         resume.read_verified(path)
 
 
-def test_a_path_that_is_nothing_is_refused(tmp_path):
+def test_a_path_that_is_nothing_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(train(settings(tmp_path, steps=1), TinySource()))
+    assert parse_args(["--resume", "."]).steps == 1
+    with pytest.raises(SystemExit):
+        parse_args(["--resume", ""])
+    assert "--resume is empty; give auto, never, a run folder" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--resume is empty"):
+        train(settings(tmp_path, steps=2, resume=""), TinySource())
     with pytest.raises(SystemExit):
         parse_args(["--resume", str(tmp_path / "nothing")])
     with pytest.raises(ValueError, match="no such checkpoint or run folder"):
