@@ -287,7 +287,7 @@ def _program(world):
     if Path(name).name == "lfm-fast":
         return ["lfm-fast", "train"]
     launcher = ["torchrun", "--nproc-per-node", str(world.local_size)] if world.size > 1 else ["python"]
-    return [*launcher, name if name.endswith(".py") else "train_fast.py"]
+    return [*launcher, name if Path(name).name == "train_fast.py" else "train_fast.py"]  # others take other flags
 
 
 def _due(step, every):

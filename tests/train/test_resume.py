@@ -126,6 +126,7 @@ def test_settings_of_another_version_are_one_sentence(tmp_path, capsys):
         ("/somewhere/train_fast.py", 2, "torchrun --nproc-per-node 2 /somewhere/train_fast.py --resume"),
         ("/venv/bin/lfm-fast", 1, "lfm-fast train --resume"),
         ("/venv/bin/pytest", 1, "python train_fast.py --resume"),
+        ("scripts/quickstart.py", 1, "python train_fast.py --resume"),
     ],
 )
 def test_how_to_go_on_starts_what_was_started(monkeypatch, name, ranks, words):
