@@ -138,7 +138,7 @@ def _run(config, source, autoencoder, world):
         journal = Journal(folder, active=world.is_main)
         checkpoint = world.from_main(lambda: resume.newest_whole(candidates, journal.say))
         if checkpoint is not None:
-            resume.load_checkpoint(checkpoint, state, world)
+            resume.restore(checkpoint, state, world)
         elif config.resume not in ("auto", "never"):
             raise ValueError(f"--resume {config.resume}: none of its checkpoints can be read")
         elif candidates:

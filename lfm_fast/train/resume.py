@@ -66,7 +66,7 @@ def save_checkpoint(folder, state, config):
     return path
 
 
-def load_checkpoint(path, state, world):
+def restore(path, state, world):
     """Put a checkpoint into `state`. Raises ValueError if it belongs to another network."""
     tensors, metadata = read_verified(path)
     if metadata["config"] != state.model.config:
