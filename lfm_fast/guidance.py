@@ -7,8 +7,9 @@ The blend is left to the solver's fused step. A guidance object is anything call
     guidance(network, t, z, time=None) -> (velocity, unconditional or None, scale (B,) or None)
 
 with a `Network` to evaluate, t (B,), z (B, ...), and `time` the same t as a Python float where the whole batch shares
-it. One that is no linear blend returns (velocity, None, None). A velocity may be a buffer that the model writes again:
-what is kept beyond the network's next call has to be cloned.
+it; handing it on to the network lets a model that prepares its times use them. One that is no linear blend returns
+(velocity, None, None). Where it has a `guided` that is false, no unconditional velocity will be wanted. A velocity may
+be a buffer that the model writes again: what is kept beyond the network's next call has to be cloned.
 """
 
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ class Network:
     Counts `calls` of the model and `forwards` (B,), the rows it computed for each sample. A model whose weights are of
     another type than the state gets z in its own type; t stays float32 for half-precision weights, because bfloat16
     would move it by up to 0.002.
+
+    A model that says `prepares`, as DiT does, is evaluated in its sampling form at each `time` that was announced by
+    `prepare` and is named in the call; elsewhere it is called, as any other model is.
     """
 
     def __init__(self, model, z, y=None, null_label=None, model_kwargs=None):
@@ -47,36 +51,73 @@ class Network:
         self.time_dtype = torch.float32 if self.dtype in _HALF else self.dtype
         self.forwards = torch.zeros(z.shape[0], dtype=torch.int64)
         self.calls = 0
+        self._like = z.new_empty(1)  # the state's type and device
+        self._prepared, self._numbers = None, {}  # the sampling form, and the number of each time in it
+        self._joint = None  # (rows, labels, samples) of the last evaluation of both
 
     @property
     def selects(self):
         """Whether rows may be left out or repeated: not where further arguments may hold one entry per sample."""
         return not self.kwargs
 
-    def conditional(self, t, z):
-        """model(t, z, y) (B, ...)."""
+    def prepare(self, times, guided=True):
+        """Announce times (floats, in order of use); guided: the unconditional velocity will be asked for too.
+
+        What the model computes beforehand is of its weights of now; it lives as long as this network.
+        """
+        # asked of the class: torch.compile's wrapper hands attributes through, and would be gone around
+        if self.kwargs or not getattr(type(self.model), "prepares", False) or not self.model.prepares:
+            return
+        self._numbers = {time: number for number, time in enumerate(dict.fromkeys(times))}
+        moments = torch.tensor(list(self._numbers), dtype=torch.float64).to(self._like).to(self.time_dtype)
+        named = guided and self.null_label is not None
+        labels = ([] if self.y is None else [self.y]) + ([self._null(self._like)] if named else [])
+        unlabelled = self.y is None or (guided and not named)
+        self._prepared = self.model.prepare(moments, torch.cat(labels) if labels else None, unlabelled=unlabelled)
+
+    def conditional(self, t, z, time=None):
+        """model(t, z, y) (B, ...); time: t as a float, where all samples share one that the host knows."""
         self.forwards += 1
+        if time in self._numbers:
+            return self._read(time, z, self.y)
         return self._call(t, z, {} if self.y is None else {"y": self.y.clone()})
 
-    def unconditional(self, t, z, rows=None):
+    def unconditional(self, t, z, rows=None, time=None):
         """model(t, z, null label), or model(t, z, y=None) without one; `rows`: the samples t and z hold, or all."""
         self._count(rows)
-        return self._call(t, z, {"y": None if self.null_label is None else self._null(z)})
+        y = None if self.null_label is None else self._null(z)
+        return self._read(time, z, y) if time in self._numbers else self._call(t, z, {"y": y})
 
-    def both(self, t, z, rows=None):
+    def both(self, t, z, rows=None, time=None):
         """(conditional (B, ...), unconditional (R, ...)) with `rows` the samples to evaluate both ways, or all.
 
         One forward where there is a null label and the rows can be put together, else two.
         """
-        chosen = (t, z) if rows is None else (t[rows.index], z[rows.index])
         if self.null_label is None or self.y is None or not self.selects:
-            velocity = self.conditional(t, z).clone()  # the model may write the next one to the same memory
-            return velocity, self.unconditional(*chosen, rows)
+            chosen = (t, z) if rows is None else (t[rows.index], z[rows.index])
+            velocity = self.conditional(t, z, time).clone()  # the model may write the next one to the same memory
+            return velocity, self.unconditional(*chosen, rows, time)
         self.forwards += 1
         self._count(rows)
-        t, joined = torch.cat([t, chosen[0]]), torch.cat([z, chosen[1]])
-        velocity = self._call(t, joined, {"y": torch.cat([self.y, self._null(chosen[1])])}, own=True)
+        velocity = self._read_both(time, z, rows) if time in self._numbers else self._call_both(t, z, rows)
         return velocity[: z.shape[0]], velocity[z.shape[0] :]
+
+    def _call_both(self, t, z, rows):
+        chosen = (t, z) if rows is None else (t[rows.index], z[rows.index])
+        labels = torch.cat([self.y, self._null(chosen[1])])
+        return self._call(torch.cat([t, chosen[0]]), torch.cat([z, chosen[1]]), {"y": labels}, own=True)
+
+    def _read_both(self, time, z, rows):
+        if self._joint is None or self._joint[0] is not rows:
+            samples = torch.arange(z.shape[0], device=z.device)
+            samples = torch.cat([samples, samples if rows is None else rows.index])
+            self._joint = (rows, torch.cat([self.y, self._null(samples[z.shape[0] :])]), samples)
+        return self._read(time, z, *self._joint[1:])
+
+    def _read(self, time, z, y, samples=None):
+        """The velocity in the sampling form, which writes to none of its inputs."""
+        self.calls += 1
+        return _for_solver(self._prepared(self._numbers[time], z.to(self.dtype), y, samples), z)
 
     def _null(self, z):
         dtype = torch.int64 if self.y is None else self.y.dtype
@@ -89,13 +130,18 @@ class Network:
             self.forwards[rows.numbers] += 1
 
     def _call(self, t, z, labels, own=False):
-        """The velocity in a type that a solver takes; own: t and z are nobody else's, so a model may write to them."""
+        """The model's velocity; own: t and z are nobody else's, so the model may write to them."""
         self.calls += 1
         t, z_in = t.to(self.time_dtype, copy=not own), z.to(self.dtype, copy=not own)
         velocity = self.model(t, z_in, **labels, **self.kwargs)
         check_velocity(velocity, z)
-        as_it_is = velocity.dtype == z.dtype or (z.dtype == torch.float32 and velocity.dtype in _HALF)
-        return velocity if as_it_is else velocity.to(z.dtype)
+        return _for_solver(velocity, z)
+
+
+def _for_solver(velocity, z):
+    """In a type that the solver of a state z takes."""
+    as_it_is = velocity.dtype == z.dtype or (z.dtype == torch.float32 and velocity.dtype in _HALF)
+    return velocity if as_it_is else velocity.to(z.dtype)
 
 
 def _weight_type(model):
@@ -120,14 +166,19 @@ class LinearGuidance:
         self.rows = None if len(rows) == len(scales) else rows  # the samples that are guided, None being all of them
         self._prepared = None
 
+    @property
+    def guided(self):
+        """Whether any sample is."""
+        return self.rows is None or len(self.rows) > 0
+
     def __call__(self, network, t, z, time=None):
         rows = self._rows_inside(t, time)
         if rows is not None and not rows:
-            return network.conditional(t, z), None, None
+            return network.conditional(t, z, time), None, None
         scale, chosen = self._on_device(rows, z)
         if chosen is None or not network.selects:
-            return *network.both(t, z), scale
-        velocity, unconditional = network.both(t, z, chosen)
+            return *network.both(t, z, time=time), scale
+        velocity, unconditional = network.both(t, z, chosen, time)
         return velocity, velocity.index_copy(0, chosen.index, unconditional), scale
 
     def _rows_inside(self, t, time):
@@ -162,6 +213,10 @@ class GuidedField:
 
     def __call__(self, t, z):
         return self._evaluate(t, z)
+
+    def prepare(self, times):
+        """Announce the times that `at` will be asked for, floats in order."""
+        self.network.prepare(times, getattr(self.guidance, "guided", True))
 
     def at(self, time):
         """The field at one time of the whole batch, known on the host."""

@@ -1,6 +1,7 @@
 """DiT with adaLN-Zero: "Scalable Diffusion Models with Transformers" (arXiv 2212.09748), section 3."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from lfm_fast.models.layers import (
     TimeEmbedding,
     sincos_table,
 )
+from lfm_fast.models.prepared import MAX_BYTES, Prepared
 
 _NORM_EPS = 1e-6
 
@@ -137,17 +139,74 @@ class DiT(nn.Module):
 
     def velocity(self, t: Tensor, z: Tensor, y: Tensor) -> Tensor:
         """The network proper, all inputs explicit: compile this and labelled and unlabelled calls share one graph."""
-        x = self.x_embedder(z) + self.pos_embed  # (B, T, D)
+        return self.trunk(self.tokens(z), self.modulations(t, y))
+
+    def tokens(self, z: Tensor) -> Tensor:
+        """Latents (B, C, H, W) -> tokens with their positions (B, T, D): what needs neither time nor label."""
+        return self.x_embedder(z, self.pos_embed)
+
+    def modulations(self, t: Tensor, y: Tensor) -> list[Tensor]:
+        """Shift, scale and gate of every half block at times t (B,) and labels y (B,): what does not need z.
+
+        (B, 6 D) for each block, and (B, 6 D) for the final layer: shift, scale and zeros.
+        """
         c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
-        # shift, scale, gate of every half block: per sample, never per token
-        modulations = [block.adaLN_modulation(c) for block in self.blocks]  # (B, 6 D) each
+        modulations = [block.adaLN_modulation(c) for block in self.blocks]  # per sample, never per token
         # the last norm has no gate; padded, it looks to a compiled block like what follows any other
-        modulations.append(F.pad(self.final_layer.adaLN_modulation(c), (0, 4 * self.hidden_size)))
+        return [*modulations, F.pad(self.final_layer.adaLN_modulation(c), (0, 4 * self.hidden_size))]
+
+    def trunk(self, x: Tensor, modulations: Sequence[Tensor]) -> Tensor:
+        """Velocity (B, C, H, W) of tokens x (B, T, D) under modulations as `modulations` returns them."""
         shift, scale, *_ = modulations[0].chunk(6, dim=-1)
         h = ops.modulated_layer_norm(x, shift, scale, _NORM_EPS)
         for block, modulation, following in zip(self.blocks, modulations, modulations[1:]):
             x, h = block(x, h, modulation, following)
         return self._unpatchify(self.final_layer(h))
+
+    @property
+    def prepares(self) -> bool:
+        """Whether `prepare` may stand for calls: not where a call is overridden, hooked or compiled as a whole."""
+        published = type(self).forward is DiT.forward and type(self).velocity is DiT.velocity
+        patched = {"forward", "velocity"} & vars(self).keys()
+        return published and not (
+            patched or self._forward_hooks or self._forward_pre_hooks or self._compiled_call_impl is not None
+        )
+
+    def prepare(
+        self, times: Tensor, y: Tensor | None = None, *, unlabelled: bool = False, max_bytes: int = MAX_BYTES
+    ) -> Prepared:
+        """The sampling form: this network at times known beforehand, its adaLN layers out of the loop.
+
+            prepared(k, z, y) = model(times[k], z, y)    up to rounding; without gradients for what times and y decide
+
+        Args:
+            times: (N,) floating, in the order in which they will be used.
+            y: labels that will occur, any number of them, repeated or not; None where calls will bring none.
+            unlabelled: calls without labels (y=None) will occur beside those with some.
+            max_bytes: of the table of modulations and what it takes to compute it. A longer table is computed piece by
+                piece, for as many times as fit (one at least), when a call comes to them.
+
+        Returns a `Prepared`. It holds the weights of its time: prepare again after they have changed.
+
+        Raises ValueError for times of another shape or type, and labels that the network does not have.
+
+        >>> model = DiT(image_size=8, hidden_size=32, depth=1, num_heads=2, num_classes=5, label_dropout=0.1)
+        >>> times, z, y = torch.linspace(1, 0, 11), torch.randn(2, 4, 8, 8), torch.tensor([3, 1])
+        >>> prepared = model.prepare(times, y)
+        >>> torch.allclose(prepared(7, z, y), model(times[7], z, y), atol=1e-5)
+        True
+
+        Source: arXiv 2212.09748, figure 3: adaLN's MLP sees the time and the label, and not the tokens.
+        """
+        if times.ndim != 1 or not len(times) or not times.is_floating_point():
+            raise ValueError(
+                f"times must be floating and (N,), one time or more, but is {times.dtype} {tuple(times.shape)}."
+            )
+        if y is not None:
+            self.check_labels(y, y.numel())
+        if not is_count(max_bytes) or max_bytes < 1:
+            raise ValueError(f"max_bytes must be a positive integer, but is {max_bytes!r}.")
+        return Prepared(self, times, y, unlabelled or y is None, max_bytes)
 
     def flops_per_sample(self) -> int:
         """Floating-point operations of one forward on one sample: 2 per multiply-add of its matrix products."""
@@ -164,20 +223,26 @@ class DiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def _check_inputs(self, t: Tensor, z: Tensor, y: Tensor | None) -> None:
+        self.check_latents(z)
+        if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != z.shape[0]):
+            raise ValueError(f"t must have shape ({z.shape[0]},), one time per sample of z, but is {tuple(t.shape)}.")
+        if y is not None:
+            self.check_labels(y, z.shape[0])
+
+    def check_latents(self, z: Tensor) -> None:
+        """Raise ValueError unless z is (B, C, H, W) of this network's sizes."""
         expected = (self.in_channels, self.image_size, self.image_size)
         if z.ndim != 4 or tuple(z.shape[1:]) != expected:
             raise ValueError(
                 f"this network takes latents of shape (B, {', '.join(map(str, expected))}), but z is {tuple(z.shape)}; "
                 "resize the latents or build the network for their size."
             )
-        if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != z.shape[0]):
-            raise ValueError(f"t must have shape ({z.shape[0]},), one time per sample of z, but is {tuple(t.shape)}.")
-        if y is None:
-            return
-        if y.ndim != 1 or y.shape[0] != z.shape[0] or y.dtype not in (torch.int64, torch.int32):
+
+    def check_labels(self, y: Tensor, count: int) -> None:
+        """Raise ValueError unless y is (count,) integer labels of this network; values are read on the CPU only."""
+        if y.ndim != 1 or y.shape[0] != count or y.dtype not in (torch.int64, torch.int32):
             raise ValueError(
-                f"y must be integer labels of shape ({z.shape[0]},), one per sample of z, "
-                f"but is {y.dtype} {tuple(y.shape)}."
+                f"y must be integer labels of shape ({count},), one per sample of z, but is {y.dtype} {tuple(y.shape)}."
             )
         # On a GPU this comparison would wait for the device; there the table look-up itself asserts.
         if not torch.compiler.is_compiling() and y.device.type == "cpu" and y.numel():

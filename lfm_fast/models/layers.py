@@ -47,10 +47,11 @@ class LabelEmbedding(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Latents (B, C, H, W) -> tokens (B, T, D), row-major, by a convolution whose stride is its kernel.
+    """Latents (B, C, H, W) -> tokens (B, T, D), row-major, by a convolution whose stride is its kernel, plus positions.
 
     The convolution only holds the weights (checkpoints store them 4-D). It is evaluated as one matrix product, because
-    its own output would be channels-first: every later pass over the tokens would then run against the grain.
+    its own output would be channels-first: every later pass over the tokens would then run against the grain. Bias and
+    positions (1, T, D) are the same for all samples: their sum is taken first, so that one pass adds both.
     """
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
@@ -58,12 +59,12 @@ class PatchEmbedding(nn.Module):
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, positions: Tensor) -> Tensor:
         p, weight = self.patch_size, self.proj.weight
         batch, channels, height, width = z.shape
         patches = z.to(weight.dtype).reshape(batch, channels, height // p, p, width // p, p)
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, T, C p p)
-        return F.linear(patches, weight.flatten(1), self.proj.bias)
+        return F.linear(patches, weight.flatten(1)) + (positions + self.proj.bias)
 
 
 class Attention(nn.Module):

@@ -3,7 +3,8 @@
 A field is called field(t, z) with t (B,) and z (B, ...) and returns (velocity, unconditional or None, scale or None):
 the velocities are NOT yet blended, because v = scale velocity + (1 - scale) unconditional happens inside the solver's
 fused step; scale is (B,). A field may have a method `at(time)` that returns the field for a time known on the host,
-common to all samples, so that it can decide without reading t back from the device.
+common to all samples, so that it can decide without reading t back from the device, and a method `prepare(times)`,
+called before the first evaluation with all these times in their order.
 
 A solver steps through `times` (floats, in either direction) and returns a Solution. A new Runge-Kutta method is a
 Tableau and one row here.

@@ -1,6 +1,7 @@
 """Fixed-step Runge-Kutta: every stage is one ops.guided_step, and nothing in the loop waits for the device."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -34,15 +35,17 @@ def integrate(tableau, field, z, times, settings):
     tableau: a tableaus.Tableau. field: see lfm_fast.solvers. z (B, ...) float32 or float64, the state at times[0].
     times: floats, in either direction. settings: a Settings. Returns a Solution.
     """
-    stages = plan(tableau)
+    stages, moments = plan(tableau), stage_times(tableau, times)
+    if hasattr(field, "prepare"):
+        field.prepare([time for step in moments for time in step])
     field_at = getattr(field, "at", lambda time: field)
-    moments, weights = _tables(tableau, stages, times, z)
+    weights = _weights(stages, times, z)
     states = [z] if settings.trajectory else None
-    for n in range(len(times) - 1):
+    for n, step in enumerate(moments):
         point, kept = z, {}
-        for i, stage in enumerate(stages):
-            now = times[n + 1] if tableau.c[i] == 1 else times[n] + tableau.c[i] * (times[n + 1] - times[n])
-            velocity, unconditional, scale = field_at(now)(moments[n, i].expand(z.shape[0]), point)
+        for i, (stage, now) in enumerate(zip(stages, step)):
+            t = torch.full(z.shape[:1], now, dtype=z.dtype, device=z.device)  # no value is read back for it
+            velocity, unconditional, scale = field_at(now)(t, point)
             point, blended, _ = ops.guided_step(
                 z,
                 velocity,
@@ -61,17 +64,17 @@ def integrate(tableau, field, z, times, settings):
     return Solution(z=z, states=states, time=times[-1], accepted=len(times) - 1)
 
 
-def _tables(tableau, stages, times, z):
-    """Everything that depends on time, computed in float64 and moved to the device once.
+def stage_times(tableau, times):
+    """The times of the evaluations in each step, as floats; where two steps meet they are one number."""
+    return [
+        [after if c == 1 else before + c * (after - before) for c in tableau.c] for before, after in pairwise(times)
+    ]
 
-    moments (N, S): the time of each evaluation; weights[i] (N, 2 + K_i): guided_step's weights after evaluation i.
-    """
-    grid = torch.tensor(times, dtype=torch.float64)
-    start, dt = grid[:-1, None], grid.diff()[:, None]
-    c = torch.tensor(tableau.c, dtype=torch.float64)
-    moments = torch.where(c == 1, grid[1:, None], start + c * dt)
-    weights = [
+
+def _weights(stages, times, z):
+    """guided_step's weights after evaluation i, (N, 2 + K_i), computed in float64 and moved to the device once."""
+    dt = torch.tensor(times, dtype=torch.float64).diff()[:, None]
+    return [
         torch.cat([torch.ones_like(dt), dt * torch.tensor(stage.factors, dtype=torch.float64)], dim=1).to(z)
         for stage in stages
     ]
-    return moments.to(z), weights
