@@ -4,8 +4,12 @@ A latent here is always in *latent units*: the VAE's own latent times its ``scal
 variance, as the flow needs. Images are float in [-1, 1].
 """
 
+import contextlib
 import hashlib
 import json
+import urllib.error
+import urllib.request
+import warnings
 from dataclasses import dataclass
 from importlib import resources
 from itertools import pairwise
@@ -265,7 +269,13 @@ def _from_folder(folder):
 
 
 def _from_hub(name):
+    from huggingface_hub import constants
+
+    with contextlib.suppress(OSError, ValueError):
+        return _load_diffusers(name, local_files_only=True)  # downloaded before
     try:
+        if not constants.HF_HUB_OFFLINE:
+            _require_answer(constants.ENDPOINT)
         return _load_diffusers(name)
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -274,11 +284,22 @@ def _from_hub(name):
         ) from error
 
 
+def _require_answer(address, seconds=10):
+    """Raises OSError where nobody answers there: the hub's own client would try for half a minute, and print it all."""
+    with contextlib.suppress(urllib.error.HTTPError):  # any answer is one
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=seconds).close()
+
+
 def _load_diffusers(name, **options):
     """An AutoencoderKL with all its weights; diffusers alone would fill missing ones with fresh random numbers."""
     from diffusers import AutoencoderKL
 
-    network, info = AutoencoderKL.from_pretrained(name, output_loading_info=True, **options)
+    options |= {"output_loading_info": True, "low_cpu_mem_usage": False}  # True wants accelerate, and says so
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "The `local_dir_use_symlinks` argument"
+        )  # diffusers' own
+        network, info = AutoencoderKL.from_pretrained(name, **options)
     wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
     if wrong:
         raise ValueError(f"{len(wrong)} of its weights are missing or do not fit, the first being {wrong[0]}")

@@ -1,12 +1,16 @@
 """The autoencoder wrapper against diffusers itself, and the embedded VAE against images it never saw."""
 
+import http.server
 import math
 import resource
+import socket
+import threading
 import warnings
 
 import pytest
 import torch
 
+from lfm_fast import autoencoder
 from lfm_fast.autoencoder import EMBEDDED_FOLDER, WEIGHTS_FILE, Autoencoder, Posterior, SmallVAE, load_autoencoder
 from lfm_fast.data import open_images
 from lfm_fast.data.latents import CachedLatents
@@ -144,6 +148,41 @@ def test_missing_places_get_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="put both into one folder"):
         load_autoencoder("nobody/no-such-vae")
+
+
+def test_a_hub_out_of_reach_is_said_at_once_and_alone(monkeypatch, tmp_path, capfd):
+    """The hub's client tries six times in half a minute, with two lines for each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{probe.getsockname()[1]}"  # bound, and nobody listens
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", nobody)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        asked, load = [], autoencoder._load_diffusers
+
+        def ask(name, **options):
+            asked.append(options)
+            return load(name, **options)
+
+        monkeypatch.setattr(autoencoder, "_load_diffusers", ask)
+        with pytest.raises(ValueError, match=r"nor reachable on the hub; download its config\.json"):
+            load_autoencoder("nobody/no-such-vae")
+    assert asked == [{"local_files_only": True}], "what was downloaded before serves without the hub"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_whatever_a_server_answers_it_is_there():
+    class Refuse(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_error(403)
+
+        def log_message(self, *_):
+            """Not into the tests' output."""
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Refuse) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        autoencoder._require_answer(f"http://127.0.0.1:{server.server_port}")
+        thread.join()
 
 
 def test_missing_weights_are_not_filled_with_random_ones(kl_folder, tmp_path):
