@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "create_model": "lfm_fast.models",
     "load_checkpoint": "lfm_fast.checkpoint",
+    "optimize": "lfm_fast.models.optimize",
     "noise": "lfm_fast.flow.noise",
     "flow_matching_loss": "lfm_fast.flow.objective",
     "sample": "lfm_fast.sampling",

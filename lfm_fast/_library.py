@@ -96,6 +96,11 @@ def has_tiles() -> bool:
     return function()
 
 
+def why_no_tiles() -> str | None:
+    """None where compiled kernels may use matrix tiles, else the reason as a sentence (without its full stop)."""
+    return load() or (None if has_tiles() else "this processor, or its system, has no AMX to give")
+
+
 def _open_lazily(library: Path) -> ctypes.CDLL:
     """Functions that this torch lacks (those of CUDA) are looked for when they are called, which here is never."""
     dlopen, dlerror = ctypes.CDLL(None).dlopen, ctypes.CDLL(None).dlerror

@@ -5,26 +5,8 @@
 #include <memory>
 
 #include "common/registration.h"
-#include "cpu/levels.h"
+#include "cpu/amx.h"
 #include "cpu/rows.h"
-
-#if defined(LFM_X86_LEVELS) && defined(__linux__) && \
-    ((defined(__clang__) && __clang_major__ >= 14) || (!defined(__clang__) && __GNUC__ >= 12))
-#define LFM_AMX 1
-#if !defined(__clang__)  // its own header's "undefined" vectors, which nothing reads
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#define LFM_AMX_CODE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")))
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define LFM_UNROLL_16
-#else
-#define LFM_UNROLL_16 _Pragma("GCC unroll 16")
-#endif
-#endif
 
 namespace lfm_fast {
 namespace {
@@ -32,26 +14,7 @@ namespace {
 constexpr int64_t kMostKeys = 4096;  // with more, a head's packed keys and weights leave the second cache
 constexpr int64_t kMostWidth = 256;
 
-int64_t rounded_up(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
-
 #if defined(LFM_AMX)
-
-using Bf16 = uint16_t;
-constexpr int64_t kTile = 512;  // elements of a tile: 16 rows of 32
-
-// Linux hands the tiles' registers out on request; a kernel or sandbox may refuse.
-bool may_use_tiles() {
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-bf16") &&
-         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
-struct alignas(64) TileShapes {
-  uint8_t palette = 0, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
 
 struct Heads {
   const Bf16* data;
@@ -77,73 +40,27 @@ struct Attention {
 };
 
 // What one thread works in.
-class Scratch {
- public:
-  explicit Scratch(const Attention& a) {
-    const int64_t keys = a.padded_keys(), inner = a.inner_width(), outer = a.outer_width();
-    const int64_t sizes[] = {2 * keys * inner, 2 * keys * outer, 4 * 32 * keys, 2 * 32 * keys, 2 * 32 * inner,
-                             4 * 32 * outer};
-    int64_t total = 64;
-    for (const int64_t size : sizes) total += rounded_up(size, 64);
-    memory_.reset(new char[total]);
-    char* next = memory_.get() + 63 - (reinterpret_cast<uintptr_t>(memory_.get()) + 63) % 64;
-    char* places[6];
-    for (int i = 0; i < 6; next += rounded_up(sizes[i++], 64)) places[i] = next;
-    k = reinterpret_cast<Bf16*>(places[0]);
-    v = reinterpret_cast<Bf16*>(places[1]);
-    scores = reinterpret_cast<float*>(places[2]);
-    weights = reinterpret_cast<Bf16*>(places[3]);
-    q = reinterpret_cast<Bf16*>(places[4]);
-    result = reinterpret_cast<float*>(places[5]);
-  }
+struct Scratch {
+  Workspace memory;
   Bf16 *k, *v, *weights, *q;
   float *scores, *result;
 
- private:
-  std::unique_ptr<char[]> memory_;
+  explicit Scratch(const Attention& a)
+      : memory({2 * a.padded_keys() * a.inner_width(), 2 * a.padded_keys() * a.outer_width(), 2 * 32 * a.padded_keys(),
+                2 * 32 * a.inner_width(), 4 * 32 * a.padded_keys(), 4 * 32 * a.outer_width()}) {
+    k = memory.take<Bf16>(a.padded_keys() * a.inner_width());
+    v = memory.take<Bf16>(a.padded_keys() * a.outer_width());
+    weights = memory.take<Bf16>(32 * a.padded_keys());
+    q = memory.take<Bf16>(32 * a.inner_width());
+    scores = memory.take<float>(32 * a.padded_keys());
+    result = memory.take<float>(32 * a.outer_width());
+  }
 };
-
-#define LFM_AMX_INLINE LFM_AMX_CODE __attribute__((always_inline)) inline
-
-// 16 x 16 numbers of 32 bits.
-LFM_AMX_INLINE void transpose(__m512i r[16]) {
-  __m512i t[16];
-  LFM_UNROLL_16
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  LFM_UNROLL_16
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  LFM_UNROLL_16
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  LFM_UNROLL_16
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
-
-// The first `count` lanes; all where there are more.
-LFM_AMX_INLINE __mmask32 first_of_32(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; }
-LFM_AMX_INLINE __mmask16 first_of_16(int64_t count) { return static_cast<__mmask16>(first_of_32(count)); }
 
 // Tile (16 keys, 32 channels) of k^T: row r holds the channels 2 r and 2 r + 1 of each key.
 LFM_AMX_INLINE void pack_keys(const Attention& a, const Bf16* k, Bf16* packed) {
   for (int64_t key = 0; key < a.padded_keys(); key += 16)
-    for (int64_t channel = 0; channel < a.width; channel += 32, packed += kTile) {
+    for (int64_t channel = 0; channel < a.width; channel += 32, packed += kTile16) {
       const __mmask32 inside = first_of_32(a.width - channel);
       __m512i rows[16];
       LFM_UNROLL_16
@@ -160,7 +77,7 @@ LFM_AMX_INLINE void pack_keys(const Attention& a, const Bf16* k, Bf16* packed) {
 // Tile (32 keys, 16 channels) of v: row r holds the keys 2 r and 2 r + 1 of each channel.
 LFM_AMX_INLINE void pack_values(const Attention& a, const Bf16* v, Bf16* packed) {
   for (int64_t key = 0; key < a.padded_keys(); key += 32)
-    for (int64_t channel = 0; channel < a.width; channel += 16, packed += kTile) {
+    for (int64_t channel = 0; channel < a.width; channel += 16, packed += kTile16) {
       const __mmask16 inside = first_of_16(a.width - channel);
       for (int64_t i = 0; i < 32; i += 2) {
         __m512i pair[2];
@@ -177,8 +94,9 @@ LFM_AMX_INLINE void pack_values(const Attention& a, const Bf16* v, Bf16* packed)
 // Scores of 32 queries, of which those from 16 on may be missing.
 LFM_AMX_INLINE void multiply_keys(const Attention& a, const Bf16* q, int64_t stride, bool both, Scratch& s) {
   const int64_t row = a.padded_keys(), steps = a.inner_width() / 32;
+  before_tiles_read();
   for (int64_t key = 0; key < a.keys; key += 32) {
-    const Bf16* packed = s.k + key / 16 * steps * kTile;
+    const Bf16* packed = s.k + key / 16 * steps * kTile16;
     const bool wide = key + 16 < a.keys;
     _tile_zero(0);
     _tile_zero(1);
@@ -186,10 +104,10 @@ LFM_AMX_INLINE void multiply_keys(const Attention& a, const Bf16* q, int64_t str
     _tile_zero(3);
     for (int64_t step = 0; step < steps; ++step) {
       _tile_loadd(4, q + 32 * step, stride * 2);
-      _tile_loadd(6, packed + step * kTile, 64);
+      _tile_loadd(6, packed + step * kTile16, 64);
       _tile_dpbf16ps(0, 4, 6);
       if (wide) {
-        _tile_loadd(7, packed + (steps + step) * kTile, 64);
+        _tile_loadd(7, packed + (steps + step) * kTile16, 64);
         _tile_dpbf16ps(1, 4, 7);
       }
       if (both) {
@@ -203,15 +121,6 @@ LFM_AMX_INLINE void multiply_keys(const Attention& a, const Bf16* q, int64_t str
     if (both) _tile_stored(2, s.scores + 16 * row + key, row * 4);
     if (both && wide) _tile_stored(3, s.scores + 16 * row + key + 16, row * 4);
   }
-}
-
-// 2^x to 8e-5, a fiftieth of what rounding to bfloat16 costs: a cubic of x - floor(x). 0 for -infinity, NaN for NaN.
-LFM_AMX_INLINE __m512 power_of_two(__m512 x) {
-  const __m512 f = _mm512_reduce_ps(x, 9);
-  __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.07802456673811986f), f, _mm512_set1_ps(0.22606719922589233f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.6958334665649448f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.9999252325331928f));
-  return _mm512_scalef_ps(p, x);
 }
 
 // The weights of one query, not yet divided by their sum, which is returned.
@@ -238,6 +147,7 @@ LFM_AMX_INLINE float weigh(const Attention& a, float* scores, Bf16* weights) {
 
 LFM_AMX_INLINE void multiply_values(const Attention& a, bool both, Scratch& s) {
   const int64_t row = a.padded_keys(), width = a.outer_width(), across = width / 16;
+  before_tiles_read();
   for (int64_t channel = 0; channel < width; channel += 32) {
     const bool wide = channel + 16 < width;
     _tile_zero(0);
@@ -245,12 +155,12 @@ LFM_AMX_INLINE void multiply_values(const Attention& a, bool both, Scratch& s) {
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t key = 0; key < row; key += 32) {
-      const Bf16* packed = s.v + (key / 32 * across + channel / 16) * kTile;
+      const Bf16* packed = s.v + (key / 32 * across + channel / 16) * kTile16;
       _tile_loadd(4, s.weights + key, row * 2);
       _tile_loadd(6, packed, 64);
       _tile_dpbf16ps(0, 4, 6);
       if (wide) {
-        _tile_loadd(7, packed + kTile, 64);
+        _tile_loadd(7, packed + kTile16, 64);
         _tile_dpbf16ps(1, 4, 7);
       }
       if (both) {
@@ -291,11 +201,7 @@ LFM_AMX_INLINE void divide(const Attention& a, const float* result, float sum, B
 
 LFM_AMX_CODE void run_heads(const Attention& a, int64_t begin, int64_t end) {
   Scratch s(a);
-  TileShapes before, shapes;
-  _tile_storeconfig(&before);  // oneDNN may have its own in use
-  shapes.palette = 1;
-  for (int i = 0; i < 8; ++i) shapes.rows[i] = 16, shapes.row_bytes[i] = 64;
-  _tile_loadconfig(&shapes);
+  const Tiles tiles;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t sample = item / a.heads, head = item % a.heads;
     const Bf16* q = a.q.data + sample * a.q.sample + head * a.q.head;
@@ -315,19 +221,9 @@ LFM_AMX_CODE void run_heads(const Attention& a, int64_t begin, int64_t end) {
       }
     }
   }
-  _tile_loadconfig(&before);
 }
-
-#else
-
-bool may_use_tiles() { return false; }
 
 #endif
-
-bool has_tiles() {
-  static const bool has = may_use_tiles();
-  return has && active_level() == Level::avx512;
-}
 
 Tensor with_dense_channels(const Tensor& x) {
   return x.stride(3) == 1 || x.size(3) == 1 ? x : torch::stable::contiguous(x);
@@ -367,5 +263,3 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, std::optiona
 LFM_REGISTER(CPU, attention, attention);
 
 }  // namespace lfm_fast
-
-extern "C" __attribute__((visibility("default"))) bool lfm_fast_cpu_has_tiles() { return lfm_fast::has_tiles(); }

@@ -12,6 +12,7 @@ from lfm_fast.ops.group_norm_silu import group_norm_silu
 from lfm_fast.ops.guided_step import guided_step
 from lfm_fast.ops.interpolate import interpolate
 from lfm_fast.ops.modulated_layer_norm import modulated_layer_norm
+from lfm_fast.ops.packed_linear import packed_linear
 from lfm_fast.ops.philox_normal import philox_normal, philox_uniform
 from lfm_fast.ops.velocity_loss import velocity_loss
 
@@ -25,6 +26,7 @@ __all__ = [
     "guided_step",
     "interpolate",
     "modulated_layer_norm",
+    "packed_linear",
     "philox_normal",
     "philox_uniform",
     "use_backend",

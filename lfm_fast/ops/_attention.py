@@ -141,10 +141,6 @@ def _why_not_cpp(q, k, v, scale=None) -> str | None:
     return _why_not_empty(q, k, v)
 
 
-def _cpp_available() -> str | None:
-    return _library.load() or (None if _library.has_tiles() else "this processor, or its system, has no AMX to give")
-
-
 def like_cpp(q, k, v, scale=None):
     """What the compiled kernel returns: the heads of a token side by side."""
     batch, heads, tokens, width = q.shape
@@ -193,7 +189,7 @@ def _why_not_xformers(q, k, v, scale=None) -> str | None:
 
 _HALF = (torch.bfloat16, torch.float16)
 BACKENDS = (
-    Backend(name="cpp", devices=("cpu",), why_not=_why_not_cpp, available=_cpp_available),
+    Backend(name="cpp", devices=("cpu",), why_not=_why_not_cpp, available=_library.why_no_tiles),
     # the fused kernel that PyTorch itself would take
     Backend(name="sdpa", devices=("cpu", "cuda"), why_not=_why_not_sdpa, available=_always, kernel=_sdpa),
     *(

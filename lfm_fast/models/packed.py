@@ -1,0 +1,51 @@
+"""Layers of a network that is only sampled from any more: weights in bfloat16, packed for the processor's tiles."""
+
+import torch
+from torch import Tensor, nn
+
+from lfm_fast import ops
+from lfm_fast.ops.packed_linear import pack, unpack
+
+_BF16 = torch.bfloat16
+
+
+class PackedLinear(nn.Module):
+    """What an nn.Linear computes, in bfloat16 (`ops.packed_linear`), with the GELU after it where `gelu` says so.
+
+    It has that layer's state dict: weights come out as they went in, rounded, and are packed again when they are loaded.
+    """
+
+    def __init__(self, linear: nn.Linear, gelu: bool = False):
+        super().__init__()
+        self.in_features, self.out_features, self.gelu = linear.in_features, linear.out_features, gelu
+        self.register_buffer("weight", pack(linear.weight))
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(_BF16).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.packed_linear(x.to(_BF16), self.weight, self.bias, self.out_features, self.gelu)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, gelu={self.gelu}"
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = unpack(self.weight, self.out_features, self.in_features)
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        name = prefix + "weight"
+        plain = state_dict.get(name)
+        if plain is not None and plain.shape == (self.out_features, self.in_features):
+            state_dict = {**state_dict, name: pack(plain)}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class PackedMlp(nn.Module):
+    """`layers.Mlp` on packed weights, its GELU part of the first product."""
+
+    def __init__(self, mlp: nn.Module):
+        super().__init__()
+        self.fc1 = PackedLinear(mlp.fc1, gelu=True)
+        self.fc2 = PackedLinear(mlp.fc2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x))
