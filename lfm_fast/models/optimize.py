@@ -40,7 +40,9 @@ def optimize(model: nn.Module, precision: str = "bf16", mode: str = "inference")
         torch.Size([2, 4, 8, 8])
     """
     if type(model) is not DiT:
-        raise ValueError(f"optimize takes a network of lfm_fast.create_model (a DiT), but this is {type(model).__name__}.")
+        raise ValueError(
+            f"optimize takes a network of lfm_fast.create_model (a DiT), but this is {type(model).__name__}."
+        )
     for name, value, known in (("precision", precision, (*_DTYPES,)), ("mode", mode, _MODES)):
         if not isinstance(value, str) or value not in known:
             raise ValueError(f"{name} is {value!r}, expected {' or '.join(known)}.")

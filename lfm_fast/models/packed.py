@@ -12,7 +12,7 @@ _BF16 = torch.bfloat16
 class PackedLinear(nn.Module):
     """What an nn.Linear computes, in bfloat16 (`ops.packed_linear`), with the GELU after it where `gelu` says so.
 
-    It has that layer's state dict: weights come out as they went in, rounded, and are packed again when they are loaded.
+    It has that layer's state dict: weights come out as they went in, rounded, and are packed when they are loaded.
     """
 
     def __init__(self, linear: nn.Linear, gelu: bool = False):

@@ -49,8 +49,8 @@ def _check(x, weight, bias, out_features, gelu=False) -> None:
     expected = (-(-out_features // PANEL), -(-x.shape[-1] // STEP), 2, 16, 16, 2)
     if tuple(weight.shape) != expected:
         raise ValueError(
-            f"weight is {tuple(weight.shape)}, expected {expected} for {x.shape[-1]} inputs and {out_features} outputs, "
-            "as packed_linear.pack makes it."
+            f"weight is {tuple(weight.shape)}, expected {expected}, which packed_linear.pack makes for {x.shape[-1]} "
+            f"inputs and {out_features} outputs."
         )
     if bias is not None:
         check_tensor("bias", bias, (BF16,))
@@ -118,7 +118,7 @@ _row = register(
             absolute=1e-5,
             relative=1e-5,
             low=2e-4,
-            origin="sums of up to 1,100 products of order 1 / 1,100 in float32, in another order; GELU's logistic to 1.5e-4",
+            origin="up to 1,100 products of order 1 / 1,100 are summed in another order; GELU's logistic to 1.5e-4",
         ),
         shared=("weight", "bias"),
         not_differentiable=("x", "weight", "bias"),
