@@ -37,7 +37,7 @@ def exact(model, t, z, y):
 
 @pytest.mark.parametrize(("precision", "bound"), [("bf16", 3e-2), ("fp16", 4e-3), ("fp32", 2e-6)])
 def test_the_velocity_is_the_networks_up_to_rounding(precision, bound):
-    """Different times and labels for every sample. Rounding: 8, 11 or 24 bits, through five blocks; the plain network in
+    """Every sample has its own time and label. Rounding: 8, 11 or 24 bits, through five blocks; the plain network in
     that precision is as far off."""
     model, (t, z, y) = network(), inputs()
     want = exact(model, t, z, y)
