@@ -296,9 +296,7 @@ def _load_diffusers(name, **options):
 
     options |= {"output_loading_info": True, "low_cpu_mem_usage": False}  # True wants accelerate, and says so
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "The `local_dir_use_symlinks` argument"
-        )  # diffusers' own
+        warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")  # diffusers' own
         network, info = AutoencoderKL.from_pretrained(name, **options)
     wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
     if wrong:
