@@ -38,6 +38,14 @@ def test_the_loss_falls(tmp_path):
     assert losses[-1] < 1.2
 
 
+@pytest.mark.parametrize("norm", ["nan", "inf"])
+def test_a_gradient_that_is_not_finite_ends_the_run_where_the_loss_still_is(tmp_path, monkeypatch, norm):
+    monkeypatch.setattr("lfm_fast.train.step._clip", lambda parameters, largest: (torch.tensor(float(norm)), None))
+    with pytest.raises(FloatingPointError, match=rf"no longer finite at step 4 \(loss \d.*, gradient norm {norm}\)"):
+        train(settings(tmp_path, log_every=100), TinySource())
+    assert not list(tmp_path.glob("*/checkpoints/*"))
+
+
 def test_metrics_hold_means_and_rates(tmp_path):
     every = read_metrics(train(settings(tmp_path / "every"), TinySource()))
     third = read_metrics(train(settings(tmp_path / "third", log_every=3), TinySource()))

@@ -132,6 +132,12 @@ def test_clipping_bounds_the_norm_and_reports_the_one_before():
     assert float(norm) == pytest.approx(1e-3, rel=1e-3)
 
 
+def test_a_gradient_below_the_bound_is_left_alone():
+    free, clipped = trained(settings()), trained(settings(clip_grad_norm=1e6))
+    assert float(clipped.grad_norm) < 1e6
+    assert worst_difference(free.model, clipped.model) == 0
+
+
 def test_ema_follows_the_formula():
     model = torch.nn.Linear(2, 2)
     ema, optimizer = EMA(model, 0.5), AdamW(model.parameters(), lr=1.0)
@@ -163,6 +169,17 @@ def test_training_averages_with_the_decay_asked_for():
     assert trained(settings(ema_decay=0.25), steps=0).ema.decay == 0.25
     state = trained(settings(ema_decay=0.0), steps=2)
     assert worst_difference(state.model, state.ema.average) == 0
+
+
+def test_the_average_warms_up_from_the_first_step_on():
+    state = trained(settings(), steps=0)
+    for step in range(2):
+        average = [p.double() for p in state.ema.average.parameters()]
+        train_step(state, TinySource(), settings(), training_path(settings()), WORLD)
+        keep = (1 + step) / (10 + step)
+        for before, after, p in zip(average, state.ema.average.parameters(), state.model.parameters()):
+            # roundings of 2^-24 of weights below 1
+            torch.testing.assert_close(after.double(), keep * before + (1 - keep) * p.double(), rtol=0, atol=2e-7)
 
 
 def test_bf16_trains_close_to_fp32():
