@@ -51,21 +51,22 @@ def _train(arguments):
 
 
 def _add_sample(commands):
-    parser = commands.add_parser("sample", allow_abbrev=False, help="draw images from a trained flow")
+    says = "Draw images from a trained flow: the one that ships with the package, a run's, a saved one or LFM's."
+    parser = commands.add_parser("sample", allow_abbrev=False, help="draw images from a trained flow", description=says)
     parser.set_defaults(run=_sample)
     add = parser.add_argument
     add("--model", default="embedded", help="'embedded', a saved folder, a training run's folder or a checkpoint file")
     add("--autoencoder", help="'embedded', a folder or a hub name; default: the one recorded with the model")
-    add("--num-images", type=int, default=16)
+    add("--num-images", type=int, default=16, help="how many (default: %(default)s)")
     add("--class", dest="label", metavar="NAME_OR_INDEX", help="label of all images; default: unconditional")
-    add("--guidance-scale", type=float, help="1 is none; default: what suits the model")
+    add("--guidance-scale", type=float, help="towards the class; 1 is none; default: what suits the model")
     add("--method", help="solver: euler, midpoint, heun, rk4, dopri5, ... (default: what suits the model, or dopri5)")
     add("--num-steps", type=int, help="steps of a fixed-step solver")
     add("--tolerance", type=float, help="atol and rtol of an adaptive solver")
-    add("--seed", type=int, default=0)
-    add("--batch-size", type=int, help="images at a time (default 64)")
+    add("--seed", type=int, default=0, help="image i depends on the seed and i alone (default: %(default)s)")
+    add("--batch-size", type=int, help="images at a time (default: 64)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
-    add("--output", default="samples.png", help="a .png file for one grid, or a folder for one each")
+    add("--output", default="samples.png", help="a .png file for one grid, or a folder (default: %(default)s)")
 
 
 def _sample(args):
@@ -74,7 +75,10 @@ def _sample(args):
 
     output = Path(args.output)
     as_grid = _prepared(output)
+    if args.label is None and args.guidance_scale not in (None, 1):
+        raise ValueError("--guidance-scale guides towards a class; give --class too, or leave it out")
     flow = LatentFlow.from_pretrained(args.model, args.autoencoder, device=_device(args.device))
+    _require_its_own(args, args.method or flow.sampling.get("method", "dopri5"))
     chosen = {name: getattr(args, name) for name in ("guidance_scale", "method", "num_steps")}
     chosen |= {"atol": args.tolerance, "rtol": args.tolerance, "progress": sys.stderr.isatty()}
     sampling = {name: value for name, value in chosen.items() if value is not None}
@@ -85,6 +89,16 @@ def _sample(args):
         for number, image in enumerate(images):
             save(grid(image[None], padding=0), output / f"{number:06d}.png")
     print(f"wrote {len(images)} images to {output}")
+
+
+def _require_its_own(args, method):
+    """Raise ValueError for a setting that the solver would not look at."""
+    from lfm_fast.solvers import get_solver
+
+    if args.tolerance is not None and not get_solver(method).adaptive:
+        raise ValueError(f"--tolerance is for adaptive solvers, and {method} takes fixed steps; give --num-steps")
+    if args.num_steps is not None and get_solver(method).adaptive:
+        raise ValueError(f"--num-steps is for fixed-step solvers, and {method} chooses its own; give --tolerance")
 
 
 def _prepared(output):
@@ -118,15 +132,18 @@ def _device(name):
 def _add_encode(commands):
     from lfm_fast.autoencoder import DEFAULT_HUB_NAME
 
-    parser = commands.add_parser("encode", allow_abbrev=False, help="encode images into a latent cache, to train from")
+    says = "Encode images once into a folder of latents, which `lfm-fast train --data` takes. Begun again, it goes on."
+    parser = commands.add_parser(
+        "encode", allow_abbrev=False, help="encode images into a latent cache, to train from", description=says
+    )
     parser.set_defaults(run=_encode)
     add = parser.add_argument
     add("--data", required=True, help="'embedded' or a folder of images (class = sub-folder)")
-    add("--image-size", type=int, default=256)
+    add("--image-size", type=int, default=256, help="side in pixels (default: %(default)s)")
     add("--autoencoder", default=DEFAULT_HUB_NAME, help="'embedded', a folder or a hub name (default: %(default)s)")
     add("--flip", action="store_true", help="store mirrored latents too")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
-    add("--output", type=Path, required=True, help="folder of the cache")
+    add("--output", type=_folder, required=True, help="folder of the cache")
 
 
 def _encode(args):
@@ -148,15 +165,21 @@ def _encode(args):
 
 
 def _add_convert(commands):
-    parser = commands.add_parser(
-        "convert", allow_abbrev=False, help="write a model (a run, a checkpoint) as one folder to load or share"
-    )
+    short = "write a model (a run, a checkpoint) as one folder to load or share"
+    says = "Write a model as one folder in diffusers' layout: model_index.json, transformer/ and vae/."
+    parser = commands.add_parser("convert", allow_abbrev=False, help=short, description=says)
     parser.set_defaults(run=_convert)
     add = parser.add_argument
     add("--model", required=True, help="a training run's folder, a checkpoint file or a saved folder")
     add("--autoencoder", help="'embedded', a folder or a hub name; default: the one recorded with the model")
     add("--dtype", default="fp32", choices=("fp32", "fp16", "bf16"), help="of the network's weights on disk")
-    add("--output", type=Path, required=True)
+    add("--output", type=_folder, required=True, help="folder; a flow that is there already is replaced")
+
+
+def _folder(text):
+    if not text:  # it would be the current folder
+        raise argparse.ArgumentTypeError("it is empty; give a folder")
+    return Path(text)
 
 
 def _convert(args):
@@ -172,7 +195,8 @@ def _convert(args):
 
 
 def _add_info(commands):
-    parser = commands.add_parser("info", help="say what is installed and which kernels run")
+    says = "say what is installed and which kernels run"
+    parser = commands.add_parser("info", help=says, description=f"{says[0].upper()}{says[1:]}.")
     parser.set_defaults(run=_info)
 
 
@@ -181,12 +205,16 @@ def _info(args):
 
     import torch
 
-    from lfm_fast import _library
+    from lfm_fast import _library, ops
+    from lfm_fast.ops._registry import rows
 
     reason = _library.load()
     print(_version())
     print(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
     print(f"compiled CPU kernels: {'loaded' if reason is None else reason}")
+    chosen = {name: ops.explain(name).backend for name in rows()}
+    for backend in sorted(set(chosen.values())):
+        print(f"  {backend} runs {', '.join(name for name in chosen if chosen[name] == backend)}")
     print(f"CUDA: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no device'}")
 
 

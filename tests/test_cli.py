@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -74,6 +75,8 @@ def test_info_names_version_and_kernels(capsys):
     assert __version__ in said
     assert torch.__version__ in said
     assert "compiled CPU kernels:" in said
+    backend = lfm_fast.ops.explain("philox_normal").backend
+    assert re.search(rf"^  {backend} runs .*philox_normal", said, re.MULTILINE)
 
 
 def test_train_takes_the_same_flags(capsys):
@@ -95,6 +98,9 @@ def test_train_takes_the_same_flags(capsys):
         (["sample", "--device", "cuda:99"], "--device cuda:99 is not here"),
         (["encode", "--data", "embedded", "--output", "cache", "--autoencoder", "nope"], "'nope' does not exist"),
         (["sample", "--method", "newton"], "method is 'newton'"),
+        (["sample", "--guidance-scale", "2"], "give --class too"),
+        (["sample", "--tolerance", "0.1"], "heun takes fixed steps; give --num-steps"),
+        (["sample", "--method", "dopri5", "--num-steps", "4"], "dopri5 chooses its own; give --tolerance"),
         (["encode", "--data", "nowhere", "--output", "cache", "--autoencoder", "embedded"], "nowhere"),
     ],
 )
@@ -105,6 +111,30 @@ def test_mistakes_end_with_one_sentence(arguments, says, capsys, tmp_path, monke
     assert says in said
     assert len(said.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir()), "nothing is written after a mistake"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["convert", "--model", "embedded"], ["encode", "--data", "embedded", "--autoencoder", "embedded"]]
+)
+def test_an_empty_output_is_not_the_current_folder(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--output", ""])
+    assert stop.value.code == 2
+    assert "argument --output: it is empty; give a folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["sample", "encode", "convert", "info"])
+def test_help_says_what_a_command_is_for_and_what_each_flag_means(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out.split("options:")
+    assert len(said[0].split("\n\n")) > 2, "a usage and nothing else"
+    entries = re.split(r"\n  (?=-)", said[1])[1:]
+    flags = re.compile(r"-+[\w-]+( [A-Z_]+|,| \{[^}]*\})?\s*")
+    assert [entry for entry in entries if not re.sub(r"\s", "", flags.sub("", entry))] == []
 
 
 def test_unknown_command_is_refused(capsys):
