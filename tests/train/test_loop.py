@@ -2,6 +2,7 @@ import errno
 import json
 import math
 import re
+import resource
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from lfm_fast.distributed import World
 from lfm_fast.models import create_model, num_parameters
 from lfm_fast.train import loop, report, source
 from lfm_fast.train.config import from_preset, parse_args
-from lfm_fast.train.journal import Journal, read_metrics
+from lfm_fast.train.journal import Journal, _append, read_metrics
 from lfm_fast.train.loop import resolve_precision, train
 from lfm_fast.train.samples import grid_labels
 from lfm_fast.train.source import FirstImages, check_source, open_source, resolve_labels
@@ -155,6 +156,19 @@ def test_metrics_survive_a_disk_that_was_full_for_a_while(tmp_path, monkeypatch,
 
 
 # --- a dry run ---
+
+
+def test_a_line_that_fits_in_part_leaves_nothing_of_itself(tmp_path):
+    """As on a disk that fills up in the middle of it: half a line would swallow the next."""
+    _append(tmp_path / "metrics.jsonl", "first\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            _append(tmp_path / "metrics.jsonl", "a second line\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "metrics.jsonl").read_text() == "first\n"
 
 
 def test_a_dry_run_describes_and_stops(tmp_path, capfd):
