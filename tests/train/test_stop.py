@@ -1,0 +1,42 @@
+"""Which signals ask a run to stop, and which end it at once."""
+
+import signal
+import time
+
+import pytest
+
+from lfm_fast.distributed import World
+from lfm_fast.train.stop import StopSignals
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is set."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_interrupt_counts_when_it_comes_a_second_later(clock, first):
+    """torchrun passes on, within that second, the Ctrl-C that the terminal has already sent."""
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignals(World()) as stop:
+        assert not stop.asked()
+        signal.raise_signal(first)
+        assert stop.asked()
+        clock[0] += 0.9
+        signal.raise_signal(signal.SIGINT)
+        clock[0] += 0.2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_sigterm_still_waits_for_the_step(clock):
+    """A scheduler repeats it until the process is gone."""
+    with StopSignals(World()) as stop:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+            clock[0] += 60
+        assert stop.asked()
