@@ -48,8 +48,10 @@ def create_model(
 ) -> nn.Module:
     """Build a network by its name, with fresh weights, for images of `image_size` pixels.
 
-    The network sees latents of side image_size / downsampling with `in_channels` channels. `overrides` replace
-    arguments of the named network. Raises ValueError for an unknown name or argument and for sizes that do not divide.
+    Names: DiT-S, DiT-B, DiT-L and DiT-XL with patches /2, /4 and /8 (arXiv 2212.09748, table 1), and DiT-Emoji/2 and
+    /4, small ones for the embedded data set. The network sees latents of side image_size / downsampling with
+    `in_channels` channels. `overrides` replace arguments of the named network. Raises ValueError for an unknown name or
+    argument and for sizes that do not divide.
 
     >>> model = create_model("DiT-S/8", image_size=64, num_classes=10, label_dropout=0.1)
     >>> model.config["image_size"], model.null_label

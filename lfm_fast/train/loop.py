@@ -47,6 +47,7 @@ def train(config, source=None, autoencoder=None):
     a source without an autoencoder trains without sample grids. Raises ValueError for settings that cannot work,
     FloatingPointError when the loss stops being finite, OSError when the last checkpoint cannot be written.
     """
+    _refuse_empty(config)
     world = distributed.start(config.device)
     try:
         config = dataclasses.replace(config, precision=resolve_precision(config.precision, world.device))
@@ -67,6 +68,13 @@ def train(config, source=None, autoencoder=None):
         return folder
     finally:
         world.close()
+
+
+def _refuse_empty(config):
+    """An empty text, a shell variable that is not set, would be the current folder."""
+    for name in ("data", "cache_latents", "autoencoder", "output"):
+        if getattr(config, name) == "":
+            raise ValueError(f"--{name.replace('_', '-')} is empty; give a name or a folder, or leave it out")
 
 
 def _check_outputs(config):
