@@ -1,8 +1,11 @@
 """The workloads by kind: what a specification (kind, arguments) builds, in this process or in another."""
 
-from benchmarks.networks import Forward, GuidedSampling, TrainingStep
+from benchmarks.feeding import CacheFeeding, FolderFeeding
+from benchmarks.networks import Forward, GuidedSampling
 from benchmarks.optimizer import OptimizerStep
 from benchmarks.solving import Solving
+from benchmarks.starting import Importing, Starting
+from benchmarks.training import TrainingStep
 from benchmarks.workloads import ForwardBackward, OpWorkload, Workload
 
 KINDS = {
@@ -13,6 +16,10 @@ KINDS = {
     "training": TrainingStep,
     "sampling": GuidedSampling,
     "solver": Solving,
+    "cached latents": CacheFeeding,
+    "image folder": FolderFeeding,
+    "start": Starting,
+    "import": Importing,
 }
 
 

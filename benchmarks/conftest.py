@@ -6,8 +6,9 @@ from importlib import metadata
 import pytest
 import torch
 
-from benchmarks import ceilings, measure, report
+from benchmarks import ceilings, measure, report, worker
 from benchmarks.memory import keep_freed_memory
+from benchmarks.names import GROUPS
 from benchmarks.settings import MODE
 
 
@@ -19,16 +20,34 @@ def _session(tmp_path_factory):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
     ceilings.measure()
     yield
+    worker.close()
     measure.compare_with_ceilings()
 
 
+PACKAGES = ("torch", "diffusers", "torchdiffeq", "pytest-benchmark")
 _kept: list[bool] = []
+
+
+def pytest_addoption(parser):
+    parser.addoption("--group", action="append", choices=GROUPS, help="benchmarks of this group only (may be repeated)")
+
+
+def pytest_collection_modifyitems(config, items):
+    wanted = config.getoption("--group") or GROUPS
+    kept = [item for item in items if _group(item) in wanted]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def _group(item) -> str | None:
+    marker = item.get_closest_marker("benchmark")
+    return marker.kwargs["group"] if marker else None
 
 
 def about() -> dict:
     return {
         "mode": MODE,
-        "versions": {name: metadata.version(name) for name in ("torch", "torchdiffeq", "pytest-benchmark")},
+        "versions": {name: metadata.version(name) for name in PACKAGES},
         "device": "cpu",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),

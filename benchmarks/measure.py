@@ -1,64 +1,56 @@
 """Timing contenders side by side: warmed up, interleaved round by round, each with its error against float64."""
 
-import contextlib
 import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import ceilings
-from benchmarks.plain import EAGER, plain_pytorch
-from benchmarks.settings import FEWEST_ROUNDS, LONG, MOST_ROUNDS, WARM_UP
-from benchmarks.worker import Worker, why_no_compiler
-from benchmarks.workloads import Workload, relative_error
-from lfm_fast import ops
+from benchmarks import ceilings, worker
+from benchmarks.names import AGAIN, COMPILED, FAST, REFERENCE
+from benchmarks.plain import forced
+from benchmarks.settings import FEWEST_LONG_ROUNDS, FEWEST_ROUNDS, LONG, LONG_ROUND, MOST_ROUNDS, WARM_UP
+from benchmarks.workloads import Contender, Workload, relative_error
 
-FAST, AGAIN, REFERENCE = "fast path", "fast path, again", "reference path"
-COMPILED, FAST_COMPILED = "torch.compile", "fast path + torch.compile"
-PLAIN = "plain"  # among backends: the networks without the ops of the table
 SLEEP = 2e-3  # after a turn elsewhere: threads of the other process go on spinning for about a millisecond
+SHARES_KEPT = 8  # operators of a profile that are named, the rest being one
 
 records: list[dict] = []  # of this session, in order: what the summary draws
 
 
 class Turns:
-    """One timed call at a time, with a backend forced or, with None, the one that the table chooses."""
+    """One timed call of a contender at a time, on its backend."""
 
-    def __init__(self, call: Callable, backend: str | None):
-        self.call, self.backend = call, backend
-        with forced(backend):
-            self.short = _seconds(call) < LONG  # the first call allocates, fills caches and chooses
-            self.short = self.short and _seconds(call) < WARM_UP
+    def __init__(self, contender: Contender, warm_up: bool = True):
+        self.call, self.backend = contender.call, contender.backend
+        self.seconds, self.short = 0.0, False
+        if warm_up:
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        with forced(self.backend):
+            self.seconds = _seconds(self.call)  # the first call allocates, fills caches and chooses
+            self.short = self.seconds < LONG
+            if self.short:
+                self.seconds = _seconds(self.call)
+                self.short = self.seconds < WARM_UP
 
     def __call__(self) -> float:
         with self.ready():
             return _seconds(self.call)
 
-    @contextlib.contextmanager
+    @contextmanager
     def ready(self):
         """The backend forced, and the process awake."""
         with forced(self.backend):
             start = time.perf_counter()
             while self.short and time.perf_counter() - start < WARM_UP:
                 self.call()
-            yield
-
-
-@contextlib.contextmanager
-def forced(backend: str | None):
-    """Context in which the ops run on `backend`; None leaves the choice to the table, PLAIN takes them out."""
-    if backend is None:
-        yield
-    elif backend == PLAIN:
-        with plain_pytorch(), ops.use_backend("reference"):
-            yield
-    else:
-        with ops.use_backend(backend):
             yield
 
 
@@ -69,43 +61,106 @@ def _seconds(call: Callable) -> float:
 
 
 @dataclass
-class Contender:
-    """Who takes a turn, and what is known of it beside its times."""
+class Entrant:
+    """A contender in a comparison: what takes a turn, how long one is, and what is known of it."""
 
     turn: Callable[[], float]
-    facts: dict = field(default_factory=dict)
+    expected: float
+    facts: dict
     seconds: list[float] = field(default_factory=list)
 
 
 def compare(benchmark, title: str, workload: Workload, *, seconds: float, specification=None, compiled=()) -> None:
     """Time the workload's fast path with pytest-benchmark's fixture and every other contender in the same rounds.
 
-    specification: what `catalogue.build` makes the workload of in another process; compiled: which of COMPILED and
-    FAST_COMPILED run there, or a sentence why none does. seconds: how long the rounds may take together.
+    specification: what `catalogue.build` makes the workload of in another process; compiled: the contenders that
+    Inductor compiles there, or a sentence why there are none. seconds: how long the rounds may take together.
+    Raises AssertionError, when all is recorded, if a contender's error is more than rounding explains.
     """
     load = os.getloadavg()[0]
-    truth = workload.truth()
-    contenders, worker, not_run = _contenders(workload, truth, specification, compiled)
-    fast = Turns(workload.call, None)
-    times: list[float] = []
+    contenders = workload.contenders()
+    facts = {name: _facts(workload, name, contender) for name, contender in contenders.items()}
+    turns = {name: Turns(contender, workload.rounds is None) for name, contender in contenders.items()}
+    entrants = {name: Entrant(turn, turn.seconds, facts[name]) for name, turn in turns.items()}
+    elsewhere, not_run = _compiled(workload, specification, compiled)
+    entrants |= elsewhere
+    fast, others = entrants[FAST], [entrant for name, entrant in entrants.items() if name != FAST]
 
     def others_then_warm_up():
-        order = list(contenders.values())
-        first = len(times) % len(order)
-        for contender in order[first:] + order[:first]:
-            contender.seconds.append(contender.turn())
-        with fast.ready():
+        first = len(fast.seconds) % len(others)
+        for entrant in others[first:] + others[:first]:
+            entrant.seconds.append(entrant.turn())
+        with fast.turn.ready():
             pass
 
     def call():
-        times.append(_seconds(workload.call))
+        fast.seconds.append(_seconds(fast.turn.call))
 
-    rounds = _rounds(contenders, seconds)
-    benchmark.pedantic(call, setup=others_then_warm_up, rounds=rounds, iterations=1)
-    if worker is not None:
-        worker.close()
-    contenders = {FAST: Contender(fast, _facts(workload, FAST, workload.call, truth), times), **contenders}
-    record = {
+    benchmark.pedantic(call, setup=others_then_warm_up, rounds=_rounds(workload, entrants, seconds), iterations=1)
+    if elsewhere:
+        worker.shared().forget()
+    record = _record(title, workload, entrants, load, not_run)
+    benchmark.extra_info.update(record)
+    records.append({"group": benchmark.group, **record})
+    check_errors(record)
+
+
+def _compiled(workload, specification, names) -> tuple[dict[str, Entrant], dict[str, str]]:
+    """The contenders of the other process, and {name: why it did not run}."""
+    reason = names if isinstance(names, str) else worker.why_no_compiler()
+    if reason or not names:
+        return {}, {COMPILED: reason} if reason else {}
+    found = {}
+    for name, result, facts in worker.shared().build(specification, names):
+        truth = workload.truth_of(name)
+        turn = _elsewhere(name)
+        found[name] = Entrant(turn, turn(), {"error": relative_error(result, truth[: len(result)]), **facts})
+    return found, {}
+
+
+def _elsewhere(name: str) -> Callable[[], float]:
+    def turn():
+        time.sleep(SLEEP)
+        seconds = worker.shared().turn(name)
+        time.sleep(SLEEP)
+        return seconds
+
+    return turn
+
+
+def _facts(workload: Workload, name: str, contender: Contender) -> dict:
+    """Error, memory and operators of a contender of this process."""
+    if name == AGAIN:
+        return {}
+    facts = {}
+    with forced(contender.backend):
+        truth = workload.truth_of(name) if contender.result is not None else None
+        if truth is not None:
+            got = contender.result()
+            whole = name in (FAST, REFERENCE)  # others may leave statistics out
+            facts["error"] = relative_error(got, truth if whole else truth[: len(got)])
+        if workload.measures_memory:
+            call = contender.peak or contender.call
+            if contender.result is None:
+                call()  # what only the first call holds is not counted
+            facts["peak_bytes"], shares = profiled(call)
+            if name in workload.profiled:
+                facts["shares"] = shares
+    return facts
+
+
+def _rounds(workload: Workload, entrants: dict[str, Entrant], seconds: float) -> int:
+    if workload.rounds is not None:
+        return workload.rounds
+    round_seconds = sum(entrant.expected for entrant in entrants.values())
+    fewest = FEWEST_LONG_ROUNDS if round_seconds > LONG_ROUND else FEWEST_ROUNDS
+    return max(fewest, min(MOST_ROUNDS, int(seconds / round_seconds)))
+
+
+def _record(title: str, workload: Workload, entrants: dict[str, Entrant], load: float, not_run: dict) -> dict:
+    times = entrants[FAST].seconds
+    noise = [again / first for again, first in zip(entrants[AGAIN].seconds, times)]
+    return {
         "title": title,
         "precision": workload.precision,
         "bytes": workload.moved,
@@ -114,65 +169,19 @@ def compare(benchmark, title: str, workload: Workload, *, seconds: float, specif
         "note": workload.note,
         "rounds": len(times),
         "load_average": [load, os.getloadavg()[0]],
-        "noise": spread([a / b for a, b in zip(contenders[AGAIN].seconds, times)]),
+        "noise": spread(noise),
         "not_run": not_run,
-        "contenders": {name: _summary(c, times, workload) for name, c in contenders.items()},
+        "largest_error": workload.largest_error([e.facts["error"] for e in entrants.values() if "error" in e.facts]),
+        "contenders": {name: _summary(name, entrant, times, workload) for name, entrant in entrants.items()},
     }
-    benchmark.extra_info.update(record)
-    records.append({"group": benchmark.group, **record})
 
 
-def _contenders(workload, truth, specification, compiled):
-    """All but the fast path itself: {name: Contender}, the other process or None, and {name: why it did not run}."""
-    found = {REFERENCE: Contender(Turns(workload.call, "reference"))}
-    with forced("reference"):
-        found[REFERENCE].facts = _facts(workload, REFERENCE, workload.call, truth)
-    found[AGAIN] = Contender(Turns(workload.call, None))
-    if workload.has_network:
-        found[EAGER] = Contender(Turns(workload.call, PLAIN))
-        with forced(PLAIN):
-            found[EAGER].facts = _facts(workload, EAGER, workload.call, truth, workload.result)
-    for name, (call, result) in workload.others().items():
-        found[name] = Contender(Turns(call, None), _facts(workload, name, call, truth, result))
-    reason = compiled if isinstance(compiled, str) else why_no_compiler()
-    if reason or not compiled:
-        return found, None, {COMPILED: reason} if reason else {}
-    backends = {name: PLAIN if name == COMPILED else None for name in compiled}
-    worker = Worker(specification, tuple(backends.values()))
-    for name, backend in backends.items():
-        error = relative_error(worker.results[backend], truth)
-        found[name] = Contender(_elsewhere(worker, backend), {"error": error, **worker.facts[backend]})
-    return found, worker, {}
-
-
-def _elsewhere(worker: Worker, backend: str | None) -> Callable[[], float]:
-    def turn():
-        time.sleep(SLEEP)
-        seconds = worker.turn(backend)
-        time.sleep(SLEEP)
-        return seconds
-
-    return turn
-
-
-def _facts(workload, name, call, truth, result=None) -> dict:
-    own = name in (FAST, REFERENCE)
-    facts = {"peak_bytes": peak_bytes(call)}
-    if truth is not None and (own or result is not None):
-        got = workload.result() if own else result()
-        facts["error"] = relative_error(got, truth if own else truth[: len(got)])  # others may leave statistics out
-    if name in getattr(workload, "nfe", {}):
-        facts["nfe"] = workload.nfe[name]
-    return facts
-
-
-def _rounds(contenders, seconds: float) -> int:
-    """How many rounds fit, from one turn of each; the fast path counts as its second contender."""
-    start = time.perf_counter()
-    for contender in [*contenders.values(), contenders[AGAIN]]:
-        contender.turn()
-    round_seconds = time.perf_counter() - start
-    return max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(seconds / round_seconds)))
+def check_errors(record: dict) -> None:
+    """Fail a workload in which somebody is fast and wrong."""
+    largest = record["largest_error"]
+    errors = {name: c["error"] for name, c in record["contenders"].items() if "error" in c}
+    wrong = [f"{name} is off by {error:.1e}" for name, error in errors.items() if not error <= largest]
+    assert not wrong, f"{record['title']}: {', '.join(wrong)}; no more than {largest:.1e} is rounding"
 
 
 def spread(values: list[float]) -> dict:
@@ -181,11 +190,12 @@ def spread(values: list[float]) -> dict:
     return {"median": middle, "low": low, "high": high, "least": min(values)}
 
 
-def _summary(contender: Contender, fast_times: list[float], workload: Workload) -> dict:
+def _summary(name: str, entrant: Entrant, fast_times: list[float], workload: Workload) -> dict:
     """Times in seconds; ratio: this contender's time over the fast path's of the same round (above 1: slower)."""
-    seconds = spread(contender.seconds)
-    ratio = spread([a / b for a, b in zip(contender.seconds, fast_times)])
-    return {"seconds": seconds, "ratio": ratio, **contender.facts, **_rates(workload, seconds["median"])}
+    seconds = spread(entrant.seconds)
+    ratio = spread([a / b for a, b in zip(entrant.seconds, fast_times)])
+    rates = _rates(workload, seconds["median"])
+    return {"seconds": seconds, "ratio": ratio, **entrant.facts, **rates, **workload.facts(name, seconds["median"])}
 
 
 def _rates(workload: Workload, seconds: float) -> dict:
@@ -211,8 +221,12 @@ def compare_with_ceilings() -> None:
                 contender["share_of_gemm"] = contender["flops_per_second"] / best
 
 
-def peak_bytes(call: Callable) -> int:
-    """The most memory that one call holds at once beside what was there before, by PyTorch's own accounting."""
+def profiled(call: Callable) -> tuple[int, dict[str, float]]:
+    """(bytes, {operator: share of the time}) of one call, by PyTorch's own accounting.
+
+    The bytes are the most that it holds at once beside what was there before; the shares are of the operators' own
+    time, children not counted, the largest first and the rest together as "other".
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     with tempfile.TemporaryDirectory() as folder:
@@ -225,4 +239,11 @@ def peak_bytes(call: Callable) -> int:
     for _, change in changes:
         held += change
         peak = max(peak, held)
-    return peak
+    return peak, _shares({e.key: e.self_cpu_time_total for e in profiler.key_averages()})
+
+
+def _shares(times: dict[str, float]) -> dict[str, float]:
+    total = sum(times.values())
+    largest = sorted(times, key=times.get, reverse=True)[:SHARES_KEPT]
+    found = {name: times[name] / total for name in largest if times[name]}
+    return {**found, "other": 1 - sum(found.values())} if found else {}

@@ -1,14 +1,15 @@
 """What one writes who has PyTorch alone: its own fused kernels, one after the other, which Inductor sees through."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
+from lfm_fast import ops as table
 from lfm_fast.models import dit, layers
 
-EAGER = "PyTorch eager"
+WITHOUT_OPS = "plain"  # among backends: the networks without the ops of the table
 
 
 def modulated_layer_norm(x, shift, scale, eps):
@@ -54,3 +55,16 @@ def plain_pytorch():
     finally:
         for module, ops in before.items():
             module.ops = ops
+
+
+def forced(backend: str | None):
+    """Context in which the ops run on `backend`; None leaves the choice to the table, WITHOUT_OPS takes them out."""
+    if backend is None:
+        return nullcontext()
+    return _without_ops() if backend == WITHOUT_OPS else table.use_backend(backend)
+
+
+@contextmanager
+def _without_ops():
+    with plain_pytorch(), table.use_backend("reference"):
+        yield

@@ -1,9 +1,10 @@
-"""The ops of the table at their own sizes: reference path, torch.compile of the reference, fast path."""
+"""Group `ops`: the ops of the table at their own sizes, alone and with their gradients, and the optimizer's pass."""
 
 import pytest
 
 from benchmarks.catalogue import build
-from benchmarks.measure import COMPILED, compare
+from benchmarks.measure import compare
+from benchmarks.names import COMPILED
 from benchmarks.settings import FULL, QUICK, seconds_for
 from lfm_fast.ops import _registry
 
@@ -54,13 +55,13 @@ def test_op(benchmark, request, row, size):
     run(benchmark, request, "op", row, size, 3.0)
 
 
-@pytest.mark.benchmark(group="ops with their gradients")
+@pytest.mark.benchmark(group="ops")
 @pytest.mark.parametrize(("row", "size"), cases(row for row in ROWS.values() if has_backward(row)))
 def test_op_and_gradient(benchmark, request, row, size):
     run(benchmark, request, "op and gradient", row, size, 4.0)
 
 
-@pytest.mark.benchmark(group="optimizer")
+@pytest.mark.benchmark(group="ops")
 @pytest.mark.parametrize("network", ["DiT-S/2"] if not FULL else ["DiT-S/2", "DiT-B/2"])
 def test_optimizer_step(benchmark, network):
     specification = ("optimizer", {"network": network})

@@ -1,7 +1,7 @@
-"""A contender in a process of its own.
+"""Contenders in a process of their own.
 
 What Inductor compiles brings its own threads and allocations: in the process of the others it slows them and itself
-down many times over. The process does nothing between its turns.
+down many times over. The process does nothing between its turns. One serves a whole session, a workload at a time.
 """
 
 import multiprocessing
@@ -11,6 +11,8 @@ import time
 
 import torch
 
+_shared: list["Worker"] = []
+
 
 def why_no_compiler() -> str | None:
     """The reason why Inductor cannot compile here, or None."""
@@ -18,27 +20,43 @@ def why_no_compiler() -> str | None:
     return None if shutil.which(compiler) else f"there is no C++ compiler ({compiler}) for Inductor"
 
 
+def shared() -> "Worker":
+    """The session's worker, started when first asked for."""
+    if not _shared:
+        _shared.append(Worker())
+    return _shared[0]
+
+
+def close() -> None:
+    while _shared:
+        _shared.pop().close()
+
+
 class Worker:
-    """A compiled workload in another process; `turn` times one call there.
+    """Compiled contenders of one workload at a time in another process; `turn` times one call there."""
 
-    backends: what the ops are forced to, None for the table's own choice. `facts` and `results` are by backend.
-    """
-
-    def __init__(self, specification: tuple[str, dict], backends: tuple[str | None, ...]):
+    def __init__(self):
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        arguments = (theirs, specification, backends, torch.get_num_threads())
-        self.process = context.Process(target=_serve, args=arguments, daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, torch.get_num_threads()), daemon=True)
         self.process.start()
         theirs.close()
-        self.facts, self.results = {}, {}
-        for backend in backends:
-            self.facts[backend], arrays = self._receive()
-            self.results[backend] = [torch.from_numpy(array) for array in arrays]
 
-    def turn(self, backend: str | None) -> float:
-        self.connection.send(backend)
+    def build(self, specification: tuple[str, dict], names: tuple[str, ...]):
+        """Compile; yields (name, result, facts) of each contender: when it comes, its turns can be taken."""
+        self.connection.send(("build", specification, tuple(names)))
+        for _ in names:
+            name, arrays, facts = self._receive()
+            yield name, [torch.from_numpy(array) for array in arrays], facts
+            self.connection.send(("go on",))
+
+    def turn(self, name: str) -> float:
+        self.connection.send(("turn", name))
         return self._receive()
+
+    def forget(self) -> None:
+        """Free what the last workload holds."""
+        self.connection.send(("forget",))
 
     def close(self) -> None:
         self.connection.close()
@@ -50,29 +68,51 @@ class Worker:
         try:
             return self.connection.recv()
         except EOFError:
-            raise RuntimeError("the process of the compiled contender died; what it said stands above") from None
+            _shared.clear()
+            raise RuntimeError("the process of the compiled contenders died; what it said stands above") from None
 
 
-def _serve(connection, specification, backends, num_threads):
-    from benchmarks.catalogue import build
-    from benchmarks.measure import Turns, forced, peak_bytes
+def _serve(connection, num_threads):
     from benchmarks.memory import keep_freed_memory
 
     torch.set_num_threads(num_threads)
     keep_freed_memory()
-    workload = build(specification)
-    workload.compile()
     turns = {}
-    for backend in backends:
-        start = time.perf_counter()
-        with forced(backend):
-            results = [x.detach().float().numpy() for x in workload.result()]
-            workload.call()
-            facts = {"compile_seconds": time.perf_counter() - start, "peak_bytes": peak_bytes(workload.call)}
-        connection.send((facts, results))
-        turns[backend] = Turns(workload.call, backend)
     try:
         while True:
-            connection.send(turns[connection.recv()]())
-    except EOFError:  # the other end closed: the measurement is over
+            command, *arguments = connection.recv()
+            if command == "build":
+                _build(connection, turns, *arguments)
+            else:
+                _obey(connection, turns, command, *arguments)
+    except EOFError:  # the other end closed: the session is over
         pass
+
+
+def _obey(connection, turns, command, *arguments):
+    if command == "turn":
+        connection.send(turns[arguments[0]]())
+    elif command == "forget":
+        turns.clear()
+        torch.compiler.reset()
+
+
+def _build(connection, turns, specification, names):
+    """Send each contender when it is ready, and serve its turns until asked to go on with the next."""
+    from benchmarks.catalogue import build
+    from benchmarks.measure import Turns, profiled
+    from benchmarks.plain import forced
+
+    workload = build(specification)
+    for name in names:
+        start = time.perf_counter()
+        contender = workload.compiled(name)
+        with forced(contender.backend):
+            result = [x.detach().float().numpy() for x in contender.result()]
+            (contender.peak or contender.call)()
+            facts = {"compile_seconds": time.perf_counter() - start}
+            facts["peak_bytes"], _ = profiled(contender.peak or contender.call)
+        turns[name] = Turns(contender)
+        connection.send((name, result, facts))
+        while (command := connection.recv())[0] != "go on":
+            _obey(connection, turns, *command)

@@ -7,17 +7,32 @@ the tensors that `truth` has in float64. Numbers are drawn, never zeros: a proce
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from benchmarks.ceilings import working_set_bytes
-from benchmarks.plain import EAGER, PLAIN
+from benchmarks.names import AGAIN, EAGER, FAST, REFERENCE
+from benchmarks.plain import PLAIN
 from lfm_fast import ops  # noqa: F401  (its import registers the rows)
 from lfm_fast.ops import _registry
 from lfm_fast.ops.philox_normal import philox_words
 
 LARGE = 2**20  # bytes of inputs from which a call is made to find them outside the cache
+
+
+@dataclass
+class Contender:
+    """Who is timed: what one turn calls, on which backend (see `plain.forced`), and the tensors that tell its error.
+
+    result None: nothing of it compares. peak: a call that holds as much memory and is shorter.
+    """
+
+    call: Callable
+    result: Callable[[], list[Tensor]] | None = None
+    backend: str | None = None
+    peak: Callable | None = None
 
 
 class Workload:
@@ -28,7 +43,9 @@ class Workload:
     flops: int | None = None
     images: int | None = None
     note = ""
-    has_network = False  # that calls ops of the table
+    rounds: int | None = None  # how many there are whatever the time, with no call before them to warm up
+    measures_memory = True  # by PyTorch's profiler, so within this process
+    profiled: tuple[str, ...] = ()  # contenders whose operators' shares of the time are kept
 
     def call(self):
         raise AssertionError("every workload says what it runs")
@@ -40,11 +57,45 @@ class Workload:
         return tensors_of(self.call())
 
     def truth(self) -> list[Tensor] | None:
+        """The result in float64, or None where there is none."""
         return None
 
+    def truth_of(self, name: str) -> list[Tensor] | None:
+        """That of a contender, computed once."""
+        if not hasattr(self, "_truth"):
+            self._truth = self.truth()
+        return self._truth
+
+    def contenders(self) -> dict[str, Contender]:
+        """Who runs in this process, the fast path first."""
+        return {
+            FAST: Contender(self.call, self.result),
+            REFERENCE: Contender(self.call, self.result, "reference"),
+            AGAIN: Contender(self.call),
+            **{name: Contender(call, result) for name, (call, result) in self.others().items()},
+        }
+
     def others(self) -> dict[str, tuple[Callable, Callable | None]]:
-        """Further contenders in this process: name -> (call, what gives its result or None where none compares)."""
+        """Further contenders: name -> (call, what gives its result or None where none compares)."""
         return {}
+
+    def compiled(self, name: str) -> Contender:
+        """A contender that Inductor compiled, in whatever process this is called."""
+        self.compile()
+        return Contender(self.call, self.result)
+
+    def facts(self, name: str, seconds: float) -> dict:
+        """What else to record of a contender whose median time is `seconds`."""
+        return {}
+
+    def largest_error(self, errors: list[float]) -> float:
+        """The largest relative error that is a rounding and no mistake, given those of all contenders."""
+        return LARGEST_ERROR[self.precision]
+
+
+# Roundings grow to 1e-6 in float32 and to 1e-2 in bfloat16 (8 bits: 4e-3 each) on the way through a network and back;
+# a wrong kernel, such as one sample's modulation applied to the batch, is off by 1e-1 and more.
+LARGEST_ERROR = {"float32": 1e-5, "bfloat16": 3e-2}
 
 
 class OpWorkload(Workload):

@@ -1,9 +1,9 @@
-"""Sampling: guided Heun on DiT-S/2, and the solvers against the true solution (group `solvers`)."""
+"""Group `solvers`: the solvers against the true solution."""
 
 import pytest
 
 from benchmarks.catalogue import build
-from benchmarks.measure import COMPILED, FAST_COMPILED, compare
+from benchmarks.measure import compare
 from benchmarks.settings import FULL, QUICK, seconds_for
 from lfm_fast.pipeline import EMBEDDED_FOLDER, INDEX
 
@@ -11,22 +11,6 @@ from lfm_fast.pipeline import EMBEDDED_FOLDER, INDEX
 METHODS = {"euler": 48, "midpoint": 24, "heun": 24, "rk4": 12, "dopri5": 1}
 BATCH_SIZES = {"mixture": 16, "embedded": 2}
 REFERENCE_STEPS = {"mixture": 200 if QUICK else 1000, "embedded": 64}  # of RK4 in float64; its own error is recorded
-
-
-@pytest.mark.benchmark(group="guided sampling")
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"] if FULL else ["bfloat16"])
-def test_guided_heun(benchmark, precision):
-    # two images are four network rows, the batch of test_dit.py: Inductor's kernels are compiled once for both
-    batch_size, num_steps = (1, 2) if QUICK else (2, 3)
-    specification = ("sampling", {"batch_size": batch_size, "num_steps": num_steps, "precision": precision})
-    compare(
-        benchmark,
-        f"DiT-S/2, Heun x {num_steps}, guided, {batch_size} x 256 px, {precision}",
-        build(specification),
-        seconds=seconds_for(full=15.0, quick=3.0),
-        specification=specification,
-        compiled="quick mode" if QUICK else (COMPILED, FAST_COMPILED),
-    )
 
 
 @pytest.mark.benchmark(group="solvers")

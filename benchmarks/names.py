@@ -1,0 +1,8 @@
+"""What the contenders are called, in tables and result files."""
+
+FAST, AGAIN, REFERENCE = "fast path", "fast path, again", "reference path"
+EAGER = "PyTorch eager"
+COMPILED, FAST_COMPILED = "torch.compile", "fast path + torch.compile"
+DIFFUSERS, DIFFUSERS_COMPILED = "diffusers", "diffusers + torch.compile"
+
+GROUPS = ("ops", "forward", "train_step", "sampling", "solvers", "data", "startup")
