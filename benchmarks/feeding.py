@@ -13,13 +13,14 @@ from benchmarks.networks import LATENT_SHAPE
 from benchmarks.plain import WITHOUT_OPS
 from benchmarks.training import Ours, TrainingStep
 from benchmarks.workloads import Contender, Workload, exact_normals
-from lfm_fast.autoencoder import POSTERIOR_STREAM, Posterior, load_autoencoder
+from lfm_fast.autoencoder import Posterior, load_autoencoder
 from lfm_fast.data import ImageSource
 from lfm_fast.data.encoding import encode_images, to_model_range
 from lfm_fast.data.folder import FolderImages
 from lfm_fast.data.latent_cache import LatentCache
 from lfm_fast.data.latents import CachedLatents, EncodedImages
 from lfm_fast.data.order import item_of
+from lfm_fast.ops.streams import STREAM_POSTERIOR
 
 SEED = 0
 DATA_LOADER = "torch DataLoader"
@@ -57,7 +58,7 @@ class Feeding(Workload):
     def noise(self, shape) -> Tensor:
         """What the posterior is sampled with, in float64."""
         numel = shape[1] * shape[2] * shape[3]
-        return exact_normals(self.numbers, numel, SEED, POSTERIOR_STREAM, 0).view(shape)
+        return exact_normals(self.numbers, numel, SEED, STREAM_POSTERIOR, 0).view(shape)
 
     def result(self) -> list[Tensor]:
         return [self.source.batch(self.numbers, SEED)[0]]

@@ -1,17 +1,24 @@
-"""Draws a result file: `python -m benchmarks.report RESULT.json [--markdown] [--plot PICTURE.png]`."""
+"""Draws result files: `python -m benchmarks.report RESULT.json ... [--markdown] [--output FOLDER]`.
+
+With --output: FOLDER/benchmarks.md, a page of tables and pictures, and FOLDER/images/benchmark-*.png; what the README
+may say of them is printed.
+"""
 
 import argparse
 import json
+import re
 from pathlib import Path
 
-from benchmarks.measure import AGAIN, COMPILED, FAST, REFERENCE
+from benchmarks.names import AGAIN, COMPILED, DIFFUSERS, DIFFUSERS_COMPILED, EAGER, FAST, FAST_COMPILED, REFERENCE
 
 COLUMNS = ("contender", "median ms", "quartiles", "ratio", "GB/s (copy)", "GFLOP/s (GEMM)", "error", "peak MB", "")
+IN_README = (REFERENCE, EAGER, COMPILED, DIFFUSERS, DIFFUSERS_COMPILED, FAST_COMPILED)
+NETWORKS = ("forward", "train_step", "sampling")
 
 
 def text(about: dict, records: list[dict], markdown: bool = False) -> str:
     """The whole report: the machine, how to read the table, and a table for each group."""
-    parts = [_machine(about), _LEGEND]
+    parts = [machine(about), LEGEND]
     for group in dict.fromkeys(record["group"] for record in records):
         parts.append(f"## {group}" if markdown else f"-- {group}")
         for record in (r for r in records if r["group"] == group):
@@ -21,15 +28,15 @@ def text(about: dict, records: list[dict], markdown: bool = False) -> str:
     return "\n".join(parts)
 
 
-_LEGEND = (
+LEGEND = (
     "Median of the rounds; ratio: a contender's time over the fast path's in the same round (median), so above 1 is "
     "slower than the fast path.\nnoise: the quartiles of that ratio for a second run of the fast path itself; a ratio "
-    "inside them is no difference.\nerror: |result - float64| / |float64|, the worst tensor; for solvers against the "
-    "true solution. Shares in brackets are of this machine's measured ceiling."
+    "inside them is no difference.\nerror: |result - float64| / |float64|, the worst tensor, of a training step of the "
+    "gradient; for solvers against the true solution. Shares in brackets are of this machine's measured ceiling."
 )
 
 
-def _machine(about: dict) -> str:
+def machine(about: dict) -> str:
     ceiling = about["ceilings"]
     gemm = ", ".join(f"{flops / 1e9:.0f} {name}" for name, flops in ceiling["gemm_flops_per_second"].items())
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
@@ -53,13 +60,6 @@ def _heading(record: dict) -> str:
 def _row(name: str, contender: dict) -> tuple[str, ...]:
     seconds, ratio = contender["seconds"], contender["ratio"]["median"]
     digits = 3 if seconds["median"] < 0.1 else 1
-    extra = []
-    if "nfe" in contender:
-        extra.append(f"NFE {contender['nfe']}")
-    if "images_per_second" in contender:
-        extra.append(f"{contender['images_per_second']:.3g} images/s")
-    if "compile_seconds" in contender:
-        extra.append(f"compiled in {contender['compile_seconds']:.0f} s")
     return (
         name,
         f"{seconds['median'] * 1e3:.{digits}f}",
@@ -69,8 +69,21 @@ def _row(name: str, contender: dict) -> tuple[str, ...]:
         _share(contender, "flops_per_second", "share_of_gemm"),
         f"{contender['error']:.1e}" if "error" in contender else "-",
         f"{contender['peak_bytes'] / 1e6:.3g}" if "peak_bytes" in contender else "-",
-        ", ".join(extra),
+        ", ".join(_extra(contender)),
     )
+
+
+def _extra(contender: dict):
+    if "nfe" in contender:
+        yield f"NFE {contender['nfe']}"
+    if "images_per_second" in contender:
+        yield f"{contender['images_per_second']:.3g} images/s"
+    if "share_of_step" in contender:
+        yield f"{contender['share_of_step']:.2%} of a step"
+    if "compile_seconds" in contender:
+        yield f"compiled in {contender['compile_seconds']:.0f} s"
+    if contender.get("how"):
+        yield contender["how"]
 
 
 def _share(contender: dict, rate: str, share: str) -> str:
@@ -78,58 +91,83 @@ def _share(contender: dict, rate: str, share: str) -> str:
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[k]) for row in rows) for k in range(len(COLUMNS))]
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     return "\n".join("  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
 
 def _markdown(rows: list[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(["", lines[0], "|" + "---|" * len(COLUMNS), *lines[1:], ""])
+    return "\n".join(["", lines[0], "|" + "---|" * len(rows[0]), *lines[1:], ""])
+
+
+def readme(records: list[dict]) -> str:
+    """A table for the README: each network workload's time, and how many times as long the others take."""
+    found = [record for record in records if record["group"] in NETWORKS]
+    names = [name for name in IN_README if any(name in record["contenders"] for record in found)]
+    rows = [("", FAST, *names, "noise")]
+    for record in found:
+        contenders, noise = record["contenders"], record["noise"]
+        ratios = [f"{_ratio(contenders, name):.2f} x" if name in contenders else "-" for name in names]
+        milliseconds = f"{contenders[FAST]['seconds']['median'] * 1e3:.0f} ms"
+        rows.append((record["title"], milliseconds, *ratios, f"{noise['low']:.2f} .. {noise['high']:.2f}"))
+    return _markdown(rows) if found else ""
+
+
+def _ratio(contenders: dict, name: str) -> float:
+    """At equal evaluations: diffusers' Heun makes one less than the others."""
+    evaluations = contenders[FAST].get("nfe", 1) / contenders[name].get("nfe", 1)
+    return contenders[name]["ratio"]["median"] * evaluations
+
+
+def page(parts: list[tuple[dict, list[dict]]], pictures: list[str]) -> str:
+    """A page of documentation from the parts (about, records), one for each result file."""
+    lines = ["# Benchmarks", "", "Written by `lfm-fast bench`; how it is measured, and what follows from it: "]
+    lines[-1] += "[performance.md](performance.md)."
+    lines += [readme([record for _, records in parts for record in records])]
+    lines += [f"![{name}](images/{name})\n" for name in pictures]
+    for about, records in parts:
+        lines += ["", re.sub(r"\n(?!\n|#|\|)", "  \n", text(about, records, markdown=True))]
+    return "\n".join(line.rstrip(" ") if not line.endswith("  ") else line for line in lines) + "\n"
 
 
 def read(path: Path) -> tuple[dict, list[dict]]:
-    """(about the machine, records) of a result file."""
-    result = json.loads(path.read_text())
-    return result["machine_info"]["lfm_fast"], [{"group": b["group"], **b["extra_info"]} for b in result["benchmarks"]]
+    """(about the machine, records) of a result file. Raises ValueError for another file."""
+    try:
+        result = json.loads(path.read_text())
+        about = result["machine_info"]["lfm_fast"]
+        return about, [{"group": b["group"], **b["extra_info"]} for b in result["benchmarks"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no result of these benchmarks ({type(error).__name__})") from error
 
 
-def plot(records: list[dict], picture: Path) -> None:
-    """One bar for each workload and contender: how many times as long as the fast path it takes."""
-    import matplotlib
+def write(parts: list[tuple[dict, list[dict]]], output: Path) -> list[Path]:
+    """The page and its pictures into `output`; returns what was written."""
+    from benchmarks import plots
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 0.42 * len(records) + 1.5), layout="constrained")
-    colours = {REFERENCE: "tab:grey", COMPILED: "tab:orange"}
-    for k, record in enumerate(records):
-        low, high = record["noise"]["low"], record["noise"]["high"]
-        axes.plot([low, high], [k, k], color="black", linewidth=6, alpha=0.3, label="noise" if k == 0 else None)
-        for name, contender in record["contenders"].items():
-            if name not in (FAST, AGAIN):
-                ratio = contender["ratio"]["median"]
-                kind = "torchdiffeq" if name.startswith("torchdiffeq") else name
-                axes.plot(ratio, k, "o", color=colours.get(kind), label=kind)
-                colours.setdefault(kind, axes.lines[-1].get_color())
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set(xscale="log", xlabel="time over the fast path's time (right of 1: slower)")
-    axes.set_yticks(range(len(records)), [record["title"] for record in records], fontsize=7)
-    axes.invert_yaxis()
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
-    axes.legend(handles.values(), handles.keys(), fontsize=7)
-    figure.savefig(picture, dpi=150)
+    (output / "images").mkdir(parents=True, exist_ok=True)
+    records = [record for _, records in parts for record in records]
+    pictures = plots.draw(records, output / "images")
+    file = output / "benchmarks.md"
+    file.write_text(page(parts, [picture.name for picture in pictures]), encoding="utf-8")
+    return [file, *pictures]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--markdown", action="store_true")
-    parser.add_argument("--plot", type=Path, metavar="PICTURE")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--markdown", action="store_true", help="print tables in markdown")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write page and pictures there instead")
     arguments = parser.parse_args()
-    about, records = read(arguments.result)
-    print(text(about, records, arguments.markdown))
-    if arguments.plot:
-        plot(records, arguments.plot)
+    try:
+        parts = [read(path) for path in arguments.results]
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+    if arguments.output is None:
+        print("\n\n".join(text(about, records, arguments.markdown) for about, records in parts))
+        return
+    for file in write(parts, arguments.output):
+        print(f"wrote {file}")
+    print(readme([record for _, records in parts for record in records]))
 
 
 if __name__ == "__main__":

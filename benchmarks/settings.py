@@ -16,7 +16,7 @@ WARM_UP = 1e-3
 LONG = 0.1  # a call from here on is warm after one
 
 FEWEST_ROUNDS, FEWEST_LONG_ROUNDS = (3, 2) if QUICK else (5, 3)
-LONG_ROUND = 30.0  # seconds
+LONG_ROUND = 30.0 if FULL else 10.0  # seconds
 MOST_ROUNDS = 50 if QUICK else 300
 
 

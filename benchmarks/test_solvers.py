@@ -15,10 +15,8 @@ REFERENCE_STEPS = {"mixture": 200 if QUICK else 1000, "embedded": 64}  # of RK4 
 
 @pytest.mark.benchmark(group="solvers")
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("field", ["mixture", "embedded"])
+@pytest.mark.parametrize("field", ["mixture", "embedded"] if FULL else ["mixture"])
 def test_solver(benchmark, field, method):
-    if field == "embedded" and not FULL:
-        pytest.skip("the mixture alone, unless in full")
     if field == "embedded" and not (EMBEDDED_FOLDER / INDEX).is_file():
         pytest.skip("this installation has no weights of the embedded flow")
     settings = {"field_name": field, "method": method, "num_steps": METHODS[method]}

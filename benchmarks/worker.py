@@ -110,7 +110,7 @@ def _build(connection, turns, specification, names):
         with forced(contender.backend):
             result = [x.detach().float().numpy() for x in contender.result()]
             (contender.peak or contender.call)()
-            facts = {"compile_seconds": time.perf_counter() - start}
+            facts = {"compile_seconds": time.perf_counter() - start, "how": contender.how}
             facts["peak_bytes"], _ = profiled(contender.peak or contender.call)
         turns[name] = Turns(contender)
         connection.send((name, result, facts))

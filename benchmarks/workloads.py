@@ -33,6 +33,7 @@ class Contender:
     result: Callable[[], list[Tensor]] | None = None
     backend: str | None = None
     peak: Callable | None = None
+    how: str = ""
 
 
 class Workload:

@@ -33,6 +33,7 @@ def _parser():
     _add_sample(commands)
     _add_encode(commands)
     _add_convert(commands)
+    _add_bench(commands)
     _add_info(commands)
     return parser
 
@@ -192,6 +193,68 @@ def _convert(args):
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
     LatentFlow.from_pretrained(args.model, args.autoencoder).save_pretrained(args.output, dtype=dtype)
     print(f"wrote {args.output}")
+
+
+_BENCHMARKS = ("ops", "forward", "train_step", "sampling", "solvers", "data", "startup")
+
+
+def _add_bench(commands):
+    says = "compare the speed with what else one would use, and draw tables and pictures of it"
+    parser = commands.add_parser("bench", allow_abbrev=False, help=says, description=f"{says[0].upper()}{says[1:]}.")
+    parser.set_defaults(run=_bench)
+    add = parser.add_argument
+    add("--mode", choices=("quick", "standard", "full"), help="how much (default: standard, 10 minutes on two cores)")
+    add("--only", nargs="+", choices=_BENCHMARKS, metavar="GROUP", help=f"some of {', '.join(_BENCHMARKS)}")
+    add("--report", nargs="+", type=Path, metavar="RESULT.json", help="draw results of before instead of measuring")
+    add("--output", type=_folder, help="folder of benchmarks.md and images/ (default: the repository's docs/)")
+
+
+def _bench(args):
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "conftest.py").is_file():
+        raise ValueError("the benchmarks are not part of an installed package; run this from a clone of the repository")
+    if args.report and (args.mode or args.only):
+        raise ValueError("--mode and --only say what to measure, but --report draws what was measured before")
+    _check_can_bench(("matplotlib",) if args.report else ("matplotlib", "pytest", "pytest_benchmark"))
+    from lfm_fast.checkpoint import check_output
+
+    output = (args.output or root / "docs").absolute()
+    check_output(output)
+    status, results = (0, args.report) if args.report else _measured(args, root)
+    command = ["-m", "benchmarks.report", *(str(path.absolute()) for path in results), "--output", str(output)]
+    return _python(command, root) or status
+
+
+def _check_can_bench(packages):
+    import importlib.util
+
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"bench needs {', '.join(missing)}; pip install 'lfm_fast[test]' brings what it needs")
+
+
+def _measured(args, root):
+    """Run the suite; (exit status, [result file])."""
+    import os
+    import time
+
+    mode = args.mode or "standard"
+    words = [time.strftime("%Y-%m-%d"), "cpu", str(os.cpu_count()), "cores", *(args.only or []), mode]
+    result = root / "benchmarks" / "results" / f"{'-'.join(words)}.json"
+    groups = [word for group in args.only or [] for word in ("--group", group)]
+    command = ["-m", "pytest", "benchmarks/", "--benchmark-only", f"--benchmark-json={result}", *groups]
+    status = _python(command, root, LFM_FAST_BENCH=mode)
+    if not result.is_file() or not result.stat().st_size:
+        raise RuntimeError("the benchmarks did not end; what they said stands above")
+    print(f"wrote {result}")
+    return status, [result]
+
+
+def _python(command, root, **environment):
+    import os
+    import subprocess
+
+    return subprocess.run([sys.executable, *command], cwd=root, env={**os.environ, **environment}).returncode
 
 
 def _add_info(commands):

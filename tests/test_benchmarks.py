@@ -1,20 +1,21 @@
 """The benchmarks measure what they say: exact answers, errors, memory, and a report that keeps its records' numbers."""
 
 import json
-import math
-import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import lfm_fast
-from benchmarks import measure, report
-from benchmarks.networks import Forward, GuidedSampling, TrainingStep
+from benchmarks import conftest, feeding, measure, names, plain, report
+from benchmarks.networks import Forward, GuidedSampling, flow_match_scheduler
 from benchmarks.solving import Mixture, Solving
-from benchmarks.workloads import OpWorkload, exact_normals, relative_error
-from lfm_fast import ops
+from benchmarks.training import TrainingStep
+from benchmarks.workloads import LARGEST_ERROR, Contender, OpWorkload, Workload, exact_normals, relative_error
+from lfm_fast import cli, ops
 from lfm_fast.models import NETWORKS, DiT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,25 +75,115 @@ def test_relative_error_is_that_of_the_worst_tensor():
     assert relative_error(got, want) == pytest.approx(0.1)
 
 
-def test_peak_memory_of_a_call():
+def test_peak_memory_and_operators_of_a_call():
     x = torch.ones(1024)
-    assert 2 * 4096 <= measure.peak_bytes(lambda: (x + 1) * 2) < 2 * 4096 + 64  # the numbers 1 and 2 are held as well
+    peak, shares = measure.profiled(lambda: (x + 1) * 2)
+    assert 2 * 4096 <= peak < 2 * 4096 + 64  # the numbers 1 and 2 are held as well
+    assert shares["aten::add"] > 0
+    assert shares["aten::mul"] > 0
+    assert sum(shares.values()) == pytest.approx(1)
 
 
-def test_networks_compute_something(monkeypatch):
+@pytest.fixture
+def small(monkeypatch):
     """At their sizes a call takes long: a smaller network, the same workloads."""
-    small = (DiT, {"hidden_size": 48, "depth": 2, "num_heads": 2, "patch_size": 4})
-    monkeypatch.setitem(NETWORKS, "DiT-Small", small)
+    network = (DiT, {"hidden_size": 48, "depth": 2, "num_heads": 2, "patch_size": 4})
+    monkeypatch.setitem(NETWORKS, "DiT-Small", network)
     monkeypatch.setattr("benchmarks.networks.NETWORK", "DiT-Small")
-    workloads = [Forward(1, "float32"), TrainingStep(2, "float32"), GuidedSampling(1, 2, "bfloat16")]
-    for workload, most in zip(workloads, (2e-6, 1e-5, 5e-2)):  # roundings of float32, of its gradients, of bfloat16
-        workload.call()
-        error = relative_error(workload.result(), workload.truth())
-        assert 0 < error < most
-        for _, result in workload.others().values():
-            assert relative_error(result(), workload.truth()) < most
-        with measure.forced(measure.PLAIN):
-            assert 0 < relative_error(workload.result(), workload.truth()) < most
+    monkeypatch.setattr("benchmarks.networks._flops", lambda: 1)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda precision: Forward(3, precision),
+        lambda precision: TrainingStep(3, precision),
+        lambda precision: GuidedSampling(2, 3, precision),
+        lambda precision: GuidedSampling(2, 3, precision, "euler"),
+    ],
+    ids=["forward", "training", "heun", "euler"],
+)
+def test_networks_and_their_rivals_compute_the_same(small, make, precision):
+    """Each contender within the bound that the gate sets; and twice, for what a step leaves behind."""
+    workload = make(precision)
+    contenders = workload.contenders()
+    assert list(contenders)[0] == names.FAST
+    assert {names.REFERENCE, names.EAGER, names.DIFFUSERS} <= set(contenders)
+    for name, contender in contenders.items():
+        with plain.forced(contender.backend):
+            contender.call()
+            if contender.result is not None:
+                error = relative_error(contender.result(), workload.truth_of(name))
+                assert 0 < error < LARGEST_ERROR[precision], name
+
+
+def test_wrong_conditions_are_far_beyond_the_gate(small):
+    """One sample's conditions applied to the whole batch, the mistake that a batch of one hides."""
+    workload = Forward(3, "bfloat16")
+    right = workload.contenders()[names.EAGER].result()
+    workload.y, workload.t = workload.y[:1].repeat(3), workload.t[:1].repeat(3)
+    wrong = workload.contenders()[names.EAGER].result()
+    workload = Forward(3, "bfloat16")
+    assert relative_error(right, workload.truth()) < LARGEST_ERROR["bfloat16"]
+    assert relative_error(wrong, workload.truth()) > 2 * LARGEST_ERROR["bfloat16"]
+
+
+class Doubling(Workload):
+    """2 x, by a fast path that is right and another contender whose result is given."""
+
+    images, rounds, measures_memory = 4, 2, False
+
+    def __init__(self, other):
+        self.x, self.other = torch.linspace(1, 2, 64), other
+
+    def call(self):
+        return self.x * 2
+
+    def truth(self):
+        return [self.x.double() * 2]
+
+    def contenders(self):
+        return {**super().contenders(), "other": Contender(lambda: self.x + self.x, lambda: [self.other(self.x)])}
+
+
+class Pedantic:
+    """What `compare` needs of pytest-benchmark's fixture."""
+
+    group = "ops"
+
+    def __init__(self):
+        self.extra_info = {}
+
+    def pedantic(self, call, setup, rounds, iterations):
+        for _ in range(rounds):
+            setup()
+            call()
+
+
+@pytest.mark.parametrize(
+    ("other", "wrong"),
+    [
+        (lambda x: x + x, False),
+        (lambda x: 2.00001 * x, False),
+        (lambda x: 2.0001 * x, True),
+        (lambda x: x * float("nan"), True),
+    ],
+    ids=["right", "rounded", "wrong", "not finite"],
+)
+def test_a_contender_that_is_wrong_fails_the_run(monkeypatch, other, wrong):
+    """The error gate: 1e-5 in float32; the record is kept, so that the table shows it."""
+    monkeypatch.setattr(measure, "records", [])
+    failure = None
+    try:
+        measure.compare(Pedantic(), "doubling", Doubling(other), seconds=0.01, compiled="not here")
+    except AssertionError as error:
+        failure = str(error)
+    assert (failure is not None) == wrong
+    assert failure is None or ("other is off by" in failure and "fast path" not in failure)
+    (record,) = measure.records
+    assert record["contenders"]["other"]["images_per_second"] > 0
+    assert record["not_run"] == {"torch.compile": "not here"}
 
 
 def test_solvers_are_compared_at_equal_evaluations():
@@ -102,17 +193,56 @@ def test_solvers_are_compared_at_equal_evaluations():
     other = relative_error(result(), workload.truth())
     assert workload.nfe == {"fast path": 12, "reference path": 12, name: 12}
     assert error == pytest.approx(other, rel=0.05)  # the same method
-    assert math.isfinite(error)
     assert 1e-6 < error < 0.5
+    assert error < workload.largest_error([error, other]) < 4 * error
 
 
-def test_report_shows_the_numbers_of_a_result_file(tmp_path):
-    benchmarks = [{"group": "ops", "extra_info": {k: v for k, v in RECORD.items() if k != "group"}}]
-    file = tmp_path / "result.json"
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_diffusers_schedulers_take_the_same_grid(method):
+    scheduler = flow_match_scheduler(method, 5)
+    times = [float(t) / 1000 for t in scheduler.timesteps]
+    grid = [1.0, 0.8, 0.6, 0.4, 0.2]
+    expected = grid if method == "euler" else [1.0, 0.8, 0.8, 0.6, 0.6, 0.4, 0.4, 0.2, 0.2]  # and the last to 0: Euler
+    assert times == pytest.approx(expected, abs=1e-6)
+    assert float(scheduler.sigmas[-1]) == 0
+
+
+def test_batches_for_training_are_exact(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("LFM_FAST_CACHE", str(tmp_path / "notes"))
+    monkeypatch.setattr(feeding.CacheFeeding, "num_items", 8)
+    monkeypatch.setattr(feeding.FolderFeeding, "num_items", 12)
+    for workload in (feeding.CacheFeeding(str(tmp_path / "a"), 2), feeding.FolderFeeding(str(tmp_path / "b"), 2)):
+        assert 0 < relative_error(workload.result(), workload.truth()) < 1e-5  # float32 through the embedded VAE
+        for contender in workload.contenders().values():
+            with plain.forced(contender.backend):
+                contender.call()
+                contender.call()
+        assert workload.facts("fast path", 1e-3)["share_of_step"] > 0
+
+
+def write_result(file):
+    """A result file of three workloads, some of whose contenders lack this or that."""
+    forward = {**RECORD, "group": "forward", "title": "forward, 4", "images": 4, "precision": "bfloat16", "not_run": {}}
+    facts = {"images_per_second": 8.0, "flops_per_second": 1e9, "share_of_gemm": 0.2}
+    forward["contenders"] = {
+        "fast path": contender(2e-3, **facts, shares={"aten::mm": 0.7, "other": 0.3}, error=1e-3),
+        "fast path, again": contender(2e-3, **facts),
+        "diffusers": contender(5e-3, **facts),
+    }
+    larger = {**forward, "title": "forward, 16", "images": 16}
+    op = {**RECORD, "contenders": {**RECORD["contenders"]}}
+    op["contenders"]["fast path"] |= {"bytes_per_second": 1e9, "share_of_copy": 0.1}
+    benchmarks = [
+        {"group": r["group"], "extra_info": {k: v for k, v in r.items() if k != "group"}} for r in (op, forward, larger)
+    ]
     file.write_text(json.dumps({"machine_info": {"lfm_fast": ABOUT}, "benchmarks": benchmarks}))
-    command = [sys.executable, "-m", "benchmarks.report", str(file), "--plot", str(tmp_path / "picture.png")]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert shown.returncode == 0, shown.stderr
+
+
+def test_report_shows_the_numbers_of_a_result_file(tmp_path, capsys, monkeypatch):
+    write_result(file := tmp_path / "result.json")
+    monkeypatch.setattr(sys, "argv", ["report", str(file)])
+    report.main()
+    shown = capsys.readouterr().out
     for text in (
         "interpolate: 7 rounds, noise 1.010",
         "not run: torch.compile: quick mode",
@@ -120,7 +250,62 @@ def test_report_shows_the_numbers_of_a_result_file(tmp_path):
         "4.00",
         "1.5e-07",
         "NFE 12",
+        "8 images/s",
     ):
-        assert text in shown.stdout
-    assert (tmp_path / "picture.png").stat().st_size > 1000
+        assert text in shown
     assert "| reference path | 8.000 |" in report.text(ABOUT, [RECORD], markdown=True)
+    assert "| forward, 4 | 2 ms | 2.50 x | 0.99 .. 1.03 |" in report.readme(report.read(file)[1])
+
+
+def test_the_command_line_draws_results(tmp_path, capsys):
+    write_result(tmp_path / "result.json")
+    assert cli.main(["bench", "--report", str(tmp_path / "result.json"), "--output", str(tmp_path / "docs")]) == 0
+    page = (tmp_path / "docs" / "benchmarks.md").read_text()
+    pictures = sorted(path.name for path in (tmp_path / "docs" / "images").iterdir())
+    assert pictures == [f"benchmark-{name}.png" for name in ("ceilings", "latency", "ratios", "shares", "throughput")]
+    assert all(f"](images/{name})" in page for name in pictures)
+    assert "| forward, 16 | 2 ms |" in page
+    (tmp_path / "broken.json").write_text("{}")
+    assert cli.main(["bench", "--report", str(tmp_path / "broken.json"), "--output", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--report", "x.json", "--mode", "quick"], "--report draws what was measured before"),
+        (["--output", "/dev/null/x"], "cannot be written"),
+    ],
+)
+def test_mistakes_of_the_command_line_are_one_sentence(arguments, says, capsys):
+    assert cli.main(["bench", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
+
+
+def test_an_installed_package_has_no_benchmarks(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "lfm_fast" / "cli.py"))
+    assert cli.main(["bench"]) == 2
+    assert "run this from a clone of the repository" in capsys.readouterr().err
+
+
+def test_the_suite_has_the_groups_that_users_are_told():
+    modules = [import_module(f"benchmarks.{path.stem}") for path in (ROOT / "benchmarks").glob("test_*.py")]
+    tests = [test for module in modules for name, test in vars(module).items() if name.startswith("test_")]
+    found = [mark.kwargs["group"] for test in tests for mark in test.pytestmark if mark.name == "benchmark"]
+    assert len(found) == len(tests)
+    assert set(found) == set(names.GROUPS) == set(cli._BENCHMARKS)
+
+
+def test_a_group_can_be_run_alone():
+    def item(group):
+        return SimpleNamespace(get_closest_marker=lambda name: SimpleNamespace(kwargs={"group": group}))
+
+    left_out = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
+    for chosen, kept in ((None, ["ops", "data", "forward"]), (["data", "forward"], ["data", "forward"])):
+        config = SimpleNamespace(getoption=lambda name, chosen=chosen: chosen, hook=hook)
+        items = [item(group) for group in ("ops", "data", "forward")]
+        conftest.pytest_collection_modifyitems(config, items)
+        assert [conftest._group(item) for item in items] == kept
+    assert [conftest._group(item) for item in left_out] == ["ops"]

@@ -1,0 +1,225 @@
+"""Pictures of result files: throughput, latency, where the time goes, how much of the machine's ceiling is reached."""
+
+from pathlib import Path
+
+import matplotlib
+
+from benchmarks.names import (
+    AGAIN,
+    COMPILED,
+    DIFFUSERS,
+    DIFFUSERS_COMPILED,
+    EAGER,
+    FAST,
+    FAST_COMPILED,
+    REFERENCE,
+)
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+COLOURS = {
+    FAST: "#0072b2",
+    FAST_COMPILED: "#56b4e9",
+    REFERENCE: "#999999",
+    EAGER: "#e69f00",
+    COMPILED: "#d55e00",
+    DIFFUSERS: "#cc79a7",
+    DIFFUSERS_COMPILED: "#882255",
+}
+OTHER_COLOUR = "#009e73"
+HALF = ("bfloat16",)
+
+
+def draw(records: list[dict], folder: Path) -> list[Path]:
+    """Every picture for which there are records, as benchmark-NAME.png."""
+    written = []
+    for name, plot in PICTURES.items():
+        figure = plot(records)
+        if figure is not None:
+            figure.savefig(folder / f"benchmark-{name}.png", dpi=120)
+            pyplot.close(figure)
+            written.append(folder / f"benchmark-{name}.png")
+    return written
+
+
+def throughput(records):
+    """Images per second: of a forward over the batch, of a training step, of guided sampling."""
+    found = [r for r in _of(records, "forward", "train_step", "sampling") if r["precision"] in HALF] or _of(
+        records, "forward", "train_step", "sampling"
+    )
+    groups = [group for group in ("forward", "train_step", "sampling") if _of(found, group)]
+    if not groups:
+        return None
+    figure, axes = pyplot.subplots(
+        1, len(groups), figsize=(4.6 * len(groups), 3.8), layout="constrained", squeeze=False
+    )
+    for axis, group in zip(axes[0], groups):
+        here = _of(found, group)
+        if group == "forward" and len({r["images"] for r in here}) > 1:
+            _lines(axis, sorted(here, key=lambda r: r["images"]))
+        else:
+            _bars(axis, here[0], "images_per_second")
+        axis.set_ylabel("images per second")
+        axis.set_title(here[0]["title"] if len(here) == 1 or group != "forward" else f"forward, {here[0]['precision']}")
+        axis.title.set_size(9)
+    return figure
+
+
+def _lines(axis, records):
+    for name in _names(records):
+        points = [(r["images"], r["contenders"][name]["images_per_second"]) for r in records if name in r["contenders"]]
+        axis.plot(*zip(*points), "o-", color=_colour(name), label=name, markersize=4)
+    axis.set(xscale="log", xlabel="batch", ylim=(0, None))
+    batches = sorted({r["images"] for r in records})
+    axis.set_xticks(batches, [str(batch) for batch in batches])
+    axis.minorticks_off()
+    axis.legend(fontsize=7)
+
+
+def _bars(axis, record, key, factor=1.0):
+    names = [name for name in _names([record]) if key in record["contenders"][name]]
+    values = [factor * record["contenders"][name][key] for name in names]
+    bars = axis.bar(range(len(names)), values, color=[_colour(name) for name in names])
+    axis.bar_label(bars, [f"{value:.3g}" for value in values], fontsize=8)
+    axis.set_xticks(
+        range(len(names)), [name.replace(" + ", " +\n") for name in names], rotation=40, fontsize=7, ha="right"
+    )
+    axis.margins(y=0.12)
+
+
+def latency(records):
+    """Milliseconds of one call, median and quartiles: the smallest forward, a training step, guided sampling."""
+    chosen = []
+    for group in ("forward", "train_step", "sampling"):
+        here = [r for r in _of(records, group) if r["precision"] in HALF] or _of(records, group)
+        chosen += sorted(here, key=lambda r: r["images"])[:1]
+    if not chosen:
+        return None
+    figure, axes = pyplot.subplots(1, len(chosen), figsize=(4.6 * len(chosen), 3), layout="constrained", squeeze=False)
+    for axis, record in zip(axes[0], chosen):
+        for k, name in enumerate(names := _names([record])):
+            seconds = record["contenders"][name]["seconds"]
+            low, middle, high = (1e3 * seconds[key] for key in ("low", "median", "high"))
+            axis.errorbar(middle, k, xerr=[[middle - low], [high - middle]], fmt="o", color=_colour(name), capsize=3)
+            axis.annotate(
+                f"{middle:.3g}", (middle, k), xytext=(0, 5), textcoords="offset points", fontsize=7, ha="center"
+            )
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.15, y=0.15)
+        axis.set(xlim=(0, None), xlabel="ms, median and quartiles")
+        axis.set_title(record["title"], fontsize=9)
+    return figure
+
+
+def shares(records):
+    """Which operators a forward and a training step spend their time in."""
+    rows = []
+    for record in _of(records, "forward", "train_step"):
+        rows += [(record, name, c["shares"]) for name, c in record["contenders"].items() if c.get("shares")]
+    batch = max((record["images"] for record, *_ in rows if record["group"] == "train_step"), default=None)
+    rows = [row for row in rows if batch is None or row[0]["images"] == batch]
+    if not rows:
+        return None
+    operators = _by_weight(rows)
+    colours = dict(zip(operators, [*pyplot.get_cmap("tab20").colors, "#dddddd"]))
+    figure, axis = pyplot.subplots(figsize=(11, 0.55 * len(rows) + 2.4), layout="constrained")
+    for k, (_, _, found) in enumerate(rows):
+        left = 0.0
+        for operator in [*(o for o in operators if o in found and o != "other"), "other"]:
+            axis.barh(k, found.get(operator, 0), left=left, color=colours.get(operator, "#eeeeee"), edgecolor="white")
+            if found.get(operator, 0) > 0.05:
+                axis.text(left + found[operator] / 2, k, f"{found[operator]:.0%}", ha="center", va="center", fontsize=7)
+            left += found.get(operator, 0)
+    axis.set_yticks(range(len(rows)), [f"{record['title']}\n{name}" for record, name, _ in rows], fontsize=7)
+    axis.invert_yaxis()
+    axis.set(xlabel="share of the time, by PyTorch's profiler", xlim=(0, 1))
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colours.get(o, "#eeeeee")) for o in operators]
+    figure.legend(handles, operators, fontsize=7, ncols=5, loc="outside lower center")
+    return figure
+
+
+def _by_weight(rows) -> list[str]:
+    total = {}
+    for *_, found in rows:
+        for operator, share in found.items():
+            total[operator] = total.get(operator, 0) + share
+    named = sorted((operator for operator in total if operator != "other"), key=total.get, reverse=True)
+    return [*named[:19], "other"]
+
+
+def ceilings(records):
+    """How much of what this machine can do at best: bytes moved by ops, multiply-adds of networks."""
+    ops = [(r, "share_of_copy") for r in _of(records, "ops")]
+    networks = [(r, "share_of_gemm") for r in _of(records, "forward", "train_step", "sampling")]
+    panels = [(rows, words) for rows, words in ((ops, "copying memory"), (networks, "matrix products")) if rows]
+    panels = [([(r, key) for r, key in rows if key in r["contenders"][FAST]], words) for rows, words in panels]
+    panels = [(rows, words) for rows, words in panels if rows]
+    if not panels:
+        return None
+    heights = [max(len(rows), 3) for rows, _ in panels]
+    figure, axes = pyplot.subplots(
+        len(panels), 1, figsize=(9, 0.26 * sum(heights) + 2), layout="constrained", height_ratios=heights, squeeze=False
+    )
+    for axis, (rows, words) in zip(axes[:, 0], panels):
+        for k, (record, key) in enumerate(rows):
+            for name in _names([record]):
+                if key in record["contenders"][name]:
+                    mark = "D" if name == FAST else "o"
+                    axis.plot(record["contenders"][name][key], k, mark, color=_colour(name), label=name, markersize=5)
+        axis.set_yticks(range(len(rows)), [record["title"] for record, _ in rows], fontsize=7)
+        axis.invert_yaxis()
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set(xlim=(0, None), xlabel=f"share of the measured ceiling of {words}")
+        _legend(axis)
+    return figure
+
+
+def ratios(records):
+    """How many times as long as the fast path each contender takes, and the noise."""
+    if not records:
+        return None
+    figure, axes = pyplot.subplots(figsize=(9, 0.27 * len(records) + 1.5), layout="constrained")
+    for k, record in enumerate(records):
+        low, high = record["noise"]["low"], record["noise"]["high"]
+        axes.plot([low, high], [k, k], color="black", linewidth=6, alpha=0.3, label="noise" if k == 0 else None)
+        for name in _names([record]):
+            if name != FAST:
+                axes.plot(record["contenders"][name]["ratio"]["median"], k, "o", color=_colour(name), label=_kind(name))
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set(xscale="log", xlabel="time over the fast path's time (right of 1: slower)")
+    axes.set_yticks(range(len(records)), [record["title"] for record in records], fontsize=7)
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    _legend(axes)
+    return figure
+
+
+PICTURES = {f.__name__: f for f in (throughput, latency, shares, ceilings, ratios)}
+
+
+def _of(records, *groups):
+    return [record for record in records if record["group"] in groups]
+
+
+def _names(records) -> list[str]:
+    """Contenders, the known ones first and in one order; without the second run of the fast path."""
+    found = list(dict.fromkeys(name for record in records for name in record["contenders"] if name != AGAIN))
+    known = list(COLOURS)
+    return sorted(found, key=lambda name: known.index(name) if name in known else len(known))
+
+
+def _kind(name: str) -> str:
+    return name if name in COLOURS else "what else does it"
+
+
+def _colour(name: str) -> str:
+    return COLOURS.get(name, OTHER_COLOUR)
+
+
+def _legend(axis) -> None:
+    handles = dict(zip(*reversed(axis.get_legend_handles_labels())))
+    axis.legend(handles.values(), handles.keys(), fontsize=7)
