@@ -12,6 +12,7 @@ it; handing it on to the network lets a model that prepares its times use them. 
 be a buffer that the model writes again: what is kept beyond the network's next call has to be cloned.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,7 +26,7 @@ _STATE = (torch.float32, torch.float64)
 _SLACK = 1e-7  # times are rounded to float32 on the way; half an ulp at 1 is 6e-8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows:
     """Some of the samples: their numbers in the batch on the host, for counting, and (R,) int64 on the device."""
 
@@ -49,11 +50,20 @@ class Network:
         self.model, self.y, self.null_label, self.kwargs = model, y, null_label, model_kwargs or {}
         self.dtype = _weight_type(model) or z.dtype
         self.time_dtype = torch.float32 if self.dtype in _HALF else self.dtype
-        self.forwards = torch.zeros(z.shape[0], dtype=torch.int64)
-        self.calls = 0
+        self.calls, self._counts = 0, Counter()  # forwards by Rows; those of all samples under None
+        self._batch_size = z.shape[0]
         self._like = z.new_empty(1)  # the state's type and device
         self._prepared, self._numbers = None, {}  # the sampling form, and the number of each time in it
-        self._joint = None  # (rows, labels, samples) of the last evaluation of both
+        self._joint = None  # (rows, null labels, samples) of the last evaluation of both, which no model gets to see
+
+    @property
+    def forwards(self):
+        """Rows computed for each sample so far, (B,)."""
+        total = torch.full((self._batch_size,), self._counts[None])
+        for rows, count in self._counts.items():
+            if rows is not None:
+                total[rows.numbers] += count
+        return total
 
     @property
     def selects(self):
@@ -77,14 +87,14 @@ class Network:
 
     def conditional(self, t, z, time=None):
         """model(t, z, y) (B, ...); time: t as a float, where all samples share one that the host knows."""
-        self.forwards += 1
+        self._counts[None] += 1
         if time in self._numbers:
             return self._read(time, z, self.y)
         return self._call(t, z, {} if self.y is None else {"y": self.y.clone()})
 
     def unconditional(self, t, z, rows=None, time=None):
         """model(t, z, null label), or model(t, z, y=None) without one; `rows`: the samples t and z hold, or all."""
-        self._count(rows)
+        self._counts[rows] += 1
         y = None if self.null_label is None else self._null(z)
         return self._read(time, z, y) if time in self._numbers else self._call(t, z, {"y": y})
 
@@ -97,22 +107,24 @@ class Network:
             chosen = (t, z) if rows is None else (t[rows.index], z[rows.index])
             velocity = self.conditional(t, z, time).clone()  # the model may write the next one to the same memory
             return velocity, self.unconditional(*chosen, rows, time)
-        self.forwards += 1
-        self._count(rows)
-        velocity = self._read_both(time, z, rows) if time in self._numbers else self._call_both(t, z, rows)
+        self._counts[None] += 1
+        self._counts[rows] += 1
+        null, samples = self._joined(z, rows)
+        labels = torch.cat([self.y, null])
+        if time in self._numbers:
+            velocity = self._read(time, z, labels, samples)
+        else:
+            chosen = (t, z) if rows is None else (t[rows.index], z[rows.index])
+            velocity = self._call(torch.cat([t, chosen[0]]), torch.cat([z, chosen[1]]), {"y": labels}, own=True)
         return velocity[: z.shape[0]], velocity[z.shape[0] :]
 
-    def _call_both(self, t, z, rows):
-        chosen = (t, z) if rows is None else (t[rows.index], z[rows.index])
-        labels = torch.cat([self.y, self._null(chosen[1])])
-        return self._call(torch.cat([t, chosen[0]]), torch.cat([z, chosen[1]]), {"y": labels}, own=True)
-
-    def _read_both(self, time, z, rows):
+    def _joined(self, z, rows):
+        """The null labels (R,) of `rows`, and the sample (B + R,) of each row of both evaluations."""
         if self._joint is None or self._joint[0] is not rows:
             samples = torch.arange(z.shape[0], device=z.device)
-            samples = torch.cat([samples, samples if rows is None else rows.index])
-            self._joint = (rows, torch.cat([self.y, self._null(samples[z.shape[0] :])]), samples)
-        return self._read(time, z, *self._joint[1:])
+            chosen = samples if rows is None else rows.index
+            self._joint = (rows, self._null(chosen), torch.cat([samples, chosen]))
+        return self._joint[1:]
 
     def _read(self, time, z, y, samples=None):
         """The velocity in the sampling form, which writes to none of its inputs."""
@@ -122,12 +134,6 @@ class Network:
     def _null(self, z):
         dtype = torch.int64 if self.y is None else self.y.dtype
         return torch.full((z.shape[0],), self.null_label, dtype=dtype, device=z.device)
-
-    def _count(self, rows):
-        if rows is None:
-            self.forwards += 1
-        else:
-            self.forwards[rows.numbers] += 1
 
     def _call(self, t, z, labels, own=False):
         """The model's velocity; own: t and z are nobody else's, so the model may write to them."""

@@ -10,6 +10,7 @@ STATE = (torch.float32, torch.float64)
 VELOCITY = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER = (torch.int64,)
 _WORDS = 1 << 32
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float))
 
 
 def check_tensor(name: str, value, dtypes: Sequence[torch.dtype]) -> None:
@@ -158,3 +159,14 @@ def refuse_float64(*tensors: Tensor | None) -> str | None:
         if tensor is not None and tensor.dtype is torch.float64:
             return "it computes in float32, and an argument is float64"
     return None
+
+
+def unwatched(args: tuple) -> bool:
+    """Whether nobody but an op's kernel would see a call of it: no subclass of Tensor, which may have its own idea of
+    every operator, no mode that is told of each, and no tracing."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return False
+    for value in args:
+        if type(value) not in _PLAIN and not (type(value) is list and _PLAIN.issuperset(map(type, value))):
+            return False
+    return True

@@ -52,7 +52,7 @@ def integrate(tableau, field, z, times, settings):
                 unconditional,
                 scale,
                 [kept[j] for j in stage.stored],
-                weights[i][n].expand(z.shape[0], -1),
+                weights[i][n],
                 keep=stage.keep,
             )
             kept[i] = blended
@@ -72,9 +72,11 @@ def stage_times(tableau, times):
 
 
 def _weights(stages, times, z):
-    """guided_step's weights after evaluation i, (N, 2 + K_i), computed in float64 and moved to the device once."""
+    """guided_step's weights after evaluation i of step n, (B, 2 + K_i), computed in float64 and moved to the device
+    once."""
     dt = torch.tensor(times, dtype=torch.float64).diff()[:, None]
-    return [
-        torch.cat([torch.ones_like(dt), dt * torch.tensor(stage.factors, dtype=torch.float64)], dim=1).to(z)
-        for stage in stages
-    ]
+    weights = []
+    for stage in stages:
+        factors = torch.cat([torch.ones_like(dt), dt * torch.tensor(stage.factors, dtype=torch.float64)], dim=1)
+        weights.append(factors.to(z)[:, None].expand(-1, z.shape[0], -1).unbind(0))
+    return weights
