@@ -19,11 +19,11 @@ class Pixels(ImageSource):
 
     name = "pixels"
 
-    def __init__(self, count=13, image_size=8, flip=False, shift=0):
+    def __init__(self, count=13, image_size=8, flip=False, shift=0, first=0, classes="abc"):
         generator = torch.Generator().manual_seed(1)
         self.pixels = torch.randint(0, 256, (count, 3, image_size, image_size), generator=generator).to(torch.uint8)
         names = [f"{k + shift}.png" for k in range(count)]
-        super().__init__(image_size, torch.arange(count) % 3, ["a", "b", "c"], names)
+        super().__init__(image_size, (torch.arange(count) + first) % 3, list(classes), names)
         self.flip = flip
 
     def load(self, position):
@@ -64,9 +64,6 @@ def expected_mean(source, items, flips=None):
 
 def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-# -- round trips
 
 
 @pytest.mark.parametrize("shard_size", [1, 4, 13, 100])
@@ -337,11 +334,14 @@ def test_another_autoencoder_or_size_is_refused(tmp_path, source):
         cache.check(fingerprint="x")
 
 
+OTHERS = (("shift", 1), ("first", 1), ("classes", "abd"))  # other names, labels, names of classes
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"source": Pixels(12)}, "num_items=13"),
-        ({"source": Pixels(13, shift=1)}, "images_digest="),
+        *(({"source": Pixels(**{name: value})}, "images_digest=") for name, value in OTHERS),
         ({"flip": True}, "flip=False"),
         ({"dtype": torch.float16}, "dtype='float32'"),
         ({"store": "latents"}, "store='posterior'"),
