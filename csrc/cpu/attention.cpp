@@ -1,37 +1,19 @@
 // softmax(scale q k^T) v in bfloat16 by the tile instructions (AMX), forward alone. One item of work is one head: k and
 // v are packed once into the tiles' order, then 32 queries at a time meet all keys, so that a row of weights is whole
 // and its softmax needs no second look. Weights are rounded to bfloat16 before they meet v, their sum is taken before.
-#include <cmath>
-#include <memory>
+#include <tuple>
 
 #include "common/registration.h"
-#include "cpu/amx.h"
-#include "cpu/rows.h"
+#include "cpu/attention_heads.h"
 
 namespace lfm_fast {
 namespace {
 
-constexpr int64_t kMostKeys = 4096;  // with more, a head's packed keys and weights leave the second cache
-constexpr int64_t kMostWidth = 256;
-
 #if defined(LFM_AMX)
 
-struct Heads {
-  const Bf16* data;
-  int64_t sample, head, token;  // strides in elements
-
-  explicit Heads(const Tensor& x)
-      : data(static_cast<const Bf16*>(x.const_data_ptr())),
-        sample(x.stride(0)),
-        head(x.stride(1)),
-        token(x.stride(2)) {}
-};
-
-struct Attention {
-  Heads q, k, v;
-  Bf16* out;  // (B, T_q, heads, d), contiguous
-  int64_t heads, queries, keys, width;
-  float scale;
+struct Attention : AttentionCall {
+  Bf16* out;   // (B, T_q, heads, d), contiguous
+  float* lse;  // (B, heads, T_q), contiguous; or nullptr
 
   // Sizes rounded up to what tiles hold: 32 of a product's inner dimension, 16 columns of its result.
   int64_t padded_keys() const { return rounded_up(keys, 32); }
@@ -56,40 +38,6 @@ struct Scratch {
     result = memory.take<float>(32 * a.outer_width());
   }
 };
-
-// Tile (16 keys, 32 channels) of k^T: row r holds the channels 2 r and 2 r + 1 of each key.
-LFM_AMX_INLINE void pack_keys(const Attention& a, const Bf16* k, Bf16* packed) {
-  for (int64_t key = 0; key < a.padded_keys(); key += 16)
-    for (int64_t channel = 0; channel < a.width; channel += 32, packed += kTile16) {
-      const __mmask32 inside = first_of_32(a.width - channel);
-      __m512i rows[16];
-      LFM_UNROLL_16
-      for (int64_t i = 0; i < 16; ++i) {
-        const __mmask32 present = key + i < a.keys ? inside : 0;
-        rows[i] = _mm512_maskz_loadu_epi16(present, k + (present ? (key + i) * a.k.token + channel : 0));
-      }
-      transpose(rows);
-      LFM_UNROLL_16
-      for (int i = 0; i < 16; ++i) _mm512_store_si512(packed + 32 * i, rows[i]);
-    }
-}
-
-// Tile (32 keys, 16 channels) of v: row r holds the keys 2 r and 2 r + 1 of each channel.
-LFM_AMX_INLINE void pack_values(const Attention& a, const Bf16* v, Bf16* packed) {
-  for (int64_t key = 0; key < a.padded_keys(); key += 32)
-    for (int64_t channel = 0; channel < a.width; channel += 16, packed += kTile16) {
-      const __mmask16 inside = first_of_16(a.width - channel);
-      for (int64_t i = 0; i < 32; i += 2) {
-        __m512i pair[2];
-        for (int64_t n = 0; n < 2; ++n) {
-          const __mmask16 present = key + i + n < a.keys ? inside : 0;
-          const Bf16* row = v + (present ? (key + i + n) * a.v.token + channel : 0);
-          pair[n] = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(present, row));
-        }
-        _mm512_store_si512(packed + 16 * i, _mm512_or_si512(pair[0], _mm512_slli_epi32(pair[1], 16)));
-      }
-    }
-}
 
 // Scores of 32 queries, of which those from 16 on may be missing.
 LFM_AMX_INLINE void multiply_keys(const Attention& a, const Bf16* q, int64_t stride, bool both, Scratch& s) {
@@ -123,14 +71,14 @@ LFM_AMX_INLINE void multiply_keys(const Attention& a, const Bf16* q, int64_t str
   }
 }
 
-// The weights of one query, not yet divided by their sum, which is returned.
-LFM_AMX_INLINE float weigh(const Attention& a, float* scores, Bf16* weights) {
+// The weights of one query, not yet divided by their sum, which is returned; `most` is its highest score.
+LFM_AMX_INLINE float weigh(const Attention& a, float* scores, Bf16* weights, float& most) {
   const int64_t padded = a.padded_keys();
   for (int64_t n = a.keys; n < padded; ++n) scores[n] = -INFINITY;  // weight 0, or NaN in a row that is NaN
   __m512 top = _mm512_set1_ps(-INFINITY);
   for (int64_t n = 0; n < padded; n += 16) top = _mm512_max_ps(top, _mm512_load_ps(scores + n));
-  const float log2e = 1.4426950408889634f, slope = a.scale * log2e;
-  const __m512 factor = _mm512_set1_ps(slope), highest = _mm512_set1_ps(_mm512_reduce_max_ps(top));
+  most = _mm512_reduce_max_ps(top);
+  const __m512 factor = _mm512_set1_ps(a.scale * kLog2E), highest = _mm512_set1_ps(most);
   __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   for (int64_t n = 0; n < padded; n += 32) {
     __m512 w[2];
@@ -199,21 +147,43 @@ LFM_AMX_INLINE void divide(const Attention& a, const float* result, float sum, B
   }
 }
 
+// ln x for x of 1 or more, to 2e-7 of it or of 1: 2 artanh((m - 1) / (m + 1)) of the mantissa m.
+LFM_AMX_INLINE __m512 logarithm(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f), m = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+  const __m512 t = _mm512_div_ps(_mm512_sub_ps(m, one), _mm512_add_ps(m, one)), square = _mm512_mul_ps(t, t);
+  __m512 p = _mm512_set1_ps(1.0f / 13.0f);
+  for (const float divisor : {11.0f, 9.0f, 7.0f, 5.0f, 3.0f, 1.0f})
+    p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(1.0f / divisor));
+  const __m512 whole = _mm512_mul_ps(_mm512_getexp_ps(x), _mm512_set1_ps(0.6931471805599453f));
+  return _mm512_fmadd_ps(_mm512_add_ps(t, t), p, whole);
+}
+
+// ln of the sum of e^(scale score) over the keys.
+LFM_AMX_INLINE void store_lse(const Attention& a, const float* most, const float* sums, int64_t count, float* lse) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m512 top = _mm512_mul_ps(_mm512_loadu_ps(most + i), _mm512_set1_ps(a.scale));
+    const __m512 sum = _mm512_add_ps(top, logarithm(_mm512_loadu_ps(sums + i)));
+    const __mmask16 infinite = _mm512_cmp_ps_mask(top, _mm512_set1_ps(INFINITY), _CMP_EQ_OQ);
+    _mm512_mask_storeu_ps(lse + i, first_of_16(count - i), _mm512_mask_mov_ps(sum, infinite, top));
+  }
+}
+
 LFM_AMX_CODE void run_heads(const Attention& a, int64_t begin, int64_t end) {
   Scratch s(a);
   const Tiles tiles;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t sample = item / a.heads, head = item % a.heads;
-    const Bf16* q = a.q.data + sample * a.q.sample + head * a.q.head;
-    pack_keys(a, a.k.data + sample * a.k.sample + head * a.k.head, s.k);
-    pack_values(a, a.v.data + sample * a.v.sample + head * a.v.head, s.v);
+    const Bf16* q = a.q.at(sample, head);
+    pack_columns({a.k.at(sample, head), a.k.token, a.keys, a.width}, s.k);
+    pack_pairs({a.v.at(sample, head), a.v.token, a.keys, a.width}, s.v);
     for (int64_t first = 0; first < a.queries; first += 32) {
       const int64_t count = a.queries - first < 32 ? a.queries - first : 32, row = a.padded_keys();
       int64_t stride = 0;
       const Bf16* rows = queries_at(a, q, first, s, stride);
       multiply_keys(a, rows, stride, count > 16, s);
-      float sums[32];
-      for (int64_t i = 0; i < count; ++i) sums[i] = weigh(a, s.scores + i * row, s.weights + i * row);
+      float sums[32] = {}, most[32] = {};
+      for (int64_t i = 0; i < count; ++i) sums[i] = weigh(a, s.scores + i * row, s.weights + i * row, most[i]);
+      if (a.lse != nullptr) store_lse(a, most, sums, count, a.lse + item * a.queries + first);
       multiply_values(a, count > 16, s);
       for (int64_t i = 0; i < count; ++i) {
         Bf16* out = a.out + ((sample * a.queries + first + i) * a.heads + head) * a.width;
@@ -225,41 +195,36 @@ LFM_AMX_CODE void run_heads(const Attention& a, int64_t begin, int64_t end) {
 
 #endif
 
-Tensor with_dense_channels(const Tensor& x) {
-  return x.stride(3) == 1 || x.size(3) == 1 ? x : torch::stable::contiguous(x);
+// The heads of a token side by side: (B, T_q, heads, d) in memory.
+Tensor attend(const AttentionCall& call, float* lse) {
+  Tensor out = new_tensor({call.batch, call.queries, call.heads, call.width}, ScalarType::BFloat16);
+#if defined(LFM_AMX)
+  const Attention a{call, static_cast<Bf16*>(out.mutable_data_ptr()), lse};
+  const int64_t work = rounded_up(call.queries, 32) * call.keys * call.width;
+  const int64_t items = call.queries ? call.batch * call.heads : 0;
+  parallel_for(0, items, std::max<int64_t>(1, (int64_t{1} << 20) / std::max<int64_t>(1, work)),
+               [&a](int64_t first, int64_t last) { run_heads(a, first, last); });
+#else
+  static_cast<void>(lse);
+#endif
+  return torch::stable::transpose(out, 1, 2);
 }
 
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {
-  const Tensor* tensors[] = {&q, &k, &v};
-  const char* names[] = {"q", "k", "v"};
-  for (int i = 0; i < 3; ++i) {
-    check_on_cpu(*tensors[i], names[i]);
-    check_dtype(*tensors[i], names[i], ScalarType::BFloat16);
-    LFM_CHECK(tensors[i]->dim() == 4, names[i], " must be (B, heads, T, d), got ", shape_text(*tensors[i]), ".");
-  }
-  check_same_shape(v, "v", k, "k");
-  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2), width = q.size(3);
-  LFM_CHECK(k.size(0) == batch && k.size(1) == heads && k.size(3) == width, "k must have the shape of q, ",
-            shape_text(q), ", but for the number of tokens, got ", shape_text(k), ".");
-  LFM_CHECK(keys >= 1 && keys <= kMostKeys, "k must have 1 to ", kMostKeys, " tokens, got ", keys, ".");
-  LFM_CHECK(width >= 1 && width <= kMostWidth, "q must have 1 to ", kMostWidth, " channels, got ", width, ".");
-  const double factor = scale.value_or(1.0 / std::sqrt(static_cast<double>(width)));
-  LFM_CHECK(factor > 0.0 && std::isfinite(factor), "scale must be a positive number, got ", factor, ".");
-  LFM_CHECK(has_tiles(), "attention needs a processor with AMX for bfloat16.");
-  Tensor out = new_tensor({batch, queries, heads, width}, ScalarType::BFloat16);
-#if defined(LFM_AMX)
-  const Tensor dense[] = {with_dense_channels(q), with_dense_channels(k), with_dense_channels(v)};
-  Bf16* const result = static_cast<Bf16*>(out.mutable_data_ptr());
-  const Attention a{Heads(dense[0]), Heads(dense[1]), Heads(dense[2]), result, heads, queries, keys, width,
-                    static_cast<float>(factor)};
-  const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 20) / (rounded_up(queries, 32) * keys * width));
-  parallel_for(0, queries ? batch * heads : 0, grain, [&a](int64_t first, int64_t last) { run_heads(a, first, last); });
-#endif
-  return torch::stable::transpose(out, 1, 2);
+  return attend(read_call(q, k, v, scale), nullptr);
+}
+
+std::tuple<Tensor, Tensor> attention_with_lse(const Tensor& q, const std::optional<Tensor>& k,
+                                              const std::optional<Tensor>& v, std::optional<double> scale) {
+  const AttentionCall call = read_call(q, k, v, scale);
+  Tensor lse = new_tensor({call.batch, call.heads, call.queries}, ScalarType::Float);
+  Tensor out = attend(call, static_cast<float*>(lse.mutable_data_ptr()));
+  return {out, lse};
 }
 
 }  // namespace
 
 LFM_REGISTER(CPU, attention, attention);
+LFM_REGISTER(CPU, attention_with_lse, attention_with_lse);
 
 }  // namespace lfm_fast

@@ -14,6 +14,7 @@ from lfm_fast.ops.interpolate import interpolate
 from lfm_fast.ops.modulated_layer_norm import modulated_layer_norm
 from lfm_fast.ops.packed_linear import packed_linear
 from lfm_fast.ops.philox_normal import philox_normal, philox_uniform
+from lfm_fast.ops.self_attention import self_attention
 from lfm_fast.ops.velocity_loss import velocity_loss
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "packed_linear",
     "philox_normal",
     "philox_uniform",
+    "self_attention",
     "use_backend",
     "velocity_loss",
 ]

@@ -1,7 +1,7 @@
 """The backends of the row `attention`, and how one of them is chosen.
 
-Each is a composition of PyTorch's differentiable operators, so that the gradient is the backend's own: PyTorch pairs
-every fused forward with its backward, which gets the log-sum-exp of each row instead of the (T_q, T_k) weights. The
+Each is a composition of differentiable operators, so that the gradient is the backend's own: PyTorch pairs every fused
+forward with its backward, which gets the log-sum-exp of each row instead of the (T_q, T_k) weights; so do we. The
 aten operators are called by name and not by way of torch.nn.attention.sdpa_kernel, whose switches are global to the
 process.
 """
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from lfm_fast import _library
 from lfm_fast.ops import _measured
+from lfm_fast.ops._attention_gradient import default_scale, differentiable, why_not_cpp, why_not_empty
+from lfm_fast.ops._checks import needs_gradient
 from lfm_fast.ops._registry import NEVER_ON_GPU, Backend, Op
 
 _aten = torch.ops.aten
@@ -24,19 +26,8 @@ _TABLE = "attention"
 _MOST_WEIGHTS = 1 << 28
 # Below this PyTorch's CPU kernel (2.13) makes 0 of a row of weights that are all NaN: no full vector, no NaN
 _FEWEST_KEYS = 16
-_MOST_KEYS, _MOST_WIDTH = 4096, 256  # of csrc/cpu/attention.cpp
 # PyTorch's fused CPU backward in 16 bits is the slower way up to here, see `_default`
 _SHORT = 512
-
-
-def default_scale(q: Tensor, scale: float | None) -> float:
-    if scale is not None:
-        return float(scale)
-    return q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
-
-
-def needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _sdpa(q, k, v, scale=None):
@@ -112,14 +103,8 @@ def _first_line(error: Exception) -> str:
     return lines[0].rstrip(".")
 
 
-def _why_not_empty(q, k, v, scale=None) -> str | None:
-    if 0 in q.shape or k.shape[2] == 0:
-        return "there is nothing to compute, and fused kernels differ in what they make of that"
-    return None
-
-
 def _why_not_sdpa(q, k, v, scale=None) -> str | None:
-    empty = _why_not_empty(q, k, v)
+    empty = why_not_empty(q, k, v)
     if empty is None and q.device.type == "cpu" and k.shape[2] < _FEWEST_KEYS:
         return f"below {_FEWEST_KEYS} keys PyTorch's CPU kernel would turn a NaN in q into 0"
     if empty is None and q.device.type == "cpu" and any(map(_rows_overlap, (q, k, v))):
@@ -129,16 +114,6 @@ def _why_not_sdpa(q, k, v, scale=None) -> str | None:
 
 def _rows_overlap(x: Tensor) -> bool:
     return x.shape[2] > 1 and x.stride(3) == 1 and 0 < x.stride(2) < x.shape[3]
-
-
-def _why_not_cpp(q, k, v, scale=None) -> str | None:
-    if q.dtype is not torch.bfloat16:
-        return "it computes in bfloat16 alone, where the processor's tiles do"
-    if needs_gradient(q, k, v):
-        return "it has no backward pass"
-    if k.shape[2] > _MOST_KEYS or q.shape[3] > _MOST_WIDTH:
-        return f"it takes at most {_MOST_KEYS} keys of {_MOST_WIDTH} channels"
-    return _why_not_empty(q, k, v)
 
 
 def like_cpp(q, k, v, scale=None):
@@ -151,7 +126,7 @@ def _why_not_torch(can_use: str, dtypes: tuple[torch.dtype, ...]):
     """PyTorch's own check of one of its fused CUDA kernels."""
 
     def why_not(q, k, v, scale=None) -> str | None:
-        empty = _why_not_empty(q, k, v)
+        empty = why_not_empty(q, k, v)
         if empty or q.device.type != "cuda":
             return empty
         if q.dtype not in dtypes:
@@ -169,7 +144,7 @@ def _why_not_torch(can_use: str, dtypes: tuple[torch.dtype, ...]):
 
 
 def _why_not_xformers(q, k, v, scale=None) -> str | None:
-    empty = _why_not_empty(q, k, v)
+    empty = why_not_empty(q, k, v)
     if empty or q.device.type != "cuda":
         return empty
     if type(q) not in (Tensor, torch.nn.Parameter):
@@ -189,7 +164,13 @@ def _why_not_xformers(q, k, v, scale=None) -> str | None:
 
 _HALF = (torch.bfloat16, torch.float16)
 BACKENDS = (
-    Backend(name="cpp", devices=("cpu",), why_not=_why_not_cpp, available=_library.why_no_tiles),
+    Backend(
+        name="cpp",
+        devices=("cpu",),
+        why_not=why_not_cpp,
+        available=_library.why_no_tiles,
+        with_gradient=differentiable,
+    ),
     # the fused kernel that PyTorch itself would take
     Backend(name="sdpa", devices=("cpu", "cuda"), why_not=_why_not_sdpa, available=_always, kernel=_sdpa),
     *(
@@ -215,7 +196,7 @@ BACKENDS = (
         kernel=_xformers,
         opt_in=NEVER_ON_GPU,
     ),
-    Backend(name="math", devices=("cpu", "cuda"), why_not=_why_not_empty, available=_always, kernel=two_products),
+    Backend(name="math", devices=("cpu", "cuda"), why_not=why_not_empty, available=_always, kernel=two_products),
 )
 
 
@@ -244,14 +225,15 @@ def rank(row: Op, args: tuple) -> tuple[str, dict[str, str]]:
 
 
 def _default(contenders: list[str], q, k, v) -> str:
-    """Without a measurement: the first, but for gradients of short bf16 sequences on the CPU.
+    """Without a measurement: the first, but for gradients of short bf16 sequences on a CPU without our kernel.
 
     There PyTorch's fused backward (2.13, AMX, one core) made forward and backward 110 against 31 ms at 64 tokens and 91
     against 61 ms at 256.
     """
     short = q.shape[2] <= _SHORT and k.shape[2] <= _SHORT
     slow_backward = q.device.type == "cpu" and q.dtype is torch.bfloat16 and needs_gradient(q, k, v)
-    return "math" if slow_backward and short and "math" in contenders else contenders[0]
+    math = slow_backward and short and contenders[0] != "cpp" and "math" in contenders
+    return "math" if math else contenders[0]
 
 
 def _kind(q: Tensor, k: Tensor, v: Tensor) -> str | None:

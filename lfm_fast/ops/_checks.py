@@ -153,6 +153,10 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], numel_per_sample(x))
 
 
+def needs_gradient(*args) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+
+
 def refuse_float64(*tensors: Tensor | None) -> str | None:
     """The reason of the float32 kernels when one of these is float64, else None."""
     for tensor in tensors:

@@ -18,7 +18,7 @@ import torch
 from torch.autograd import forward_ad
 
 from lfm_fast import _library
-from lfm_fast.ops._checks import unwatched
+from lfm_fast.ops._checks import needs_gradient, unwatched
 
 BACKENDS = ("reference", "cpp", "cuda", "triton", "sdpa", "flash", "cudnn", "efficient", "math", "xformers")
 NEVER_ON_GPU = "never run on a GPU: no committed result shows it passing there (use_backend takes it all the same)"
@@ -49,7 +49,8 @@ class Backend:
     why_not takes the row's arguments and returns None or the reason, as a sentence without full stop, why these cannot
     be served. available says the same for any arguments (no library, no package). kernel takes the row's arguments;
     without one, the compiled operator `lfm_fast_NAME::ROW` runs. opt_in is the reason why the table never takes this
-    backend by itself; `use_backend` does.
+    backend by itself; `use_backend` does. with_gradient runs instead of a composite row's compiled operator where a
+    gradient is needed.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Backend:
     available: Callable[[], str | None] = _library.load
     kernel: Callable | None = None
     opt_in: str | None = None
+    with_gradient: Callable | None = None
 
     def refusal(self, args: tuple, *, forced: bool = False) -> str | None:
         device = args[0].device.type
@@ -138,7 +140,7 @@ class Op:
 
     @cached_property
     def kernels(self) -> dict[str, Callable]:
-        compiled = {b.name: getattr(getattr(torch.ops, f"lfm_fast_{b.name}"), self.name).default for b in self.compiled}
+        compiled = {b.name: _compiled_kernel(b, self.name) for b in self.compiled}
         return compiled | {b.name: b.kernel for b in self.backends if b.kernel}
 
     @cached_property
@@ -233,6 +235,14 @@ class Op:
     def _backward(self, ctx, *gradients):
         by_name = self.backward(ctx, *gradients)
         return tuple(by_name.get(name) for name in self.argument_names[: len(ctx.needs_input_grad)])
+
+
+def _compiled_kernel(backend: Backend, name: str) -> Callable:
+    """The compiled operator; where a gradient is needed, what the backend has in its place."""
+    operator = getattr(getattr(torch.ops, f"lfm_fast_{backend.name}"), name).default
+    if backend.with_gradient is None:
+        return operator
+    return lambda *args: (backend.with_gradient if needs_gradient(*args) else operator)(*args)
 
 
 def _inside_transform() -> bool:

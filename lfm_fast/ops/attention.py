@@ -1,13 +1,11 @@
 """attention: softmax(q k^T scale) v by the fastest of PyTorch's and xformers' kernels for the call."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from lfm_fast.ops import _attention
+from lfm_fast.ops._attention_gradient import check_scale, check_three, default_scale
 from lfm_fast.ops._cases import numbers
-from lfm_fast.ops._checks import VELOCITY, check_like, check_number, check_tensor
 from lfm_fast.ops._registry import Op, Tolerance, register
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -15,44 +13,26 @@ F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float6
 
 def reference(q, k, v, scale=None):
     wide = torch.promote_types(q.dtype, F32)
-    scores = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * _attention.default_scale(q, scale)
+    scores = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * default_scale(q, scale)
     weights = torch.softmax(scores, dim=-1)  # (B, heads, T_q, T_k)
     return (weights @ v.to(wide)).to(q.dtype)
 
 
 def _check(q, k, v, scale=None) -> None:
-    check_tensor("q", q, VELOCITY)
-    check_tensor("k", k, VELOCITY)
-    for name, x in (("q", q), ("k", k)):
-        if x.dim() != 4:
-            raise ValueError(f"{name} is {tuple(x.shape)}, expected (B, heads, T, d).")
-    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"k is {tuple(k.shape)} but q is {tuple(q.shape)}: only the number of tokens may differ.")
-    if q.device != k.device:
-        raise ValueError(f"k is on {k.device} but q is on {q.device}: move one of them.")
-    check_like("v", v, "k", k, VELOCITY)
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype is not q.dtype:
-            came, wanted = (str(t.dtype).removeprefix("torch.") for t in (x, q))
-            raise ValueError(f"{name} is {came} but q is {wanted}: convert one of them.")
-    if scale is not None:
-        if isinstance(scale, bool):
-            raise ValueError("scale is a bool: pass a number.")
-        check_number("scale", scale)
-        if not 0 < scale < math.inf:
-            raise ValueError(f"scale is {scale}, expected a positive number.")
+    check_three(q, k, v)
+    check_scale(scale)
 
 
-def _prepare(args: tuple) -> tuple:
+def prepare(args: tuple, tensors: int = 3) -> tuple:
     """Autocast treats attention as it treats a matrix product."""
-    tensors, rest = args[:3], args[3:]
-    if not all(isinstance(x, Tensor) for x in tensors) or tensors[0].device.type not in ("cpu", "cuda"):
+    first, rest = args[:tensors], args[tensors:]
+    if not all(isinstance(x, Tensor) for x in first) or first[0].device.type not in ("cpu", "cuda"):
         return args
-    device = tensors[0].device.type
+    device = first[0].device.type
     if not torch.is_autocast_enabled(device):
         return args
     dtype = torch.get_autocast_dtype(device)
-    return (*(x.to(dtype) if x.dtype in (F32, BF16, F16) else x for x in tensors), *rest)
+    return (*(x.to(dtype) if x.dtype in (F32, BF16, F16) else x for x in first), *rest)
 
 
 def _arguments(*, shape, keys=None, device="cpu", dtype=F32, layout="contiguous", scale=None) -> dict:
@@ -81,7 +61,7 @@ _row = register(
         check=_check,
         composite=True,
         like_compiled=_attention.like_cpp,
-        prepare=_prepare,
+        prepare=prepare,
         rank=_attention.rank,
         backends=_attention.BACKENDS,
         arguments=_arguments,
@@ -136,8 +116,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         reference: any number of times), by the backward pass of the backend that ran forward. Autocast makes the
         arguments those of its dtype.
 
-    The backends: "cpp" is a compiled kernel for bfloat16 without gradients on processors with AMX, "sdpa" PyTorch's own
-    choice among its fused kernels; "flash", "cudnn", "efficient" and "xformers" are single CUDA kernels, "math" the two
+    The backends: "cpp" is a compiled kernel for bfloat16 on processors with AMX, "sdpa" PyTorch's own choice among its
+    fused kernels; "flash", "cudnn", "efficient" and "xformers" are single CUDA kernels, "math" the two
     matrix products with the weights in memory, on either device. Which one runs is measured once and remembered in the
     user's cache folder, or not measured at all: LFM_FAST_MEASURE is "auto" (on CUDA, in a run of one process), "always"
     or "never". Under torch.compile the choice is made when the graph is traced, by what is remembered.

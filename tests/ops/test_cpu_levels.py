@@ -16,7 +16,8 @@ from lfm_fast import _library
 
 LEVELS = ("baseline", "avx2", "avx512")
 COMPILED = {name: row for name, row in ROWS.items() if any(b.name == "cpp" for b in row.compiled)}
-TILES_ALONE = {"attention"}  # one level has it, and its threads and batches are in test_attention_tiles.py
+# one level has them, and their threads and batches are in tests of their own
+TILES_ALONE = {"attention", "attention_with_lse", "attention_backward", "packed_linear"}
 SAME_AT_ALL = {name: row for name, row in COMPILED.items() if name not in TILES_ALONE}
 ROOT = Path(__file__).resolve().parents[2]
 MANY_CHUNKS = 20_011  # elements of a sample: several chunks of partial sums, the last tile and block cut short

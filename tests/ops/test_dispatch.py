@@ -203,7 +203,8 @@ def test_one_row_speaks_with_one_voice(row, monkeypatch):
     """Reference, check, cost and public function take the schema's arguments with the schema's defaults."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # else the Triton backend, not run here, refuses CPU tensors
     schema = {a.name: a.default_value if a.has_default_value() else "required" for a in row.overload._schema.arguments}
-    public = [] if row.name.endswith("_backward") else [getattr(ops, row.name)]  # autograd alone calls those
+    inner = row.name.endswith(("_backward", "_with_lse"))  # autograd alone calls those
+    public = [] if inner else [getattr(ops, row.name)]
     for function in (row.reference, row.check, row.cost, *public):
         parameters = inspect.signature(function).parameters.values()
         found = {p.name: "required" if p.default is p.empty else p.default for p in parameters}
@@ -276,7 +277,8 @@ def test_kernels_that_a_library_lacks_run_on_the_reference(library, tmp_path):
     """A copy of the library in which some kernels have other names: all that work on tiles, and the question for tiles
     as well, which libraries before them did not answer."""
     data = _library.path().read_bytes()
-    missing = ("attention", "packed_linear", "gelu_tanh", "gelu_tanh_backward")
+    on_tiles = ("attention", "attention_with_lse", "attention_backward", "packed_linear")
+    missing = (*on_tiles, "gelu_tanh", "gelu_tanh_backward")
     for name in ("lfm_fast_cpu_has_tiles", *missing):
         assert name.encode() + b"\0" in data
         data = data.replace(name.encode() + b"\0", name[:-1].encode() + b"0\0")

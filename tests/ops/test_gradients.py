@@ -37,6 +37,12 @@ CHECKED = {
         {"shape": (3, 6), "num_groups": 3, "silu": False, **F64},
         {"shape": (2, 4, 0), **F64},
     ],
+    "attention_with_lse": [
+        {"shape": (3, 2, 4, 2), **F64},
+        {"shape": (2, 1, 3, 2), "keys": 5, "scale": 0.7, **F64},
+        {"shape": (2, 2, 3, 2), "layout": "fused", **F64},
+        {"shape": (2, 1, 0, 3), **F64},
+    ],
     "guided_step": [
         {"shape": (3, 2, 2), "state": torch.float64, "num_stored": 2, "keep": True, "noise": True, **F64},
         {"shape": (2, 3), "state": torch.float64, "guided": False, **F64},
