@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lfm_fast import ops
 from lfm_fast.models.layers import (
     Attention,
+    HeadNorm,
     LabelEmbedding,
     Mlp,
     PatchEmbedding,
@@ -29,9 +30,9 @@ class DiTBlock(nn.Module):
     those that the next block, or the final layer, wants.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_size: int):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_size: int, qk_norm: bool = False):
         super().__init__()
-        self.attn = Attention(hidden_size, num_heads)
+        self.attn = Attention(hidden_size, num_heads, qk_norm)
         self.mlp = Mlp(hidden_size, mlp_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
@@ -62,7 +63,8 @@ class DiT(nn.Module):
     cast to the weights'), y (B,) holds integer labels. With `num_classes` > 0 and `label_dropout` > 0 the label table
     has one more row, `null_label`, that means "no label"; dropping labels in training is the training loop's work.
     `y=None` means that row, or the table's last one where there is no null label. `num_classes=0` is an unlabelled
-    network (one row). Returns (B, C, H, W) in the weights' dtype, or autocast's.
+    network (one row). `qk_norm=True` norms the queries and keys of every head, with learned scales (`layers.HeadNorm`).
+    Returns (B, C, H, W) in the weights' dtype, or autocast's.
 
     Raises ValueError for sizes that do not divide, and for inputs of another shape than the network was made for.
 
@@ -87,11 +89,13 @@ class DiT(nn.Module):
         mlp_ratio: float = 4.0,
         num_classes: int = 0,
         label_dropout: float = 0.0,
+        qk_norm: bool = False,
     ):
         super().__init__()
         config = {"image_size": image_size, "patch_size": patch_size, "in_channels": in_channels}
         config |= {"hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio}
         config |= {"num_classes": num_classes, "label_dropout": label_dropout}
+        config |= {"qk_norm": qk_norm} if qk_norm is not False else {}  # without, a configuration is as it always was
         _check_config(config)
         self.config = {"family": self.family, **config}
         self.image_size, self.patch_size, self.in_channels = image_size, patch_size, in_channels
@@ -103,7 +107,7 @@ class DiT(nn.Module):
         self.t_embedder = TimeEmbedding(hidden_size)
         self.y_embedder = LabelEmbedding(self.num_labels, hidden_size)
         mlp_size = int(hidden_size * mlp_ratio)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_size) for _ in range(depth))
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_size, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels)
         self.initialise()
 
@@ -121,6 +125,8 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+            if isinstance(module, HeadNorm):
+                nn.init.ones_(module.weight)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # fans of the matrix product it is
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
@@ -282,5 +288,7 @@ def _check_config(config: dict) -> None:
         raise ValueError(f"num_classes must be 0 (unlabelled) or a positive integer, but is {num_classes!r}.")
     if not _is_finite(label_dropout) or not 0 <= label_dropout < 1:
         raise ValueError(f"label_dropout must lie in [0, 1), but is {label_dropout!r}.")
+    if not isinstance(config.get("qk_norm", False), bool):
+        raise ValueError(f"qk_norm must be True or False, but is {config['qk_norm']!r}.")
     if label_dropout and not num_classes:
         raise ValueError(f"label_dropout {label_dropout} needs labels to drop, but num_classes is 0.")

@@ -67,18 +67,44 @@ class PatchEmbedding(nn.Module):
         return F.linear(patches, weight.flatten(1)) + (positions + self.proj.bias)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention over tokens (B, T, D); qkv channels in the order (3, head, D / heads)."""
+class HeadNorm(nn.Module):
+    """x / sqrt(mean(x^2) + 1e-6) w over the channels of a head, (..., d) -> (..., d); computed in float32 or above.
 
-    def __init__(self, hidden_size: int, num_heads: int):
+    Source: Zhang and Sennrich 2019, "Root mean square layer normalization" (arXiv 1910.07467), equation 4.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), 1e-6).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens (B, T, D); qkv channels in the order (3, head, D / heads).
+
+    qk_norm: queries and keys are normed first, so that no score grows with their lengths (Dehghani et al. 2023, arXiv
+    2302.05442, section 2).
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm = HeadNorm(hidden_size // num_heads) if qk_norm else None
+        self.k_norm = HeadNorm(hidden_size // num_heads) if qk_norm else None
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, heads, d)
-        return self.proj(ops.self_attention(qkv).transpose(1, 2).flatten(2))
+        if self.q_norm is None:
+            y = ops.self_attention(qkv)  # (B, heads, T, d)
+        else:
+            q, k, v = qkv.unbind(2)
+            y = ops.attention(*(x.transpose(1, 2) for x in (self.q_norm(q), self.k_norm(k), v)))
+        return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):

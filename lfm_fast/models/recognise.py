@@ -72,7 +72,8 @@ def _dit_candidates(shapes: Shapes):
     for name, arguments in same_size or named:
         side = round(tokens**0.5) * arguments["patch_size"]
         table = {"num_classes": rows - 1, "label_dropout": 0.1} if rows > 1 else {}
-        yield name, {"family": DiT.family, **arguments, "image_size": side, "in_channels": in_channels, **table}
+        norm = {"qk_norm": True} if "blocks.0.attn.q_norm.weight" in shapes else {}
+        yield name, {"family": DiT.family, **arguments, "image_size": side, "in_channels": in_channels, **table, **norm}
 
 
 def _with_labels(config: dict, shapes: Shapes, hints: dict) -> nn.Module:
