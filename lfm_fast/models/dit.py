@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lfm_fast import ops
+from lfm_fast.models import checkpointing
+from lfm_fast.models.compiling import Compiled
 from lfm_fast.models.layers import (
     Attention,
     HeadNorm,
@@ -38,10 +40,19 @@ class DiTBlock(nn.Module):
 
     def forward(self, x: Tensor, h: Tensor, modulation: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
         """(x, h) -> (x, h), with this block's modulation (B, 6 D) and that of what follows it."""
-        _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
-        shift_next, scale_next, *_ = following.chunk(6, dim=-1)
+        gate_mlp, (shift_next, scale_next, *_) = modulation.chunk(6, dim=-1)[5], following.chunk(6, dim=-1)
+        x, branch = self.before_sum(x, h, modulation)
+        return ops.gated_residual_norm(x, branch, gate_mlp, shift_next, scale_next, _NORM_EPS)
+
+    def before_sum(self, x: Tensor, h: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, h) -> x with attention added, and the MLP's output, which is not added yet."""
+        _, _, gate_attn, shift_mlp, scale_mlp, _ = modulation.chunk(6, dim=-1)
         x, h = ops.gated_residual_norm(x, self.attn(h), gate_attn, shift_mlp, scale_mlp, _NORM_EPS)
-        return ops.gated_residual_norm(x, self.mlp(h), gate_mlp, shift_next, scale_next, _NORM_EPS)
+        return x, self.mlp(h)
+
+
+def _call_block(block: DiTBlock, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    return block(*tensors)
 
 
 class FinalLayer(nn.Module):
@@ -76,6 +87,8 @@ class DiT(nn.Module):
     """
 
     family = "dit"
+    activation_checkpointing = "none"  # or another of checkpointing.MODES: what training keeps for its backward pass
+    _compiled_velocity = _compiled_block = _compiled_region = None
 
     def __init__(
         self,
@@ -141,7 +154,32 @@ class DiT(nn.Module):
         self._check_inputs(t, z, y)
         if y is None:
             y = torch.full((z.shape[0],), self.num_labels - 1, device=z.device)
-        return self.velocity(t.expand(z.shape[0]), z, y)
+        t = t.expand(z.shape[0])
+        if self._compiled_velocity is None:
+            return self.velocity(t, z, y)
+        # in one layout and in tensors of our own: a graph is made for strides, and marks those it is called with
+        t, z, y = (x.contiguous().view(x.shape) for x in (t, z, y.long()))
+        return self._compiled_velocity(self, t, z, y)
+
+    def compile(self, part: str = "velocity", **options) -> None:
+        """Compile in place, with torch.compile's options: "block" makes one small graph that all blocks share,
+        "velocity" one of the whole network. Either serves batches of any size, labelled and unlabelled calls.
+
+        Raises ValueError for another `part`. Copies of the network are not compiled.
+
+        >>> model = DiT(image_size=8, hidden_size=32, depth=2, num_heads=2)
+        >>> model.compile("block", backend="eager")
+        >>> model(torch.rand(1), torch.randn(1, 4, 8, 8)).shape
+        torch.Size([1, 4, 8, 8])
+        """
+        if part not in ("velocity", "block"):
+            raise ValueError(f"part is {part!r}, expected 'velocity' or 'block'.")
+        self._compiled_velocity = self._compiled_block = self._compiled_region = None
+        if part == "velocity":
+            self._compiled_velocity = Compiled(type(self).velocity, **options)
+        else:
+            self._compiled_block = Compiled(_call_block, **options)
+            self._compiled_region = Compiled(checkpointing.region, **options)
 
     def velocity(self, t: Tensor, z: Tensor, y: Tensor) -> Tensor:
         """The network proper, all inputs explicit: compile this and labelled and unlabelled calls share one graph."""
@@ -163,10 +201,15 @@ class DiT(nn.Module):
 
     def trunk(self, x: Tensor, modulations: Sequence[Tensor]) -> Tensor:
         """Velocity (B, C, H, W) of tokens x (B, T, D) under modulations as `modulations` returns them."""
+        mode = self.activation_checkpointing
+        if mode != "none" and torch.is_grad_enabled():
+            network = list(self.blocks), self.final_layer
+            y = checkpointing.through_blocks(*network, x, modulations, mode, _NORM_EPS, self._compiled_region)
+            return self._unpatchify(y)
         shift, scale, *_ = modulations[0].chunk(6, dim=-1)
-        h = ops.modulated_layer_norm(x, shift, scale, _NORM_EPS)
+        h, run = ops.modulated_layer_norm(x, shift, scale, _NORM_EPS), self._compiled_block or _call_block
         for block, modulation, following in zip(self.blocks, modulations, modulations[1:]):
-            x, h = block(x, h, modulation, following)
+            x, h = run(block, x, h, modulation, following)
         return self._unpatchify(self.final_layer(h))
 
     @property
@@ -174,9 +217,8 @@ class DiT(nn.Module):
         """Whether `prepare` may stand for calls: not where a call is overridden, hooked or compiled as a whole."""
         published = type(self).forward is DiT.forward and type(self).velocity is DiT.velocity
         patched = {"forward", "velocity"} & vars(self).keys()
-        return published and not (
-            patched or self._forward_hooks or self._forward_pre_hooks or self._compiled_call_impl is not None
-        )
+        compiled = self._compiled_velocity is not None or self._compiled_call_impl is not None
+        return published and not (patched or self._forward_hooks or self._forward_pre_hooks or compiled)
 
     def prepare(
         self, times: Tensor, y: Tensor | None = None, *, unlabelled: bool = False, max_bytes: int = MAX_BYTES

@@ -206,7 +206,7 @@ def rank(row: Op, args: tuple) -> tuple[str, dict[str, str]]:
     contenders = row.willing(args, forced=_measured.mode() == "always")
     if len(contenders) < 2:
         return (contenders or ["reference"])[0], {}
-    if q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] > _MOST_WEIGHTS:
+    if _more(q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2], _MOST_WEIGHTS):
         contenders = [name for name in contenders if name != "math"]
     table, measuring = _measured.remembered(_TABLE), _measured.may_measure((q, k, v))
     key = _kind(q, k, v) if table or measuring else None
@@ -222,6 +222,15 @@ def rank(row: Op, args: tuple) -> tuple[str, dict[str, str]]:
     ms = {name: f"{1e3 * seconds:.3g} ms" for name, seconds in timed.items()}
     slower = {name: f"{best} was measured to be faster, {ms[best]} against {ms[name]}" for name in timed}
     return best, slower | failed
+
+
+def _more(count, limit: int) -> bool:
+    """count > limit; no for a count that a graph holds open without bounds, such as of a batch of any size."""
+    if isinstance(count, int):
+        return count > limit
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # sympy, half a second
+
+    return guard_or_false(count > limit)
 
 
 def _default(contenders: list[str], q, k, v) -> str:

@@ -14,11 +14,8 @@ def compile_network(model, config, device):
     if mode == "auto":
         worth_it = device.type == "cuda" or (_long_enough(config) and can_compile_for_cpu())
         mode = "block" if worth_it else "off"
-    if mode == "full":
-        model.compile()
-    elif mode == "block":
-        for block in model.blocks:
-            block.compile()
+    if mode != "off":
+        model.compile({"full": "velocity", "block": "block"}[mode])
 
 
 def _long_enough(config):

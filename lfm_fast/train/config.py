@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from lfm_fast.flow.paths import PATHS
 from lfm_fast.flow.time_samplers import TIME_SAMPLERS
+from lfm_fast.models.checkpointing import MODES
 from lfm_fast.train.presets import PRESETS
 
 TASKS = ("unconditional", "labelled")
@@ -64,6 +65,9 @@ class TrainConfig:
     seed: int = _curve(0, int, "of the weights, data order, noise, times and dropout")
     device: str = _setting("auto", str, "where to train", DEVICES)
     compile: str = _setting("auto", str, "torch.compile: auto is block on CUDA, and in longer runs on CPUs", COMPILE)
+    activation_checkpointing: str = _setting(
+        "none", str, "what the backward pass makes again; selective: all but products and attention", MODES
+    )
     output: str = _setting("results", str, "folder that holds the numbered run folders")
     resume: str = _setting("auto", str, "auto: go on with an unfinished run of these settings; never; or a path")
     log_every: int = _setting(10, int, "steps between lines of metrics.jsonl")

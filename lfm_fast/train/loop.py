@@ -110,6 +110,7 @@ def build_state(config, source, world):
         label_dropout=config.label_dropout,
     ).to(world.device)
     ema = EMA(model, config.ema_decay)  # before compiling: sampling uses other batch sizes
+    model.activation_checkpointing = config.activation_checkpointing
     compile_network(model, config, world.device)
     network = model
     if world.size > 1:

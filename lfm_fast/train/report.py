@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lfm_fast.models import create_model, num_parameters
+from lfm_fast.train import memory
 from lfm_fast.train.schedule import total_steps
 
 try:
@@ -47,12 +48,15 @@ def describe(config, world, latent_shape, num_items=None):
             num_classes=config.num_classes,
             label_dropout=config.label_dropout,
         )
+        model.activation_checkpointing = config.activation_checkpointing
         samples = -(-config.batch_size // (world.size * config.accumulation_steps))
-        activations = activation_bytes(model, samples, latent_shape, config.precision)
+        step, one_more = (memory.of_step(model, n, latent_shape, config.precision) for n in (samples, samples + 1))
     parameters = num_parameters(model)
     flops = model.flops_per_sample()
-    state = {"weights": 4, "gradients": 4, "AdamW": 8, "EMA": 4}  # bytes per parameter, all float32
-    parts = {name: size * parameters for name, size in state.items()} | {"activations": activations}
+    state = {"weights": 4, "AdamW": 8, "EMA": 4}  # bytes per parameter, all float32
+    parts = {name: size * parameters for name, size in state.items()}
+    # several ranks exchange gradients in memory that is there from the start
+    parts["gradients and activations"] = step.peak + 4 * parameters if world.size > 1 else step.peak_with_gradients
     length = f"{config.steps} steps" if config.steps else f"{config.epochs:g} epochs"
     if config.epochs and num_items:
         length += f" = {total_steps(config, num_items)} steps over {num_items} items"
@@ -61,28 +65,11 @@ def describe(config, world, latent_shape, num_items=None):
         f"network: {config.model}, latents {'x'.join(map(str, latent_shape))}, {parameters:,} parameters",
         f"length: {length}, {config.batch_size} images per step on {world.size} rank(s) of {world.device.type}",
         f"FLOPs per image: {3 * flops / 1e9:.2f} G in training (3 x the forward's {flops / 1e9:.2f} G)",
-        f"memory per rank: {sum(parts.values()) / 1e9:.2f} GB ("
-        + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-        + f"); 20 bytes per parameter and what autograd keeps of {samples} samples in {config.precision}, counted on "
-        "tensors without storage; measured on a CPU (7.4 M parameters, 64 tokens, 128 samples) a step held 11 % (fp32) "
-        "to 15 % (bf16) more, and PyTorch itself 0.2 GB",
+        f"memory per rank: {sum(parts.values()) / 1e9:.2f} GB at the peak of a step of {samples} samples in "
+        f"{config.precision} (" + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()) + "), "
+        "and PyTorch itself 0.2 GB",
+        f"activations: {(one_more.peak - step.peak) / 1e6:.1f} MB per image at the peak, of which "
+        f"{(one_more.kept - step.kept) / 1e6:.1f} wait for the backward pass; counted on tensors without storage, for "
+        "the network as it runs without torch.compile",
     ]
     return "\n".join(lines)
-
-
-def activation_bytes(model, samples, latent_shape, precision):
-    """Bytes that autograd keeps between forward and backward: every storage saved for it, parameters excepted."""
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return tensor
-
-    t, z = torch.empty(samples), torch.empty(samples, *latent_shape)
-    autocast = torch.autocast(t.device.type, torch.bfloat16, enabled=precision == "bf16")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-        velocity = model(t, z)
-    return sum(storage.nbytes() for storage in kept.values()) + velocity.untyped_storage().nbytes()

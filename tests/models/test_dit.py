@@ -201,22 +201,6 @@ def test_compiles_in_training_under_autocast():
         assert (parameter.grad - gradient).abs().max() <= 2e-2 * gradient.abs().max()
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("part", ["velocity", "blocks"])
-def test_labelled_and_unlabelled_calls_share_one_compiled_graph(part):
-    torch._dynamo.reset()
-    model, (t, z, y), graphs = small_dit(), inputs(), []
-    expected, backend = (model(t, z, y), model(t, z)), counting_backend(graphs)
-    if part == "velocity":
-        model.velocity = torch.compile(model.velocity, fullgraph=True, backend=backend)
-    else:
-        for block in model.blocks:
-            block.compile(fullgraph=True, backend=backend)
-    assert torch.equal(model(t, z, y), expected[0])
-    assert torch.equal(model(t, z), expected[1])
-    assert len(graphs) == 1
-
-
 # arXiv 2212.09748, table 1 rounded, ImageNet's 1000 labels and the null label included
 @pytest.mark.parametrize(
     ("name", "million_parameters", "gflop"),
@@ -236,13 +220,3 @@ def test_flops_are_what_a_forward_multiplies():
     with FlopCounterMode(display=False) as counter:
         model(t, z)
     assert model.flops_per_sample() == counter.get_total_flops()
-
-
-@torch.no_grad()
-def test_one_dynamic_graph_serves_every_batch_above_one():
-    torch._dynamo.reset()
-    model, graphs = small_dit(), []
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counting_backend(graphs))
-    for batch in (2, 3, 7):
-        assert torch.equal(compiled(*inputs(batch)), model(*inputs(batch)))
-    assert len(graphs) == 1
