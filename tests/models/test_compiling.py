@@ -80,6 +80,23 @@ def test_gradients_through_the_compilers_own_backward_pass(part, checkpointing, 
     assert counter.frame_count == 1
 
 
+@pytest.fixture
+def one_rank():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(("part", "checkpointing"), [("block", "selective"), ("velocity", "none")])
+def test_no_graph_is_cut_at_the_gradient_buckets_of_a_parallel_run(part, checkpointing):
+    model, counter = compiled_dit(part, checkpointing, "eager")
+    network = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1e-3)  # a bucket for every weight
+    for found, expected in zip(outcome(network, *inputs()), outcome(small_dit(), *inputs()), strict=True):
+        assert torch.equal(found, expected)
+    assert counter.frame_count == 1
+
+
 @pytest.mark.skipif(not can_compile_for_cpu(), reason="there is no C++ compiler for Inductor")
 def test_inductors_code_serves_every_batch():
     plain = small_dit(depth=1)

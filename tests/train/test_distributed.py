@@ -61,6 +61,15 @@ def test_two_ranks_give_the_curve_of_one(one_rank, two):
     assert_close_curves(one_rank, two / "000-DiT-Tiny")
 
 
+@pytest.mark.parametrize("compiled", ["off", "block"])
+def test_two_ranks_compiled_and_checkpointed_give_the_same_curve(tmp_path, one_rank, compiled):
+    """No graph is cut at the gradient buckets, which a checkpointed region would not survive."""
+    changes = {"compile": compiled, "activation_checkpointing": "selective"}
+    _, statuses = two_ranks(flags(output=tmp_path, **CHANGES, **changes), tmp_path, {"TINY_BACKEND": "eager"})
+    assert statuses == [0, 0], (tmp_path / "rank0.txt").read_text() + (tmp_path / "rank1.txt").read_text()
+    assert_close_curves(one_rank, tmp_path / "000-DiT-Tiny")
+
+
 def test_rank_0_alone_writes(two):
     assert (two / "rank1.txt").read_text() == ""
     assert "2 x cpu" in (two / "rank0.txt").read_text()
