@@ -64,7 +64,8 @@ def test_a_second_call_in_one_autocast_context():
     model, plain, (t, z, y) = checkpointed_dit("selective"), small_dit(), inputs()
     for network in (model, plain):
         with torch.autocast("cpu", torch.bfloat16):
-            (network(t, z, y) + network(t, z, None)).float().square().sum().backward()
+            velocity = network(t, z, y) + network(t, z, None)
+        velocity.float().square().sum().backward()
     for (name, one), (_, other) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
         if one.requires_grad:
             # the plain network adds both calls' gradients of a converted weight in bfloat16: 2^-8 per rounding
