@@ -36,6 +36,8 @@ class Compiled:
             return self._plain(what, *tensors)
         from torch._dynamo.decorators import mark_unbacked  # Dynamo takes seconds to import
 
+        # a slice that begins inside its memory would get a graph of its own: rows of a table of modulations, say
+        tensors = [x.clone() if x is not None and x.storage_offset() else x for x in tensors]
         for x in tensors:
             if x is not None and self._any_batch:
                 mark_unbacked(x, 0)
