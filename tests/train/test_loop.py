@@ -200,7 +200,7 @@ def test_a_dry_run_describes_and_stops(tmp_path, capfd):
 
 
 def test_steps_of_a_dry_run_with_data():
-    config = from_preset("church256-dit-l2", precision="bf16")
+    config = from_preset("church256-dit-l2", model="DiT-S/8", precision="bf16")
     assert "600 epochs = 750000 steps over 120000 items" in report.describe(config, World(), (4, 32, 32), 120_000)
 
 
