@@ -4,6 +4,7 @@ import contextlib
 import os
 import resource
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,16 @@ def test_a_kill_leaves_the_previous_file_and_the_next_write_clears_the_rest(tmp_
         assert other.exists()
     assert {p.name for p in tmp_path.iterdir()} == {"w.safetensors", "running"}
     assert path.read_bytes() == b"next"
+
+
+def test_partial_files_of_other_machines_stay(tmp_path):
+    """On a disk that machines share: whether that process runs, only its own machine can say."""
+    nobody = 2**22 + 1  # beyond the largest number of a process
+    here, elsewhere = (tmp_path / f".w.{host}~{nobody}~0.partial" for host in (socket.gethostname(), "elsewhere"))
+    for path in (here, elsewhere):
+        path.touch()
+    save_weights(tmp_path / "w.safetensors", {"a": torch.zeros(2)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [elsewhere.name, "w.safetensors"]
 
 
 def test_a_kill_while_files_are_replaced_leaves_the_previous_ones(tmp_path):
