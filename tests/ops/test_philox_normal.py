@@ -9,6 +9,7 @@ import philox_oracle
 import pytest
 import torch
 from compare import assert_close, assert_same_bits
+from row_cases import ROWS, arguments_of
 from scipy import stats
 
 from lfm_fast import ops
@@ -146,3 +147,29 @@ def test_uniform_numbers():
     assert many.max() < 1
     # seeds are fixed, so this is no gamble: p is 0.3 or so, and 1e-3 is what a wrong range would be far below
     assert stats.kstest(many.flatten().numpy(), "uniform").pvalue > 1e-3
+
+
+def calls_that_make_noise():
+    """(row name, argument that names its part of the counter, arguments) of each row that draws."""
+    for name, argument in (
+        *((name, "stream") for name in ("philox_normal", "interpolate", "velocity_loss")),
+        *((name, "offset") for name in ("philox_normal", "guided_step")),
+    ):
+        row = ROWS[name]
+        drawing = (arguments_of(row, case) for case in row.cases)
+        index = row.argument_names.index("index")
+        yield name, argument, next(args for args in drawing if args[index] is not None and args[index].shape[0] > 1)
+
+
+@pytest.mark.parametrize("value", [-1, 2**32])
+@pytest.mark.parametrize(
+    ("name", "argument", "args"), calls_that_make_noise(), ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_kernels_refuse_a_counter_that_would_come_round_again(name, argument, args, value, library, emulated):
+    """Called without the row in front of them: the same words serve other numbers, and noise repeats without a sign."""
+    row = ROWS[name]
+    position = row.argument_names.index(argument)
+    for kernel in (row.kernels["cpp"], emulated.kernel_of(row)):
+        kernel(*args)
+        with pytest.raises(RuntimeError, match=f"{argument}.* must "):
+            kernel(*args[:position], value, *args[position + 1 :])
