@@ -77,6 +77,7 @@ def test_a_tensor_is_taken_as_it_is_and_only_moved_inside_the_path():
         (([1.0, None], 3), "no number"),
         ((torch.tensor([0.9, 0.0]), 3, 0.5), "t_start is 0.5, time_grid has 0.9 there"),
         ((torch.tensor([0.9, 0.0]), 3, 0.9, 0.5), "t_end is 0.5"),
+        ((torch.tensor([0.9, 0.0]), 3, 0.90001), "t_start is 0.90001, time_grid has 0.9 there"),
     ],
 )
 def test_errors(arguments, message):
