@@ -31,15 +31,15 @@ OTHER_COLOUR = "#009e73"
 HALF = ("bfloat16",)
 
 
-def draw(records: list[dict], folder: Path) -> list[Path]:
-    """Every picture for which there are records, as benchmark-NAME.png."""
-    written = []
+def draw(records: list[dict], folder: Path) -> dict[Path, str]:
+    """Every picture for which there are records, as benchmark-NAME.png: {file: what it shows}."""
+    written = {}
     for name, plot in PICTURES.items():
         figure = plot(records)
         if figure is not None:
             figure.savefig(folder / f"benchmark-{name}.png", dpi=120)
             pyplot.close(figure)
-            written.append(folder / f"benchmark-{name}.png")
+            written[folder / f"benchmark-{name}.png"] = plot.__doc__
     return written
 
 
@@ -103,7 +103,12 @@ def latency(records):
             low, middle, high = (1e3 * seconds[key] for key in ("low", "median", "high"))
             axis.errorbar(middle, k, xerr=[[middle - low], [high - middle]], fmt="o", color=_colour(name), capsize=3)
             axis.annotate(
-                f"{middle:.3g}", (middle, k), xytext=(0, 5), textcoords="offset points", fontsize=7, ha="center"
+                _digits(middle),
+                (middle, k),
+                xytext=(0, 5),
+                textcoords="offset points",
+                fontsize=7,
+                ha="center",
             )
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.invert_yaxis()
@@ -123,19 +128,21 @@ def shares(records):
     if not rows:
         return None
     operators = _by_weight(rows)
-    colours = dict(zip(operators, [*pyplot.get_cmap("tab20").colors, "#dddddd"]))
+    colours = {**dict(zip(operators, pyplot.get_cmap("tab20").colors)), "other": "#dddddd"}
     figure, axis = pyplot.subplots(figsize=(11, 0.55 * len(rows) + 2.4), layout="constrained")
     for k, (_, _, found) in enumerate(rows):
+        found = {operator: share for operator, share in found.items() if operator in operators}
+        found["other"] = 1 - sum(share for operator, share in found.items() if operator != "other")
         left = 0.0
         for operator in [*(o for o in operators if o in found and o != "other"), "other"]:
-            axis.barh(k, found.get(operator, 0), left=left, color=colours.get(operator, "#eeeeee"), edgecolor="white")
+            axis.barh(k, found.get(operator, 0), left=left, color=colours[operator], edgecolor="white")
             if found.get(operator, 0) > 0.05:
                 axis.text(left + found[operator] / 2, k, f"{found[operator]:.0%}", ha="center", va="center", fontsize=7)
             left += found.get(operator, 0)
     axis.set_yticks(range(len(rows)), [f"{record['title']}\n{name}" for record, name, _ in rows], fontsize=7)
     axis.invert_yaxis()
     axis.set(xlabel="share of the time, by PyTorch's profiler", xlim=(0, 1))
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colours.get(o, "#eeeeee")) for o in operators]
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colours[o]) for o in operators]
     figure.legend(handles, operators, fontsize=7, ncols=5, loc="outside lower center")
     return figure
 
@@ -169,11 +176,10 @@ def ceilings(records):
                     mark = "D" if name == FAST else "o"
                     axis.plot(record["contenders"][name][key], k, mark, color=_colour(name), label=name, markersize=5)
         axis.set_yticks(range(len(rows)), [record["title"] for record, _ in rows], fontsize=7)
-        axis.invert_yaxis()
         axis.axvline(1, color="black", linewidth=0.8)
         axis.grid(axis="x", alpha=0.3)
-        axis.set(xlim=(0, None), xlabel=f"share of the measured ceiling of {words}")
-        _legend(axis)
+        axis.set(xlim=(0, None), ylim=(len(rows) - 0.5, -0.5), xlabel=f"share of the measured ceiling of {words}")
+    _legend(figure, axes[:, 0])
     return figure
 
 
@@ -192,9 +198,12 @@ def ratios(records):
     axes.grid(axis="x", alpha=0.3)
     axes.set(xscale="log", xlabel="time over the fast path's time (right of 1: slower)")
     axes.set_yticks(range(len(records)), [record["title"] for record in records], fontsize=7)
-    axes.invert_yaxis()
-    axes.margins(y=0.01)
-    _legend(axes)
+    axes.set_ylim(len(records) - 0.5, -0.5)
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200) if low <= tick <= high]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    _legend(figure, [axes])
     return figure
 
 
@@ -220,6 +229,13 @@ def _colour(name: str) -> str:
     return COLOURS.get(name, OTHER_COLOUR)
 
 
-def _legend(axis) -> None:
-    handles = dict(zip(*reversed(axis.get_legend_handles_labels())))
-    axis.legend(handles.values(), handles.keys(), fontsize=7)
+def _digits(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _legend(figure, axes) -> None:
+    """One for all, above; each name once."""
+    handles = {}
+    for axis in axes:
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels())))
+    figure.legend(handles.values(), handles.keys(), fontsize=7, ncols=4, loc="outside upper center")

@@ -6,7 +6,6 @@ may say of them is printed.
 
 import argparse
 import json
-import re
 from pathlib import Path
 
 from benchmarks.names import AGAIN, COMPILED, DIFFUSERS, DIFFUSERS_COMPILED, EAGER, FAST, FAST_COMPILED, REFERENCE
@@ -17,44 +16,50 @@ NETWORKS = ("forward", "train_step", "sampling")
 
 
 def text(about: dict, records: list[dict], markdown: bool = False) -> str:
-    """The whole report: the machine, how to read the table, and a table for each group."""
-    parts = [machine(about), LEGEND]
+    """The whole report: the machine, how to read the table, and a table for each workload, by groups."""
+    lines = [*machine(about), *LEGEND]
+    parts = ["\n".join(f"- {line}" if markdown else line for line in lines)]
     for group in dict.fromkeys(record["group"] for record in records):
         parts.append(f"## {group}" if markdown else f"-- {group}")
         for record in (r for r in records if r["group"] == group):
-            parts.append(_heading(record))
             rows = [COLUMNS, *(_row(name, c) for name, c in record["contenders"].items() if name != AGAIN)]
-            parts.append(_markdown(rows) if markdown else _aligned(rows))
-    return "\n".join(parts)
+            facts = [*_facts(record), *(f"not run: {name}: {why}" for name, why in record["not_run"].items())]
+            if markdown:
+                parts.append(f"**{record['title']}**: {'; '.join(facts)}\n{_markdown(rows).rstrip()}")
+            else:
+                parts.append(f"{record['title']}: {'; '.join(facts)}\n{_aligned(rows)}")
+    return "\n\n".join(parts)
 
 
 LEGEND = (
     "Median of the rounds; ratio: a contender's time over the fast path's in the same round (median), so above 1 is "
-    "slower than the fast path.\nnoise: the quartiles of that ratio for a second run of the fast path itself; a ratio "
-    "inside them is no difference.\nerror: |result - float64| / |float64|, the worst tensor, of a training step of the "
-    "gradient; for solvers against the true solution. Shares in brackets are of this machine's measured ceiling."
+    "slower than the fast path.",
+    "noise: the quartiles of that ratio for a second run of the fast path; a ratio inside them is no difference.",
+    "error: |result - float64| / |float64|, the worst tensor, of a training step of the gradient; for solvers against "
+    "the true solution. Shares in brackets are of this machine's measured ceiling.",
 )
 
 
-def machine(about: dict) -> str:
+def machine(about: dict) -> list[str]:
     ceiling = about["ceilings"]
     gemm = ", ".join(f"{flops / 1e9:.0f} {name}" for name, flops in ceiling["gemm_flops_per_second"].items())
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    return (
+    return [
         f"mode {about['mode']}; {about['cores']} cores ({about['cpu_capability']}), {about['threads']} threads; "
-        f"{versions}\n"
+        f"{versions}",
         f"ceilings measured here: copy {ceiling['copy_bytes_per_second'] / 1e9:.1f} GB/s (read + written), "
-        f"GEMM {gemm} GFLOP/s; caches up to {ceiling['cache_bytes'] / 2**20:.0f} MiB\n"
+        f"GEMM {gemm} GFLOP/s; caches up to {ceiling['cache_bytes'] / 2**20:.0f} MiB",
         f"load average {', '.join(f'{load:.1f}' for load in about['load_average'])}: above 0 before the run began, "
-        "others were using the machine"
-    )
+        "others were using the machine",
+    ]
 
 
-def _heading(record: dict) -> str:
+def _facts(record: dict):
     noise, low, high = (record["noise"][key] for key in ("median", "low", "high"))
-    heading = f"{record['title']}: {record['rounds']} rounds, noise {noise:.3f} [{low:.3f} .. {high:.3f}]"
-    heading += f", load {record['load_average'][0]:.1f}" + (f"; {record['note']}" if record["note"] else "")
-    return "\n" + heading + "".join(f"\n  not run: {name}: {why}" for name, why in record["not_run"].items())
+    load = record["load_average"][0]
+    yield f"{record['rounds']} rounds, noise {noise:.3f} [{low:.3f} .. {high:.3f}], load {load:.1f}"
+    if record["note"]:
+        yield record["note"]
 
 
 def _row(name: str, contender: dict) -> tuple[str, ...]:
@@ -119,15 +124,17 @@ def _ratio(contenders: dict, name: str) -> float:
     return contenders[name]["ratio"]["median"] * evaluations
 
 
-def page(parts: list[tuple[dict, list[dict]]], pictures: list[str]) -> str:
-    """A page of documentation from the parts (about, records), one for each result file."""
-    lines = ["# Benchmarks", "", "Written by `lfm-fast bench`; how it is measured, and what follows from it: "]
-    lines[-1] += "[performance.md](performance.md)."
-    lines += [readme([record for _, records in parts for record in records])]
-    lines += [f"![{name}](images/{name})\n" for name in pictures]
-    for about, records in parts:
-        lines += ["", re.sub(r"\n(?!\n|#|\|)", "  \n", text(about, records, markdown=True))]
-    return "\n".join(line.rstrip(" ") if not line.endswith("  ") else line for line in lines) + "\n"
+def page(parts: list[tuple[dict, list[dict]]], pictures: dict[str, str]) -> str:
+    """A page of documentation from the parts (about, records), one for each result file, and {picture: caption}."""
+    lines = ["# Benchmarks", "", "Written by `lfm-fast bench`. How it is measured, and what follows from it:"]
+    lines[-1] += " [performance.md](performance.md)."
+    table = readme([record for _, records in parts for record in records])
+    if table:
+        lines += ["", "The fast path's time, and how many times as long the others take (at equal evaluations):", table]
+    for picture, caption in pictures.items():
+        lines += [f"![{caption}](images/{picture})", "", f"*{caption}*", ""]
+    lines += [text(about, records, markdown=True) + "\n" for about, records in parts]
+    return "\n".join(lines)
 
 
 def read(path: Path) -> tuple[dict, list[dict]]:
@@ -148,7 +155,7 @@ def write(parts: list[tuple[dict, list[dict]]], output: Path) -> list[Path]:
     records = [record for _, records in parts for record in records]
     pictures = plots.draw(records, output / "images")
     file = output / "benchmarks.md"
-    file.write_text(page(parts, [picture.name for picture in pictures]), encoding="utf-8")
+    file.write_text(page(parts, {path.name: caption for path, caption in pictures.items()}), encoding="utf-8")
     return [file, *pictures]
 
 

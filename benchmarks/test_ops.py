@@ -5,7 +5,7 @@ import pytest
 from benchmarks.catalogue import build
 from benchmarks.measure import compare
 from benchmarks.names import COMPILED
-from benchmarks.settings import FULL, QUICK, seconds_for
+from benchmarks.settings import FULL, MODE, QUICK, seconds_for
 from lfm_fast.ops import _registry
 
 ROWS = _registry.rows()
@@ -35,11 +35,11 @@ def _title(name, size):
     return "-".join([name, *words]).replace(" ", "")
 
 
-def run(benchmark, request, kind, row, size, seconds):
+def run(benchmark, request, kind, row, size, seconds, words=""):
     specification = (kind, {"row": row, "size": size})
     compare(
         benchmark,
-        request.node.callspec.id,
+        request.node.callspec.id + words,
         build(specification),
         seconds=seconds_for(full=seconds, quick=1.0),
         specification=specification,
@@ -58,7 +58,7 @@ def test_op(benchmark, request, row, size):
 @pytest.mark.benchmark(group="ops")
 @pytest.mark.parametrize(("row", "size"), cases(row for row in ROWS.values() if has_backward(row)))
 def test_op_and_gradient(benchmark, request, row, size):
-    run(benchmark, request, "op and gradient", row, size, 4.0)
+    run(benchmark, request, "op and gradient", row, size, 4.0, " with gradients")
 
 
 @pytest.mark.benchmark(group="ops")
@@ -71,5 +71,5 @@ def test_optimizer_step(benchmark, network):
         build(specification),
         seconds=seconds_for(full=10.0, quick=1.0),
         specification=specification,
-        compiled="quick mode" if QUICK else (COMPILED,),
+        compiled=(COMPILED,) if FULL else f"{MODE} mode: it compiles for most of a minute",
     )
