@@ -114,6 +114,20 @@ def test_low_precision_is_as_far_from_float64_as_the_plain_forward(autocast):
     torch.testing.assert_close(single, exact.float(), rtol=0, atol=1e-4)  # 8 evaluations on values of about 4
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_an_optimised_network_is_prepared_too(precision):
+    settings = {**GUIDED, "guidance_scale": 1.5, "method": "heun", "num_steps": STEPS}
+    fast, products = lfm_fast.optimize(dit(), precision), []
+    fast.blocks[0].adaLN_modulation[1].register_forward_hook(lambda _, arguments, rows: products.append(len(rows)))
+    found = lfm_fast.sample(fast, z1(torch.float32), **settings)
+    assert products == [(STEPS + 1) * 4]
+    plain, exact = (
+        lfm_fast.sample(Called(fast), z1(torch.float32), **settings),
+        lfm_fast.sample(dit(), z1(), **settings),
+    )
+    assert (found - exact).norm() < 1.5 * (plain - exact).norm()  # two draws of the same roundings
+
+
 @pytest.mark.parametrize("method", ["dopri5", "torchdiffeq:rk4"])
 def test_methods_that_announce_no_times_call_the_model(method):
     model, settings = dit(), {**GUIDED, "method": method, "num_steps": 2, "atol": 1e-3, "rtol": 1e-3}
