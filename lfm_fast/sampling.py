@@ -71,7 +71,8 @@ def sample(
     serves as it is. Its mode is not changed: call model.eval() yourself. Runs under torch.no_grad().
 
     Args:
-        model: the velocity. y is passed by name, and left out when it is None and there is no guidance.
+        model: the velocity. y is passed by name, and left out when it is None and there is no guidance. A DiT runs
+            in its sampling form (DiT.prepare) where a fixed method makes all times known: the same up to rounding.
         z1: (B, ...) state at t_start; at t = 1 the noise (path.prior of it for VarianceExploding). Inside it is at
             least float32.
         y: (B,) integer labels.
