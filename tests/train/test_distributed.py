@@ -147,6 +147,17 @@ def test_a_signal_to_one_rank_stops_both(tmp_path):
     assert resume.newest_step(tmp_path / "000-DiT-Tiny") == step
 
 
+def test_a_mistake_that_rank_0_finds_ends_every_rank_with_its_sentence(tmp_path):
+    folder = train(settings(tmp_path, steps=2), TinySource())
+    runs, statuses = two_ranks(flags(output=tmp_path, steps=1, resume=folder), tmp_path)
+    assert statuses == [2, 2]
+    for run in runs:
+        assert run.text() == (
+            f"error: --resume {folder}: it has reached step 2, and the settings ask for 1; give a larger --steps or "
+            "--epochs\n"
+        )
+
+
 def test_torchrun_starts_it(tmp_path):
     """The launcher itself: two ranks, threads shared out, status 0."""
     here = Path(__file__).parent
