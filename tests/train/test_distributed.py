@@ -20,6 +20,7 @@ from lfm_fast.train.journal import read_metrics
 from lfm_fast.train.loop import build_state, train, training_path
 from lfm_fast.train.samples import sample_images
 
+GRID = {"sample_every": 12, "guidance_scale": 2.0, "samples_per_class": 3}  # 9 pictures: 4 and 5 on two ranks
 CHANGES = {"num_classes": 3, "label_dropout": 0.3, "schedule": "cosine"}
 
 
@@ -45,14 +46,14 @@ def assert_close_curves(one, other, every=1):
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
-    config = settings(tmp_path_factory.mktemp("one"), sample_every=12, guidance_scale=2.0)
+    config = settings(tmp_path_factory.mktemp("one"), **GRID)
     return train(config, TinySource(), TinyAutoencoder())
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    _, statuses = two_ranks(flags(output=folder, **CHANGES, sample_every=12, guidance_scale=2.0), folder)
+    _, statuses = two_ranks(flags(output=folder, **CHANGES, **GRID), folder)
     assert statuses == [0, 0], (folder / "rank0.txt").read_text() + (folder / "rank1.txt").read_text()
     return folder
 

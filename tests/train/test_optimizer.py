@@ -111,6 +111,25 @@ def test_it_goes_on_to_the_bit_from_a_state_dict(first, backend):
         assert int(resumed.state[p]["step"]) == 10
 
 
+def test_an_optimizer_put_back_to_an_earlier_state_counts_from_there(backend):
+    tensors = parameters()
+    optimizer, kept = AdamW(tensors, **SETTINGS), {}
+    for step in range(5):
+        if step == 2:
+            kept = copy.deepcopy((optimizer.state_dict(), [p.detach() for p in tensors]))
+        give_gradients(tensors, step)
+        optimizer.step()
+    once = [p.detach().clone() for p in tensors]
+    optimizer.load_state_dict(kept[0])
+    torch._foreach_copy_([p.data for p in tensors], kept[1])
+    for step in range(2, 5):
+        give_gradients(tensors, step)
+        optimizer.step()
+    for p, expected in zip(tensors, once):
+        torch.testing.assert_close(p.detach(), expected, rtol=0, atol=0)
+    assert {int(optimizer.state[p]["step"]) for p in tensors} == {5}
+
+
 def test_the_two_ways_of_a_step_take_turns():
     """A backend may refuse from one step to the next: the count of steps must not be one of the past."""
     if reason := _library.load():
