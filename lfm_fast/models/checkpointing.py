@@ -28,6 +28,7 @@ _PRODUCTS = {
     _aten.mm.default,
     _aten.addmm.default,
     _aten._scaled_mm.default,
+    torch.ops.lfm_fast.attention_with_lse.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,

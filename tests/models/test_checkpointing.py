@@ -45,6 +45,17 @@ def test_gradients_are_the_plain_networks_to_the_bit(mode, attention, precision,
                 assert torch.equal(one, other)
 
 
+def test_selective_keeps_the_result_of_the_compiled_attention(monkeypatch):
+    if ops.explain("attention", *(torch.ones(1, 1, 4, 8, dtype=torch.bfloat16),) * 3).backend != "cpp":
+        pytest.skip("this processor has no tiles, or the library is not built")
+    calls, row = [], ops._registry.row("attention_with_lse")
+    monkeypatch.setattr(row, "choose", lambda args: calls.append(1) or "cpp")
+    for mode, expected in (("none", 2), ("selective", 2), ("full", 4)):
+        calls.clear()
+        outcome(checkpointed_dit(mode), *inputs(), "bf16")
+        assert len(calls) == expected
+
+
 @pytest.mark.parametrize("tokens_side", [4, 8])
 def test_selective_makes_no_product_twice_but_attentions_scores(tokens_side):
     sized = {"depth": 3, "image_size": 2 * tokens_side, "num_heads": 3}
