@@ -163,7 +163,7 @@ def calls_that_make_noise():
 
 @pytest.mark.parametrize("value", [-1, 2**32])
 @pytest.mark.parametrize(
-    ("name", "argument", "args"), calls_that_make_noise(), ids=lambda x: x if isinstance(x, str) else ""
+    ("name", "argument", "args"), list(calls_that_make_noise()), ids=lambda x: x if isinstance(x, str) else ""
 )
 def test_kernels_refuse_a_counter_that_would_come_round_again(name, argument, args, value, library, emulated):
     """Called without the row in front of them: the same words serve other numbers, and noise repeats without a sign."""

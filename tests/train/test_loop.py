@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from tiny_run import SETTINGS, TinyAutoencoder, TinySource, flags
 
+import lfm_fast
 from lfm_fast.autoencoder import Autoencoder, SmallVAE
 from lfm_fast.data.latents import CachedLatents, EncodedImages
 from lfm_fast.distributed import World
@@ -18,7 +19,7 @@ from lfm_fast.train import loop, report, source
 from lfm_fast.train.config import from_preset, parse_args
 from lfm_fast.train.journal import Journal, _append, read_metrics
 from lfm_fast.train.loop import resolve_precision, train
-from lfm_fast.train.samples import grid_labels
+from lfm_fast.train.samples import grid_labels, sample_grid
 from lfm_fast.train.source import FirstImages, check_source, open_source, resolve_labels
 
 
@@ -103,6 +104,19 @@ def test_grids_are_drawn_at_the_start_every_so_often_and_at_the_end(tmp_path):
     assert images[0].shape[1] > 2 * 18 + 2
     # the same noise and labels: early grids of a slowly changing network resemble each other
     assert 0 < np.abs(images[1] - images[2]).mean() < 5
+
+
+def test_grids_begin_from_other_noise_than_training(tmp_path, monkeypatch):
+    """With the run's own seed, picture i would start from the noise of sample i, which the network was trained on."""
+    began = []
+    monkeypatch.setattr(lfm_fast, "sample", lambda model, z_1, **_: began.append(z_1) or z_1)
+    config = settings(tmp_path, num_classes=3, samples_per_class=2)
+    state = loop.build_state(config, TinySource(), World())
+    sample_grid(state, TinySource(), TinyAutoencoder(), config, loop.training_path(config), World())
+    numbers = torch.arange(6)
+    expected = lfm_fast.noise(6, (4, 8, 8), seed=config.seed + 1, indices=numbers)
+    torch.testing.assert_close(torch.cat(began), expected, rtol=2e-5, atol=0)  # sigma(1) of the path is 1 to 1e-5
+    assert not torch.equal(expected, lfm_fast.noise(6, (4, 8, 8), seed=config.seed, indices=numbers))
 
 
 def test_rows_of_a_grid():
