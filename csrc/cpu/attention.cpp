@@ -1,4 +1,4 @@
-// softmax(scale q k^T) v in bfloat16 by the tile instructions (AMX), forward alone. One item of work is one head: k and
+// softmax(scale q k^T) v in bfloat16 by the tile instructions (AMX). One item of work is one head: k and
 // v are packed once into the tiles' order, then 32 queries at a time meet all keys, so that a row of weights is whole
 // and its softmax needs no second look. Weights are rounded to bfloat16 before they meet v, their sum is taken before.
 #include <tuple>

@@ -1,7 +1,7 @@
 // The gradient of softmax(scale q k^T) v in bfloat16 by the tile instructions (AMX): algorithm 2 of FlashAttention-2
 // (arXiv 2307.08691). One item of work is one head, so that no sum crosses threads. Scores are made again, transposed:
-// 32 keys by 32 queries at a time. The weights P^T and their gradient dS^T, rounded to bfloat16, are then rows as dV and
-// dK want them, and dQ^T takes dS^T two keys at a time, whose tiles are made from the same registers.
+// 32 keys by 32 queries at a time. The weights P^T and their gradient dS^T, rounded to bfloat16, are then rows as dV
+// and dK want them, and dQ^T takes dS^T two keys at a time, whose tiles are made from the same registers.
 #include "common/registration.h"
 #include "cpu/attention_heads.h"
 
@@ -10,9 +10,9 @@ namespace {
 
 #if defined(LFM_AMX)
 
-constexpr int64_t kChunk = 256;                // queries whose dS^T is kept until dQ is made of it
-constexpr int64_t kSide = 32;                  // keys, and queries, that are taken at a time: two tiles by two
-constexpr int64_t kProduct = kSide * kSide;    // numbers of one product
+constexpr int64_t kChunk = 256;              // queries whose dS^T is kept until dQ is made of it
+constexpr int64_t kSide = 32;                // keys, and queries, that are taken at a time: two tiles by two
+constexpr int64_t kProduct = kSide * kSide;  // numbers of one product
 
 struct Backward : AttentionCall {
   Heads grad, out;
@@ -35,10 +35,10 @@ struct Backward : AttentionCall {
 // What one thread works in.
 struct Scratch {
   Workspace memory;
-  Bf16 *k_rows, *v_rows, *k_turned;                              // of all keys
-  Bf16 *q_columns, *grad_columns, *q_pairs, *grad_pairs;         // of a chunk of queries
-  Bf16 *weights, *slopes, *slope_pairs;                          // P^T and dS^T: of 32 keys; dS^T: of all keys
-  float *lse, *delta, *products, *grad_k, *grad_v;               // log2(e) lse, D; S^T and dP^T, twice; sums
+  Bf16 *k_rows, *v_rows, *k_turned;                       // of all keys
+  Bf16 *q_columns, *grad_columns, *q_pairs, *grad_pairs;  // of a chunk of queries
+  Bf16 *weights, *slopes, *slope_pairs;                   // P^T and dS^T of 32 keys; dS^T of all keys
+  float *lse, *delta, *products, *grad_k, *grad_v;        // log2(e) lse, D; S^T and dP^T, twice; sums
 
   explicit Scratch(const Backward& a)
       : memory({2 * a.padded_keys() * a.inner(), 2 * a.padded_keys() * a.inner(), 2 * a.padded_keys() * a.outer(),
@@ -64,8 +64,8 @@ struct Scratch {
   }
 };
 
-// What remains to be done of the products S^T and dP^T of 32 keys and 32 queries: some rows after every step of the next
-// ones, since tiles and vectors are different units.
+// What remains to be done of the products S^T and dP^T of 32 keys and 32 queries: some rows after every step of the
+// next ones, since tiles and vectors are different units.
 struct Finish {
   const float *scores = nullptr, *gains, *lse, *delta;  // nullptr: nothing
   Bf16 *weights, *slopes, *pairs;
@@ -255,8 +255,17 @@ LFM_AMX_INLINE void read_sums(const Backward& a, const HeadTokens& grad, const H
   }
 }
 
+// The rows that the gradients of a block will be written to lie far apart: they are fetched while it is computed.
+LFM_AMX_INLINE void fetch_rows(const Backward& a, int64_t sample, int64_t head, int64_t first, int64_t count) {
+  for (int64_t i = 0; i < 3 * count; ++i) {
+    const Bf16* const row = a.grad_at(sample, first + i / 3, i % 3, head);
+    for (int64_t n = 0; n < a.width; n += 32) __builtin_prefetch(row + n, 1, 2);
+  }
+}
+
 // dK and dV of all keys for a chunk of `count` queries, added to those of earlier ones, and its dS^T.
-LFM_AMX_INLINE void run_keys(const Backward& a, int64_t sample, int64_t head, int64_t first, int64_t count, Scratch& s) {
+LFM_AMX_INLINE void run_keys(const Backward& a, int64_t sample, int64_t head, int64_t first, int64_t count,
+                             Scratch& s) {
   const int64_t steps = a.steps(), strips = (count + kSide - 1) / kSide, blocks = a.padded_keys() / kSide;
   const bool keep = a.queries > kChunk, last_chunk = first + count == a.queries;
   const int64_t share = (kSide / 2 + 2 * steps - 1) / (2 * steps);
@@ -265,6 +274,7 @@ LFM_AMX_INLINE void run_keys(const Backward& a, int64_t sample, int64_t head, in
     const int64_t keys = a.keys - block * kSide < kSide ? a.keys - block * kSide : kSide;
     const bool tall = keys > 16;
     const int64_t left = block * 2 * steps * kTile16;
+    if (last_chunk && blocks >= 4) fetch_rows(a, sample, head, block * kSide, keys);
     for (int64_t strip = 0; strip < strips; ++strip) {
       const int64_t queries = count - strip * kSide, right = strip * 2 * steps * kTile16;
       float* const scores = s.products + (strip % 2) * 2 * kProduct;
