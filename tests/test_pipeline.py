@@ -12,7 +12,7 @@ from lfm_fast import LatentFlow, pictures
 from lfm_fast.autoencoder import Autoencoder, SmallVAE
 from lfm_fast.checkpoint import checksum, save_weights
 from lfm_fast.data import open_images
-from lfm_fast.flow.paths import Linear, VariancePreserving, describe, make_path
+from lfm_fast.flow.paths import Linear, VarianceExploding, VariancePreserving, describe, make_path
 from lfm_fast.models import DiT
 
 
@@ -76,6 +76,16 @@ def test_equals_the_three_stages_by_hand(flow):
     z_0 = lfm_fast.sample(flow.model, z_1, y=y, null_label=3, guidance_scale=2.0, method="heun", num_steps=5)
     by_hand = (flow.autoencoder.decode(z_0) + 1) / 2
     assert torch.equal(flow.sample(2, y=y, seed=9), by_hand)
+
+
+def test_sampling_begins_at_the_prior_of_the_path():
+    """On the variance exploding path noise is sigma_max times the standard one."""
+    flow = tiny_flow(path=VarianceExploding(sigma_min=0.01, sigma_max=5.0))
+    z_1 = 5.0 * lfm_fast.noise(2, flow.latent_shape, seed=9)
+    z_0 = lfm_fast.sample(flow.model, z_1, method="euler", num_steps=3, path=flow.path)
+    by_hand = (flow.autoencoder.decode(z_0) + 1) / 2
+    # 5.0 here and sigma(1) there are one number to a rounding, and decoded values are within [0, 1]
+    torch.testing.assert_close(flow.sample(2, seed=9, method="euler", num_steps=3), by_hand, rtol=0, atol=1e-4)
 
 
 def test_survives_saving(tmp_path, flow):

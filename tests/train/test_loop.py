@@ -106,16 +106,17 @@ def test_grids_are_drawn_at_the_start_every_so_often_and_at_the_end(tmp_path):
     assert 0 < np.abs(images[1] - images[2]).mean() < 5
 
 
-def test_grids_begin_from_other_noise_than_training(tmp_path, monkeypatch):
-    """With the run's own seed, picture i would start from the noise of sample i, which the network was trained on."""
+@pytest.mark.parametrize(("path", "sigma"), [("linear", 1.0), ("ve", 50.0)])
+def test_grids_begin_from_other_noise_than_training(tmp_path, monkeypatch, path, sigma):
+    """At the path's prior. With the run's own seed, picture i would start from the noise of sample i, which the network was trained on."""
     began = []
     monkeypatch.setattr(lfm_fast, "sample", lambda model, z_1, **_: began.append(z_1) or z_1)
-    config = settings(tmp_path, num_classes=3, samples_per_class=2)
+    config = settings(tmp_path, num_classes=3, samples_per_class=2, path=path)
     state = loop.build_state(config, TinySource(), World())
     sample_grid(state, TinySource(), TinyAutoencoder(), config, loop.training_path(config), World())
     numbers = torch.arange(6)
     expected = lfm_fast.noise(6, (4, 8, 8), seed=config.seed + 1, indices=numbers)
-    torch.testing.assert_close(torch.cat(began), expected, rtol=2e-5, atol=0)  # sigma(1) of the path is 1 to 1e-5
+    torch.testing.assert_close(torch.cat(began), sigma * expected, rtol=1e-6, atol=0)  # two roundings of 2^-24
     assert not torch.equal(expected, lfm_fast.noise(6, (4, 8, 8), seed=config.seed, indices=numbers))
 
 
