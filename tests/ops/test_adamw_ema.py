@@ -178,6 +178,25 @@ def test_a_compiled_update_changes_the_same_tensors():
         assert_close(got, want, absolute=1e-6, relative=1e-6)
 
 
+def test_gradients_may_be_one_and_what_is_changed_may_not_be_a_view_of_its_negative(backend):
+    """The bit that says "negated" is no part of the memory, which is what a kernel changes."""
+    schedule = torch.tensor([0.1, 1, 0.5], dtype=torch.float64)
+
+    def lists():
+        return {name: [torch.ones(3), torch.ones(3)] for name in ("parameters", "exp_avg", "exp_avg_sq", "averaged")}
+
+    once = lists()
+    gradient = torch.ones(3)
+    ops.adamw_ema(schedule, gradients=[gradient, gradient], **once, low=[])
+    assert torch.equal(once["parameters"][0], once["parameters"][1])
+    assert once["parameters"][0].max() < 1
+    for name in once:
+        spoilt = lists()
+        spoilt[name][1] = torch._neg_view(torch.ones(3))
+        with pytest.raises(ValueError, match=f"a tensor of {name} is changed in place but is no memory of its own"):
+            ops.adamw_ema(schedule, gradients=[gradient, gradient], **spoilt, low=[])
+
+
 def test_tensors_that_share_memory_are_refused(library):
     shared = torch.zeros(10)
     lists = [[shared[:5], shared[4:9]], *([[torch.zeros(5), torch.zeros(5)] for _ in range(3)])]

@@ -108,7 +108,8 @@ def test_grids_are_drawn_at_the_start_every_so_often_and_at_the_end(tmp_path):
 
 @pytest.mark.parametrize(("path", "sigma"), [("linear", 1.0), ("ve", 50.0)])
 def test_grids_begin_from_other_noise_than_training(tmp_path, monkeypatch, path, sigma):
-    """At the path's prior. With the run's own seed, picture i would start from the noise of sample i, which the network was trained on."""
+    """At the path's prior. With the run's own seed, picture i would start from the noise of sample i, which the network
+    was trained on."""
     began = []
     monkeypatch.setattr(lfm_fast, "sample", lambda model, z_1, **_: began.append(z_1) or z_1)
     config = settings(tmp_path, num_classes=3, samples_per_class=2, path=path)
