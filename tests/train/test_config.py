@@ -198,11 +198,34 @@ def test_compiles_on_a_cpu_where_it_pays_and_can(mode, steps, tools, compiled, m
 
 def test_a_run_goes_on_only_with_what_shapes_its_loss():
     """Each of these set otherwise gives other losses: a run of the old value must not be continued."""
-    shaping = (
-        "data max_items flip model image_size task num_classes autoencoder batch_size steps epochs learning_rate "
-        "final_learning_rate schedule warmup_steps weight_decay beta2 clip_grad_norm precision ema_decay label_dropout "
-        "path sigma_min sigma_max time_sampler seed"
-    ).split()
+    shaping = [
+        "data",
+        "max_items",
+        "flip",
+        "model",
+        "image_size",
+        "task",
+        "num_classes",
+        "autoencoder",
+        "batch_size",
+        "steps",
+        "epochs",
+        "learning_rate",
+        "final_learning_rate",
+        "schedule",
+        "warmup_steps",
+        "weight_decay",
+        "beta2",
+        "clip_grad_norm",
+        "precision",
+        "ema_decay",
+        "label_dropout",
+        "path",
+        "sigma_min",
+        "sigma_max",
+        "time_sampler",
+        "seed",
+    ]
     config = from_preset("embedded")
     for name in shaping:
         assert config.different_curve({**config.as_dict(), name: "another"}) == [name]
