@@ -67,6 +67,13 @@ class PatchEmbedding(nn.Module):
         return F.linear(patches, weight.flatten(1)) + (positions + self.proj.bias)
 
 
+class Linear(nn.Linear):
+    """PyTorch's layer on the op `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
 class HeadNorm(nn.Module):
     """x / sqrt(mean(x^2) + 1e-6) w over the channels of a head, (..., d) -> (..., d); computed in float32 or above.
 
@@ -92,10 +99,10 @@ class Attention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.qkv = Linear(hidden_size, 3 * hidden_size)
         self.q_norm = HeadNorm(hidden_size // num_heads) if qk_norm else None
         self.k_norm = HeadNorm(hidden_size // num_heads) if qk_norm else None
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj = Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, heads, d)
@@ -112,11 +119,19 @@ class Mlp(nn.Module):
 
     def __init__(self, hidden_size: int, mlp_size: int):
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, mlp_size)
-        self.fc2 = nn.Linear(mlp_size, hidden_size)
+        self.fc1 = Linear(hidden_size, mlp_size)
+        self.fc2 = Linear(mlp_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_plain(self.fc1) and is_plain(self.fc2):
+            return ops.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         return self.fc2(ops.gelu_tanh(self.fc1(x)))
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a `Linear` may be computed from its weights: not where another was put in its place, or hooks wait."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is Linear and not hooks and layer.bias is not None
 
 
 def sincos_table(side: int, hidden_size: int) -> Tensor:

@@ -11,6 +11,8 @@ from lfm_fast.ops.gelu_tanh import gelu_tanh
 from lfm_fast.ops.group_norm_silu import group_norm_silu
 from lfm_fast.ops.guided_step import guided_step
 from lfm_fast.ops.interpolate import interpolate
+from lfm_fast.ops.linear import linear
+from lfm_fast.ops.mlp import mlp
 from lfm_fast.ops.modulated_layer_norm import modulated_layer_norm
 from lfm_fast.ops.packed_linear import packed_linear
 from lfm_fast.ops.philox_normal import philox_normal, philox_uniform
@@ -26,6 +28,8 @@ __all__ = [
     "group_norm_silu",
     "guided_step",
     "interpolate",
+    "linear",
+    "mlp",
     "modulated_layer_norm",
     "packed_linear",
     "philox_normal",
