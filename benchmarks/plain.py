@@ -39,13 +39,14 @@ def attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def self_attention(qkv):
-    return attention(*(x.transpose(1, 2) for x in qkv.unbind(2)))
+_ATTENTION = {"attention": attention, "self_attention": self_attention}
+_OPS = SimpleNamespace(**PLAIN, **_ATTENTION, gelu_tanh=gelu_tanh, linear=F.linear, mlp=mlp)
 
 
 # of the rows whose reference is something else, or is timed beside another form
 PLAIN = {f.__name__: f for f in (modulated_layer_norm, gated_residual_norm, group_norm_silu)}
-_OPS = SimpleNamespace(**PLAIN, gelu_tanh=gelu_tanh, attention=attention, self_attention=self_attention)
+_ATTENTION = {"attention": attention, "self_attention": self_attention}
+_OPS = SimpleNamespace(**PLAIN, **_ATTENTION, gelu_tanh=gelu_tanh, linear=F.linear, mlp=mlp)
 
 
 @contextmanager
