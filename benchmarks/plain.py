@@ -39,8 +39,12 @@ def attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
 
 
-_ATTENTION = {"attention": attention, "self_attention": self_attention}
-_OPS = SimpleNamespace(**PLAIN, **_ATTENTION, gelu_tanh=gelu_tanh, linear=F.linear, mlp=mlp)
+def self_attention(qkv):
+    return attention(*(x.transpose(1, 2) for x in qkv.unbind(2)))
+
+
+def mlp(x, weight_1, bias_1, weight_2, bias_2):
+    return F.linear(gelu_tanh(F.linear(x, weight_1, bias_1)), weight_2, bias_2)
 
 
 # of the rows whose reference is something else, or is timed beside another form
