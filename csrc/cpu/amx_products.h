@@ -90,6 +90,25 @@ LFM_AMX_INLINE __m512i pair_of(const Number* a, const Number* b, __mmask16 there
   return _mm512_or_si512(load_16(a, there_a), _mm512_slli_epi32(load_16(b, there_b), 16));
 }
 
+// 1 / (1 + e^-2u) of GELU to 1.5e-4, a thirteenth of the distance between two bfloat16. A division would take longer than
+// the products.
+LFM_AMX_INLINE __m512 gelu_logistic(__m512 x) {
+  const __m512 square = _mm512_mul_ps(x, x);
+  const __m512 slope = _mm512_fmadd_ps(square, _mm512_set1_ps(-kGeluCubic2), _mm512_set1_ps(-kGeluLinear2));
+  const __m512 e = power_of_two(_mm512_mul_ps(x, slope));
+  return _mm512_rcp14_ps(_mm512_add_ps(e, _mm512_set1_ps(1.0f)));
+}
+
+// The same of GELU(a[n]) and GELU(b[n]).
+template <typename Number>
+LFM_AMX_INLINE __m512i gelu_pair(const Number* a, const Number* b, __mmask16 there_a, __mmask16 there_b) {
+  const __m512 x = load_floats(a, there_a), y = load_floats(b, there_b);
+  const __m512i both = reinterpret_cast<__m512i>(
+      _mm512_cvtne2ps_pbh(_mm512_mul_ps(y, gelu_logistic(y)), _mm512_mul_ps(x, gelu_logistic(x))));
+  const __m256i low = _mm512_castsi512_si256(both), high = _mm512_extracti64x4_epi64(both, 1);
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+}
+
 // Panels [first, last) of the right factor whose columns are the rows of `data` (outer x inner).
 template <typename Number>
 LFM_AMX_CODE void pack_right_of_rows(const Number* data, int64_t outer, int64_t inner, Bf16* packed, int64_t first,
@@ -113,8 +132,8 @@ LFM_AMX_CODE void pack_right_of_rows(const Number* data, int64_t outer, int64_t 
 }
 
 // Steps [first, last) of all panels of the right factor `data` (inner x outer) itself: some rows of it at a time, since
-// that is how they lie in memory.
-template <typename Number>
+// that is how they lie in memory. With `gelu`, of GELU(data).
+template <bool gelu, typename Number>
 LFM_AMX_CODE void pack_right(const Number* data, int64_t inner, int64_t outer, Bf16* packed, int64_t first,
                              int64_t last) {
   for (int64_t step = first; step < last; ++step)
@@ -127,12 +146,12 @@ LFM_AMX_CODE void pack_right(const Number* data, int64_t inner, int64_t outer, B
           const __mmask16 a = row < inner ? inside : 0, b = row + 1 < inner ? inside : 0;
           const Number* const upper = data + (a ? row * outer + column : 0);
           const Number* const lower = data + (b ? (row + 1) * outer + column : 0);
-          _mm512_store_si512(to, pair_of(upper, lower, a, b));
+          _mm512_store_si512(to, gelu ? gelu_pair(upper, lower, a, b) : pair_of(upper, lower, a, b));
         }
     }
 }
 
-constexpr int64_t kSummedSteps = 16;  // whose column sums are taken together, whatever the number of threads
+constexpr int64_t kSummedSteps = 4;  // whose column sums are taken together, whatever the number of threads
 
 // Chunks [first, last) of kSummedSteps of all strips of the left factor whose rows are the columns of `data`
 // (inner x rows); sums (chunk, rows): of each column.
@@ -323,15 +342,6 @@ void run_product(Sizes sizes, const Left& left, const Bf16* right, const Finish&
   });
 }
 
-// 1 / (1 + e^-2u) of GELU to 1.5e-4, a thirteenth of the distance between two bfloat16. A division would take longer than
-// the products.
-LFM_AMX_INLINE __m512 gelu_logistic(__m512 x) {
-  const __m512 square = _mm512_mul_ps(x, x);
-  const __m512 slope = _mm512_fmadd_ps(square, _mm512_set1_ps(-kGeluCubic2), _mm512_set1_ps(-kGeluLinear2));
-  const __m512 e = power_of_two(_mm512_mul_ps(x, slope));
-  return _mm512_rcp14_ps(_mm512_add_ps(e, _mm512_set1_ps(1.0f)));
-}
-
 LFM_AMX_INLINE void store_bf16(Bf16* to, __mmask32 inside, __m512 low, __m512 high) {
   _mm512_mask_storeu_epi16(to, inside, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
 }
@@ -359,16 +369,23 @@ struct FinishLinear {
   }
 };
 
-// y = product in float32.
+// y = product in float32, or y += product.
 struct FinishFloat {
   float* y;
-  int64_t stride, at = 0;
+  int64_t stride;
+  bool add;
+  int64_t at = 0;
   __mmask32 inside = 0;
 
   LFM_AMX_INLINE void start(int64_t row, int64_t column, __mmask32 columns) { at = row * stride + column, inside = columns; }
   LFM_AMX_INLINE void operator()(__m512 low, __m512 high) {
-    _mm512_mask_storeu_ps(y + at, static_cast<__mmask16>(inside), low);
-    _mm512_mask_storeu_ps(y + at + 16, static_cast<__mmask16>(inside >> 16), high);
+    const __mmask16 first = static_cast<__mmask16>(inside), second = static_cast<__mmask16>(inside >> 16);
+    if (add) {
+      low = _mm512_add_ps(low, load_floats(y + at, first));
+      high = _mm512_add_ps(high, load_floats(y + at + 16, second));
+    }
+    _mm512_mask_storeu_ps(y + at, first, low);
+    _mm512_mask_storeu_ps(y + at + 16, second, high);
     at += stride;
   }
 };

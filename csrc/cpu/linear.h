@@ -84,38 +84,68 @@ inline Tensor packed_for_output(const Tensor& weight) {
   return packed;
 }
 
-// A matrix (inner, outer) as the right factor itself: a weight in grad weight, x in grad^T x.
-inline Tensor packed_as_right(const Tensor& matrix, int64_t inner, int64_t outer) {
+// weight (inner, outer) as the right factor itself, of grad weight.
+inline Tensor packed_for_input(const Tensor& weight) {
+  const int64_t inner = weight.size(0), outer = weight.size(1);
   Tensor packed = new_tensor({packed_size(outer, inner)}, ScalarType::BFloat16);
-  pack_parallel(matrix, in_strips(inner), [&](const auto* data, int64_t first, int64_t last) {
-    pack_right(data, inner, outer, bf16_of(packed), first, last);
+  pack_parallel(weight, in_strips(inner), [&](const auto* data, int64_t first, int64_t last) {
+    pack_right<false>(data, inner, outer, bf16_of(packed), first, last);
   });
   return packed;
 }
 
-// grad (rows, outer) and x (rows, inner): (grad^T x, column sums of grad), float32.
-inline void weight_gradients(const Tensor& grad, const Tensor& x, int64_t rows, Tensor& of_weight, Tensor& of_bias) {
-  const int64_t outer = of_weight.size(0), inner = of_weight.size(1);
-  const int64_t chunks = (in_strips(rows) + kSummedSteps - 1) / kSummedSteps;
-  Tensor left = new_tensor({packed_size(outer, rows)}, ScalarType::BFloat16);
-  std::vector<float> sums(static_cast<size_t>(chunks * outer));
-  parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
-    pack_left_of_columns(bf16_of(grad), rows, outer, bf16_of(left), sums.data(), first, last);
-  });
-  if (outer % kStrip != 0 && outer % kStrip <= 16) {  // the last strip's lower half is no one's: tiles read it
-    Bf16* const tiles = bf16_of(left) + (in_strips(outer) - 1) * in_strips(rows) * 2 * kTile16;
-    for (int64_t step = 0; step < in_strips(rows); ++step)
-      std::fill_n(tiles + (2 * step + 1) * kTile16, kTile16, Bf16{0});
+// Rows of activations that are taken at a time, so that what is made of them on the way stays in the caches.
+constexpr int64_t kChunkRows = 1024;
+
+// grad^T x and the column sums of grad, taken up chunk by chunk: grad (n, outer), x (n, inner), or GELU(x).
+class WeightGradient {
+ public:
+  WeightGradient(int64_t outer, int64_t inner)
+      : weight(new_tensor({outer, inner}, ScalarType::Float)),
+        bias(new_tensor({outer}, ScalarType::Float)),
+        outer_(outer),
+        inner_(inner) {
+    std::fill_n(static_cast<float*>(bias.mutable_data_ptr()), outer, 0.0f);
   }
-  float* const total = static_cast<float*>(of_bias.mutable_data_ptr());
-  for (int64_t n = 0; n < outer; ++n) {
-    total[n] = 0.0f;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) total[n] += sums[static_cast<size_t>(chunk * outer + n)];
+
+  template <bool gelu>
+  void add(const Bf16* grad, const Bf16* x, int64_t rows) {
+    const int64_t steps = in_strips(rows), chunks = (steps + kSummedSteps - 1) / kSummedSteps;
+    left_.resize(static_cast<size_t>(packed_size(outer_, rows) + 32));
+    right_.resize(static_cast<size_t>(packed_size(inner_, rows) + 32));
+    sums_.resize(static_cast<size_t>(chunks * outer_));
+    Bf16 *const left = aligned(left_), *const right = aligned(right_);
+    parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+      pack_left_of_columns(grad, rows, outer_, left, sums_.data(), first, last);
+    });
+    parallel_for(0, steps, 1, [&](int64_t first, int64_t last) {
+      pack_right<gelu>(x, rows, inner_, right, first, last);
+    });
+    float* const total = static_cast<float*>(bias.mutable_data_ptr());
+    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+      for (int64_t n = 0; n < outer_; ++n) total[n] += sums_[static_cast<size_t>(chunk * outer_ + n)];
+    float* const to = static_cast<float*>(weight.mutable_data_ptr());
+    run_product({outer_, rows, inner_}, LeftTiles{left}, right, FinishFloat{to, inner_, started_});
+    started_ = true;
   }
-  const Tensor right = packed_as_right(x, rows, inner);
-  run_product({outer, rows, inner}, LeftTiles{bf16_of(std::as_const(left))}, bf16_of(right),
-              FinishFloat{static_cast<float*>(of_weight.mutable_data_ptr()), inner});
-}
+
+  // Nothing was added: zeros.
+  void finish() {
+    if (!started_) std::fill_n(static_cast<float*>(weight.mutable_data_ptr()), outer_ * inner_, 0.0f);
+  }
+
+  Tensor weight, bias;
+
+ private:
+  static Bf16* aligned(std::vector<Bf16>& memory) {
+    return reinterpret_cast<Bf16*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+  }
+
+  int64_t outer_, inner_;
+  bool started_ = false;
+  std::vector<Bf16> left_, right_;  // zeros at first: what no column or row fills, tiles may read
+  std::vector<float> sums_;
+};
 
 #endif
 

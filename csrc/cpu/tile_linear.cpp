@@ -32,16 +32,22 @@ std::tuple<Tensor, Tensor, Tensor> tile_linear_backward(const Tensor& grad, cons
   LFM_CHECK(rows_in(grad) == count, "grad must have the rows of x, ", shape_text(x), ", got ", shape_text(grad), ".");
   LFM_CHECK(has_tiles(), "tile_linear_backward needs a processor with AMX for bfloat16.");
   Tensor grad_x = new_tensor(gradient_of_x ? shape_of(x) : std::vector<int64_t>{0}, ScalarType::BFloat16);
-  Tensor grad_weight = new_tensor({outer, inner}, ScalarType::Float), grad_bias = new_tensor({outer}, ScalarType::Float);
 #if defined(LFM_AMX)
-  if (gradient_of_x) {
-    const Tensor right = packed_as_right(matrix, outer, inner);
-    run_product({count, outer, inner}, LeftRows{bf16_of(grad_rows), outer}, bf16_of(right),
-                FinishLinear<false, false>{nullptr, bf16_of(grad_x), nullptr, inner});
+  WeightGradient gradient(outer, inner);
+  const Tensor right = gradient_of_x ? packed_for_input(matrix) : grad_x;
+  for (int64_t first = 0; first < count; first += kChunkRows) {
+    const int64_t n = std::min(kChunkRows, count - first);
+    const Bf16* const above = bf16_of(grad_rows) + first * outer;
+    gradient.add<false>(above, bf16_of(rows) + first * inner, n);
+    if (gradient_of_x)
+      run_product({n, outer, inner}, LeftRows{above, outer}, bf16_of(right),
+                  FinishLinear<false, false>{nullptr, bf16_of(grad_x) + first * inner, nullptr, inner});
   }
-  weight_gradients(grad_rows, rows, count, grad_weight, grad_bias);
+  gradient.finish();
+  return {std::move(grad_x), std::move(gradient.weight), std::move(gradient.bias)};
+#else
+  return {std::move(grad_x), new_tensor({outer, inner}, ScalarType::Float), new_tensor({outer}, ScalarType::Float)};
 #endif
-  return {std::move(grad_x), std::move(grad_weight), std::move(grad_bias)};
 }
 
 }  // namespace

@@ -25,7 +25,9 @@ struct FinishSlope {
   int64_t stride, at = 0;
   __mmask32 inside = 0;
 
-  LFM_AMX_INLINE void start(int64_t row, int64_t column, __mmask32 columns) { at = row * stride + column, inside = columns; }
+  LFM_AMX_INLINE void start(int64_t row, int64_t column, __mmask32 columns) {
+    at = row * stride + column, inside = columns;
+  }
   LFM_AMX_INLINE void operator()(__m512 low, __m512 high) {
     const Bf16* const from = before + at;
     low = _mm512_mul_ps(low, gelu_slope(load_floats(from, static_cast<__mmask16>(inside))));
@@ -59,51 +61,61 @@ Tensor like_rows(const Tensor& x, int64_t width) {
   return new_tensor(shape, ScalarType::BFloat16);
 }
 
-std::tuple<Tensor, Tensor, Tensor> tile_mlp(const Tensor& x, const Tensor& weight_1, const Tensor& bias_1,
-                                            const Tensor& weight_2, const Tensor& bias_2) {
+std::tuple<Tensor, Tensor> tile_mlp(const Tensor& x, const Tensor& weight_1, const Tensor& bias_1,
+                                    const Tensor& weight_2, const Tensor& bias_2) {
   const Weights w(weight_1, weight_2);
   const Tensor rows = rows_of(x, "x", w.inner);
   const std::vector<float> shift_1 = bias_of(bias_1, "bias_1", w.hidden), shift_2 = bias_of(bias_2, "bias_2", w.outer);
-  Tensor y = like_rows(x, w.outer), before = like_rows(x, w.hidden), hidden = like_rows(x, w.hidden);
+  Tensor y = like_rows(x, w.outer), before = like_rows(x, w.hidden);
 #if defined(LFM_AMX)
+  const int64_t count = rows_in(x);
   const Tensor first = packed_for_output(w.first), second = packed_for_output(w.second);
-  run_product({rows_in(x), w.inner, w.hidden}, LeftRows{bf16_of(rows), w.inner}, bf16_of(first),
-              FinishLinear<true, true>{shift_1.data(), bf16_of(hidden), bf16_of(before), w.hidden});
-  run_product({rows_in(x), w.hidden, w.outer}, LeftRows{bf16_of(std::as_const(hidden)), w.hidden}, bf16_of(second),
-              FinishLinear<false, false>{shift_2.data(), bf16_of(y), nullptr, w.outer});
+  Tensor hidden = new_tensor({std::min(count, kChunkRows), w.hidden}, ScalarType::BFloat16);
+  for (int64_t row = 0; row < count; row += kChunkRows) {
+    const int64_t n = std::min(kChunkRows, count - row);
+    run_product({n, w.inner, w.hidden}, LeftRows{bf16_of(rows) + row * w.inner, w.inner}, bf16_of(first),
+                FinishLinear<true, true>{shift_1.data(), bf16_of(hidden), bf16_of(before) + row * w.hidden, w.hidden});
+    run_product({n, w.hidden, w.outer}, LeftRows{bf16_of(std::as_const(hidden)), w.hidden}, bf16_of(second),
+                FinishLinear<false, false>{shift_2.data(), bf16_of(y) + row * w.outer, nullptr, w.outer});
+  }
 #endif
-  return {std::move(y), std::move(before), std::move(hidden)};
+  return {std::move(y), std::move(before)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tile_mlp_backward(const Tensor& grad, const Tensor& x,
-                                                                     const Tensor& before, const Tensor& hidden,
-                                                                     const Tensor& weight_1, const Tensor& weight_2) {
+                                                                     const Tensor& before, const Tensor& weight_1,
+                                                                     const Tensor& weight_2) {
   const Weights w(weight_1, weight_2);
   const Tensor grad_rows = rows_of(grad, "grad", w.outer), rows = rows_of(x, "x", w.inner);
-  const Tensor before_rows = rows_of(before, "before", w.hidden), hidden_rows = rows_of(hidden, "hidden", w.hidden);
+  const Tensor before_rows = rows_of(before, "before", w.hidden);
   const int64_t count = rows_in(x);
-  const Tensor* tensors[] = {&grad, &before, &hidden};
-  const char* names[] = {"grad", "before", "hidden"};
-  for (int i = 0; i < 3; ++i)
-    LFM_CHECK(rows_in(*tensors[i]) == count, names[i], " must have the rows of x, ", shape_text(x), ", got ",
-              shape_text(*tensors[i]), ".");
+  LFM_CHECK(rows_in(grad) == count && rows_in(before) == count, "grad and before must have the rows of x, ",
+            shape_text(x), ", got ", shape_text(grad), " and ", shape_text(before), ".");
   Tensor grad_x = like_rows(x, w.inner);
-  Tensor grad_1 = new_tensor({w.hidden, w.inner}, ScalarType::Float), sums_1 = new_tensor({w.hidden}, ScalarType::Float);
-  Tensor grad_2 = new_tensor({w.outer, w.hidden}, ScalarType::Float), sums_2 = new_tensor({w.outer}, ScalarType::Float);
 #if defined(LFM_AMX)
-  weight_gradients(grad_rows, hidden_rows, count, grad_2, sums_2);
-  Tensor grad_before = like_rows(x, w.hidden);
-  {
-    const Tensor right = packed_as_right(w.second, w.outer, w.hidden);
-    run_product({count, w.outer, w.hidden}, LeftRows{bf16_of(grad_rows), w.outer}, bf16_of(right),
-                FinishSlope{bf16_of(before_rows), bf16_of(grad_before), w.hidden});
+  WeightGradient first(w.hidden, w.inner), second(w.outer, w.hidden);
+  const Tensor right_1 = packed_for_input(w.first), right_2 = packed_for_input(w.second);
+  Tensor slope = new_tensor({std::min(count, kChunkRows), w.hidden}, ScalarType::BFloat16);
+  const Bf16* const slopes = bf16_of(std::as_const(slope));
+  for (int64_t row = 0; row < count; row += kChunkRows) {
+    const int64_t n = std::min(kChunkRows, count - row);
+    const Bf16* const above = bf16_of(grad_rows) + row * w.outer;
+    const Bf16* const inside = bf16_of(before_rows) + row * w.hidden;
+    second.add<true>(above, inside, n);
+    run_product({n, w.outer, w.hidden}, LeftRows{above, w.outer}, bf16_of(right_2),
+                FinishSlope{inside, bf16_of(slope), w.hidden});
+    first.add<false>(slopes, bf16_of(rows) + row * w.inner, n);
+    run_product({n, w.hidden, w.inner}, LeftRows{slopes, w.hidden}, bf16_of(right_1),
+                FinishLinear<false, false>{nullptr, bf16_of(grad_x) + row * w.inner, nullptr, w.inner});
   }
-  weight_gradients(grad_before, rows, count, grad_1, sums_1);
-  const Tensor right = packed_as_right(w.first, w.hidden, w.inner);
-  run_product({count, w.hidden, w.inner}, LeftRows{bf16_of(std::as_const(grad_before)), w.hidden}, bf16_of(right),
-              FinishLinear<false, false>{nullptr, bf16_of(grad_x), nullptr, w.inner});
+  first.finish();
+  second.finish();
+  return {std::move(grad_x), std::move(first.weight), std::move(first.bias), std::move(second.weight),
+          std::move(second.bias)};
+#else
+  const auto empty = [](int64_t size) { return new_tensor({size}, ScalarType::Float); };
+  return {std::move(grad_x), empty(0), empty(0), empty(0), empty(0)};
 #endif
-  return {std::move(grad_x), std::move(grad_1), std::move(sums_1), std::move(grad_2), std::move(sums_2)};
 }
 
 }  // namespace

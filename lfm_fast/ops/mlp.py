@@ -28,12 +28,13 @@ def tile_reference(x, weight_1, bias_1, weight_2, bias_2):
     before = F.linear(x.to(dtype), weight_1.to(dtype), bias_1.to(dtype))
     hidden = F.gelu(before, approximate="tanh").to(x.dtype)
     y = F.linear(hidden.to(dtype), weight_2.to(dtype), bias_2.to(dtype))
-    return y.to(x.dtype), before.to(x.dtype), hidden
+    return y.to(x.dtype), before.to(x.dtype)
 
 
-def tile_backward_reference(grad, x, before, hidden, weight_1, weight_2):
+def tile_backward_reference(grad, x, before, weight_1, weight_2):
     dtype = wide(x)
-    rows, grad, before, hidden = (as_rows(v.to(dtype)) for v in (x, grad, before, hidden))
+    rows, grad, before = (as_rows(v.to(dtype)) for v in (x, grad, before))
+    hidden = F.gelu(before, approximate="tanh").to(x.dtype).to(dtype)
     slope = torch.ops.aten.gelu_backward(grad @ weight_2.to(dtype), before, approximate="tanh").to(x.dtype).to(dtype)
     grad_x = (slope @ weight_1.to(dtype)).to(x.dtype).reshape(x.shape)
     return grad_x, slope.t() @ rows, slope.sum(0), grad.t() @ hidden, grad.sum(0)
@@ -45,20 +46,19 @@ def _check(x, weight_1, bias_1, weight_2, bias_2) -> None:
     check_layer(x, weight_1.shape[0], weight_2, bias_2, ("weight_2", "bias_2"))
 
 
-def _check_backward(grad, x, before, hidden, weight_1, weight_2) -> None:
+def _check_backward(grad, x, before, weight_1, weight_2) -> None:
     check_rows("x", x)
     check_layer(x, x.shape[-1], weight_1, None, ("weight_1", ""))
     check_layer(x, weight_1.shape[0], weight_2, None, ("weight_2", ""))
     check_gradient("grad", grad, x, weight_2.shape[0])
     check_gradient("before", before, x, weight_1.shape[0])
-    check_gradient("hidden", hidden, x, weight_1.shape[0])
 
 
 def _why_not_forward(x, *weights) -> str | None:
     return _why_not(x, weights)
 
 
-def _why_not_backward(grad, x, before, hidden, *weights) -> str | None:
+def _why_not_backward(grad, x, before, *weights) -> str | None:
     return _why_not(x, weights)
 
 
@@ -69,22 +69,22 @@ def _why_not(x, weights) -> str | None:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, before, hidden = output
-    ctx.mark_non_differentiable(before, hidden)
-    ctx.save_for_backward(*inputs, before, hidden)
+    _, before = output
+    ctx.mark_non_differentiable(before)
+    ctx.save_for_backward(*inputs, before)
 
 
-def _backward(ctx, grad, grad_before, grad_hidden) -> dict:
+def _backward(ctx, grad, grad_before) -> dict:
     if grad is None:
         return {}
-    *inputs, before, hidden = ctx.saved_tensors
+    *inputs, before = ctx.saved_tensors
     x, weight_1, _, weight_2, _ = inputs
     names = ("x", "weight_1", "bias_1", "weight_2", "bias_2")
     if torch.is_grad_enabled():  # a second derivative is wanted: PyTorch's own operations, from the start
         wanted = {name: value for name, value in zip(names, inputs) if name in ctx.needed}
         y = tile_reference(*inputs)[0]
         return dict(zip(wanted, torch.autograd.grad(y, wanted.values(), grad.to(y.dtype), create_graph=True)))
-    found = zip(names, _tile_backward_row(grad.to(x.dtype), x, before, hidden, weight_1, weight_2))
+    found = zip(names, _tile_backward_row(grad.to(x.dtype), x, before, weight_1, weight_2))
     return {n: g if n == "x" else g.to(weight_1.dtype) for n, g in found if n in ctx.needed}
 
 
@@ -104,18 +104,23 @@ def _arguments(
 
 def _backward_arguments(**case) -> dict:
     forward = _arguments(**case)
-    _, before, hidden = tile_reference(**forward)
+    _, before = tile_reference(**forward)
     place = {key: case[key] for key in ("device", "layout") if key in case}
     grad = numbers((*case["shape"][:-1], case["outputs"]), 6, dtype=case.get("dtype", BF16), **place)
-    kept = {"x": forward["x"], "before": before, "hidden": hidden}
-    return {"grad": grad, **kept, "weight_1": forward["weight_1"], "weight_2": forward["weight_2"]}
+    return {
+        "grad": grad,
+        "x": forward["x"],
+        "before": before,
+        "weight_1": forward["weight_1"],
+        "weight_2": forward["weight_2"],
+    }
 
 
 def _cost(x, weight_1, bias_1, weight_2, bias_2) -> tuple[int, int]:
     return _both(x, weight_1, weight_2)
 
 
-def _backward_cost(grad, x, before, hidden, weight_1, weight_2) -> tuple[int, int]:
+def _backward_cost(grad, x, before, weight_1, weight_2) -> tuple[int, int]:
     moved, flops = _both(x, weight_1, weight_2)
     return 2 * moved, 2 * flops
 
@@ -156,8 +161,7 @@ _tile_row = register(
     Op(
         name="tile_mlp",
         schema=(
-            "(Tensor x, Tensor weight_1, Tensor bias_1, Tensor weight_2, Tensor bias_2)"
-            " -> (Tensor y, Tensor before, Tensor hidden)"
+            "(Tensor x, Tensor weight_1, Tensor bias_1, Tensor weight_2, Tensor bias_2) -> (Tensor y, Tensor before)"
         ),
         reference=tile_reference,
         check=_check,
@@ -177,7 +181,7 @@ _tile_backward_row = register(
     Op(
         name="tile_mlp_backward",
         schema=(
-            "(Tensor grad, Tensor x, Tensor before, Tensor hidden, Tensor weight_1, Tensor weight_2)"
+            "(Tensor grad, Tensor x, Tensor before, Tensor weight_1, Tensor weight_2)"
             " -> (Tensor grad_x, Tensor grad_weight_1, Tensor grad_bias_1, Tensor grad_weight_2, Tensor grad_bias_2)"
         ),
         reference=tile_backward_reference,
@@ -191,7 +195,7 @@ _tile_backward_row = register(
             absolute=0.1, relative=1e-2, origin="up to 210 terms of a gradient of W_1 are rounded to 8 bits"
         ),
         shared=("weight_1", "weight_2", "grad_weight_1", "grad_bias_1", "grad_weight_2", "grad_bias_2"),
-        not_differentiable=("grad", "x", "before", "hidden", "weight_1", "weight_2"),
+        not_differentiable=("grad", "x", "before", "weight_1", "weight_2"),
     )
 )
 
