@@ -84,7 +84,7 @@ class Tiles {
   Shapes before_;
 };
 
-// GCC does not know that a tile is loaded from memory: without this, what was stored there last may still be on its way.
+// GCC does not know that a tile is loaded from memory: without this, what was stored there may still be on its way.
 LFM_AMX_INLINE void before_tiles_read() { __asm__ volatile("" ::: "memory"); }
 
 // The first `count` lanes; all where there are more, none where there are fewer than one.

@@ -1,9 +1,9 @@
 // left (rows x inner) times right (inner x outer) in bfloat16 by the tile instructions (AMX), sums in float32.
 //
 // The left factor comes in strips of 32 rows, the right one in panels of 32 columns, packed: for every 32 inner numbers
-// (a step) two tiles side by side. A block of strips meets a group of panels that stays in the second cache. The result of
-// 32 x 32 is finished (a bias, GELU, rounding, ...) a few rows at a time between the products of the next, which other
-// units do.
+// (a step) two tiles side by side. A block of strips meets a group of panels that stays in the second cache. The result
+// of 32 x 32 is finished (a bias, GELU, rounding, ...) a few rows at a time between the products of the next, which
+// other units do.
 #pragma once
 
 #include <algorithm>
@@ -18,11 +18,11 @@ namespace lfm_fast {
 
 constexpr int64_t kStrip = 32;  // rows of a strip, columns of a panel, inner numbers of a step
 constexpr int64_t kSquare = kStrip * kStrip;
-constexpr int64_t kMostSteps = 32;         // with more of them, a product of 32 x 32 is made in parts
-constexpr int64_t kPartSteps = 12;         // of so many steps, whose tiles stay in the innermost cache
-constexpr int64_t kMostStrips = 8;         // of a block
-constexpr int64_t kGroupBytes = 3 << 18;   // of the panels that a block meets one after the other
-constexpr double kLeastWork = 1e7;         // operations that are worth a second thread
+constexpr int64_t kMostSteps = 32;        // with more of them, a product of 32 x 32 is made in parts
+constexpr int64_t kPartSteps = 12;        // of so many steps, whose tiles stay in the innermost cache
+constexpr int64_t kMostStrips = 8;        // of a block
+constexpr int64_t kGroupBytes = 3 << 18;  // of the panels that a block meets one after the other
+constexpr double kLeastWork = 1e7;        // operations that are worth a second thread
 
 inline int64_t in_strips(int64_t count) { return (count + kStrip - 1) / kStrip; }
 
@@ -90,8 +90,8 @@ LFM_AMX_INLINE __m512i pair_of(const Number* a, const Number* b, __mmask16 there
   return _mm512_or_si512(load_16(a, there_a), _mm512_slli_epi32(load_16(b, there_b), 16));
 }
 
-// 1 / (1 + e^-2u) of GELU to 1.5e-4, a thirteenth of the distance between two bfloat16. A division would take longer than
-// the products.
+// 1 / (1 + e^-2u) of GELU to 1.5e-4, a thirteenth of the distance between two bfloat16. A division would take longer
+// than the products.
 LFM_AMX_INLINE __m512 gelu_logistic(__m512 x) {
   const __m512 square = _mm512_mul_ps(x, x);
   const __m512 slope = _mm512_fmadd_ps(square, _mm512_set1_ps(-kGeluCubic2), _mm512_set1_ps(-kGeluLinear2));
@@ -190,8 +190,8 @@ struct Strip {
   int64_t stride, step;  // bytes between two rows of a tile, elements between two tiles
 };
 
-// Rows from `first` on. They are copied into tiles where some are missing, where a tile would read beyond their ends, and
-// where their distance puts them all into a few sets of the cache.
+// Rows from `first` on. They are copied into tiles where some are missing, where a tile would read beyond their ends,
+// and where their distance puts them all into a few sets of the cache.
 LFM_AMX_INLINE Strip strip_at(const LeftRows& left, const Sizes& sizes, int64_t first, Bf16* copy) {
   if (first + kStrip <= sizes.rows && sizes.inner % 32 == 0 && left.stride % 1024 != 0) {
     const Bf16* const upper = left.data + first * left.stride;
@@ -244,8 +244,8 @@ struct Pending {
   }
 };
 
-// result (32 x 32) = or += strip (32 x 32 steps) panel (32 steps x 32); `wide`: there are columns from 16 on. A panel is
-// read by tile loads that leave the innermost cache to the strip.
+// result (32 x 32) = or += strip (32 x 32 steps) panel (32 steps x 32); `wide`: there are columns from 16 on. A panel
+// is read by tile loads that leave the innermost cache to the strip.
 template <bool wide, typename Finish>
 LFM_AMX_INLINE void multiply(Strip strip, const Bf16* panel, int64_t steps, bool add, float* result,
                              Pending<Finish>& last) {
@@ -335,7 +335,8 @@ LFM_AMX_CODE void run_products(const Sizes& sizes, const Left& left, const Bf16*
 template <typename Left, typename Finish>
 void run_product(Sizes sizes, const Left& left, const Bf16* right, const Finish& finish) {
   if (sizes.rows == 0 || sizes.outer == 0) return;
-  const double work = 2.0 * static_cast<double>(sizes.rows) * static_cast<double>(sizes.inner) * static_cast<double>(sizes.outer);
+  const double columns = static_cast<double>(sizes.inner) * static_cast<double>(sizes.outer);
+  const double work = 2.0 * static_cast<double>(sizes.rows) * columns;
   sizes.divide(work < kLeastWork ? 1 : torch::stable::get_num_threads());
   parallel_for(0, sizes.blocks() * sizes.groups, 1, [&](int64_t first, int64_t last) {
     run_products(sizes, left, right, finish, first, last);
@@ -377,7 +378,9 @@ struct FinishFloat {
   int64_t at = 0;
   __mmask32 inside = 0;
 
-  LFM_AMX_INLINE void start(int64_t row, int64_t column, __mmask32 columns) { at = row * stride + column, inside = columns; }
+  LFM_AMX_INLINE void start(int64_t row, int64_t column, __mmask32 columns) {
+    at = row * stride + column, inside = columns;
+  }
   LFM_AMX_INLINE void operator()(__m512 low, __m512 high) {
     const __mmask16 first = static_cast<__mmask16>(inside), second = static_cast<__mmask16>(inside >> 16);
     if (add) {

@@ -23,11 +23,12 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, const std::optional<
   const Tensor rows = contiguous_on_cpu(x, "x"), tiles = contiguous_on_cpu(weight, "weight");
   const std::vector<float> padded = bias_of(bias, "bias", out_features);
   const LeftRows left{bf16_of(rows), inner};
+  const Bf16* const right = bf16_of(tiles);
   const Sizes sizes{y.numel() / out_features, inner, out_features};
   if (gelu)
-    run_product(sizes, left, bf16_of(tiles), FinishLinear<true, false>{padded.data(), bf16_of(y), nullptr, out_features});
+    run_product(sizes, left, right, FinishLinear<true, false>{padded.data(), bf16_of(y), nullptr, out_features});
   else
-    run_product(sizes, left, bf16_of(tiles), FinishLinear<false, false>{padded.data(), bf16_of(y), nullptr, out_features});
+    run_product(sizes, left, right, FinishLinear<false, false>{padded.data(), bf16_of(y), nullptr, out_features});
 #endif
   return y;
 }

@@ -29,6 +29,8 @@ _PRODUCTS = {
     _aten.addmm.default,
     _aten._scaled_mm.default,
     torch.ops.lfm_fast.attention_with_lse.default,
+    torch.ops.lfm_fast.tile_linear.default,
+    torch.ops.lfm_fast.tile_mlp.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
