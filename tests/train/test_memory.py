@@ -77,7 +77,7 @@ def test_the_whole_count_is_the_allocators(mode, precision, tmp_path):
     kept, peak = measured(network(), 3, (4, 16, 16), precision, tmp_path)
     with FakeTensorMode():
         counted = memory.of_step(network(), 3, (4, 16, 16), precision)
-    # What kernels allocate inside themselves no operator returns. On matrix tiles, mlp's backward: both weights, packed,
+    # What kernels allocate inside themselves no operator returns. On matrix tiles, mlp's backward: both weights packed
     # and the gradient between the layers, of 3 x 64 tokens; all in bfloat16.
     on_tiles = precision == "bf16" and _library.why_no_tiles() is None
     inside = 2 * (2 * 96 * 384 + 3 * 64 * 384) if on_tiles else 0
