@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lfm_fast import _library
 from lfm_fast.models.dit import DiT
@@ -11,7 +11,7 @@ from lfm_fast.models.layers import Mlp
 from lfm_fast.models.packed import PackedLinear, PackedMlp
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_MODES = ("inference",)
+_PRECISIONS = {"inference": ("bf16", "fp32", "fp16"), "training": ("bf16", "fp32")}
 
 
 def optimize(model: nn.Module, precision: str = "bf16", mode: str = "inference") -> nn.Module:
@@ -21,10 +21,11 @@ def optimize(model: nn.Module, precision: str = "bf16", mode: str = "inference")
 
     Args:
         model: a network of `lfm_fast.create_model`; it is left as it is.
-        precision: "bf16", "fp32" or "fp16". On a CPU with matrix tiles (AMX), bf16 multiplies packed weights with bias
-            and GELU in one pass.
-        mode: "inference": a copy that holds the weights in that precision, frozen and in eval mode. Train the original
-            and call `optimize` again.
+        precision: of the matrix products: "bf16", "fp32" or, in inference, "fp16". On a CPU with matrix tiles (AMX),
+            bf16 multiplies packed weights with bias and GELU in one pass.
+        mode: "inference": a copy that holds the weights in that precision, frozen and in eval mode; once the original
+            has been trained on, call `optimize` again. "training": a network on the original's own Parameters, float32,
+            that computes under autocast; an optimizer of either trains both.
 
     Returns:
         A network that `lfm_fast.sample` takes like any other. Its state dict has the original's names and shapes.
@@ -38,14 +39,22 @@ def optimize(model: nn.Module, precision: str = "bf16", mode: str = "inference")
         >>> fast = lfm_fast.optimize(model)
         >>> fast(torch.rand(2), torch.randn(2, 4, 8, 8)).shape
         torch.Size([2, 4, 8, 8])
+
+    Source: Micikevicius et al. 2018, "Mixed precision training" (arXiv 1710.03740), for the float32 copy of weights.
     """
     if type(model) is not DiT:
         raise ValueError(
             f"optimize takes a network of lfm_fast.create_model (a DiT), but this is {type(model).__name__}."
         )
-    for name, value, known in (("precision", precision, (*_DTYPES,)), ("mode", mode, _MODES)):
-        if not isinstance(value, str) or value not in known:
-            raise ValueError(f"{name} is {value!r}, expected {' or '.join(known)}.")
+    if not isinstance(mode, str) or mode not in _PRECISIONS:
+        raise ValueError(f"mode is {mode!r}, expected {' or '.join(_PRECISIONS)}.")
+    known = _PRECISIONS[mode]
+    if not isinstance(precision, str) or precision not in known:
+        raise ValueError(f"precision is {precision!r}, expected {' or '.join(known)} in {mode}.")
+    return _for_training(model, precision) if mode == "training" else _for_inference(model, precision)
+
+
+def _for_inference(model: DiT, precision: str) -> DiT:
     fast = copy.deepcopy(model).eval().requires_grad_(False).to(_DTYPES[precision])
     device = next(fast.parameters()).device
     if precision == "bf16" and device.type == "cpu" and _library.why_no_tiles() is None:
@@ -62,3 +71,19 @@ def _pack(module: nn.Module) -> None:
             setattr(module, name, PackedLinear(child))
         else:
             _pack(child)
+
+
+class AutocastDiT(DiT):
+    """A DiT in mixed precision: weights in float32, products in bfloat16."""
+
+    def forward(self, t: Tensor, z: Tensor, y: Tensor | None = None) -> Tensor:
+        with torch.autocast(z.device.type, torch.bfloat16):
+            return super().forward(t, z, y)
+
+
+def _for_training(model: DiT, precision: str) -> DiT:
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    fast = copy.deepcopy(model, shared)
+    if precision == "bf16":
+        fast.__class__ = AutocastDiT
+    return fast

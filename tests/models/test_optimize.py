@@ -108,11 +108,30 @@ def test_every_linear_layer_is_packed_where_there_are_tiles():
     assert sum(isinstance(module, PackedLinear) for module in fast.modules()) == 2 + 5 * 5 + 2
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_training_shares_the_parameters(precision):
+    """One step of an optimizer of the original, on a gradient that came through the fast form, moves both."""
+    model, (t, z, y) = network(), inputs()
+    fast = lfm_fast.optimize(model, precision, mode="training")
+    assert all(ours is theirs for ours, theirs in zip(fast.parameters(), model.parameters(), strict=True))
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        want = torch.autograd.grad(model(t, z, y).square().sum(), [p for p in model.parameters() if p.requires_grad])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    before = fast(t, z, y)
+    before.square().sum().backward()
+    for parameter, gradient in zip((p for p in model.parameters() if p.requires_grad), want, strict=True):
+        assert parameter.grad.dtype is torch.float32
+        assert torch.equal(parameter.grad, gradient)
+    optimizer.step()
+    assert not torch.equal(fast(t, z, y), before)
+    assert model.training == fast.training
+
+
 def test_what_it_does_not_know_is_refused():
     model = network()
     with pytest.raises(ValueError, match=r"takes a network of lfm_fast\.create_model"):
         lfm_fast.optimize(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="precision is 'fp7', expected fp32 or bf16 or fp16"):
+    with pytest.raises(ValueError, match="precision is 'fp7', expected bf16 or fp32 or fp16 in inference"):
         lfm_fast.optimize(model, "fp7")
-    with pytest.raises(ValueError, match="mode is 'fast', expected inference"):
+    with pytest.raises(ValueError, match="mode is 'fast', expected inference or training"):
         lfm_fast.optimize(model, mode="fast")
