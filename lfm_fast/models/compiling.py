@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lfm_fast import _library
+
 
 class Compiled:
     """`function(what, *tensors)`, compiled without a graph break; one graph serves every batch size of one or more.
@@ -20,6 +22,7 @@ class Compiled:
     """
 
     def __init__(self, function, **options):
+        _library.load()  # a graph from the compiler's cache on disk calls our kernels without asking whether they are there
         self._plain, self._any_batch = function, options.get("dynamic") is not False
 
         def known_batch(what, *tensors):

@@ -64,7 +64,9 @@ class TrainConfig:
     time_sampler: str = _curve("uniform", str, "distribution of t", tuple(TIME_SAMPLERS))
     seed: int = _curve(0, int, "of the weights, data order, noise, times and dropout")
     device: str = _setting("auto", str, "where to train", DEVICES)
-    compile: str = _setting("auto", str, "torch.compile: auto is block on CUDA, and in longer runs on CPUs", COMPILE)
+    compile: str = _setting(
+        "auto", str, "torch.compile: auto is block on CUDA, and off on CPUs that have the compiled kernels", COMPILE
+    )
     activation_checkpointing: str = _setting(
         "none", str, "what the backward pass makes again; selective: all but products and attention", MODES
     )

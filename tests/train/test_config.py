@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lfm_fast
+from lfm_fast import _library
 from lfm_fast.models import DiT
 from lfm_fast.train import compiling, resume
 from lfm_fast.train.config import TrainConfig, build_parser, from_preset, parse_args
@@ -177,20 +178,22 @@ def test_epochs_become_steps(epochs, items, steps):
 
 
 @pytest.mark.parametrize(
-    ("mode", "steps", "tools", "compiled"),
+    ("mode", "steps", "tools", "kernels", "compiled"),
     [
-        ("auto", 300, True, ["block"]),
-        ("auto", 299, True, []),
-        ("auto", 300, False, []),
-        ("off", 300, True, []),
-        ("block", 1, False, ["block"]),
-        ("full", 1, False, ["velocity"]),
+        ("auto", 300, True, False, ["block"]),
+        ("auto", 300, True, True, []),
+        ("auto", 299, True, False, []),
+        ("auto", 300, False, False, []),
+        ("off", 300, True, False, []),
+        ("block", 1, False, True, ["block"]),
+        ("full", 1, False, True, ["velocity"]),
     ],
 )
-def test_compiles_on_a_cpu_where_it_pays_and_can(mode, steps, tools, compiled, monkeypatch):
+def test_compiles_on_a_cpu_where_it_pays_and_can(mode, steps, tools, kernels, compiled, monkeypatch):
     seen = []
     monkeypatch.setattr(DiT, "compile", lambda model, part: seen.append(part))
     monkeypatch.setattr(compiling, "can_compile_for_cpu", lambda: tools)
+    monkeypatch.setattr(_library, "load", lambda: None if kernels else "there is no library")
     model = DiT(image_size=4, hidden_size=16, depth=2, num_heads=2)
     compiling.compile_network(model, from_preset("embedded", compile=mode, steps=steps), torch.device("cpu"))
     assert seen == compiled
