@@ -38,6 +38,14 @@ _PRODUCTS = {
 }
 
 
+def set_mode(model, mode: str) -> None:
+    """Let `model` keep for its backward pass what `mode` says. Raises ValueError for one that cannot choose."""
+    if hasattr(model, "activation_checkpointing"):
+        model.activation_checkpointing = mode
+    elif mode != "none":
+        raise ValueError(f"activation checkpointing is {mode!r}, but {type(model).__name__} keeps all activations.")
+
+
 def through_blocks(blocks, head, x: Tensor, modulations: list[Tensor], mode: str, eps: float, run=None) -> Tensor:
     """The tokens x (B, T, D) through `blocks`, the last norm and `head`, keeping for backward what `mode` says.
 

@@ -22,7 +22,7 @@ class Compiled:
     """
 
     def __init__(self, function, **options):
-        _library.load()  # a graph from the compiler's cache on disk calls our kernels without asking whether they are there
+        _library.load()  # a graph from the compiler's cache on disk calls our kernels without loading them
         self._plain, self._any_batch = function, options.get("dynamic") is not False
 
         def known_batch(what, *tensors):

@@ -6,6 +6,7 @@ import sysconfig
 from pathlib import Path
 
 from lfm_fast import _library
+from lfm_fast.models import DiT
 
 SHORTEST_COMPILED = 300  # steps of a CPU run for which --compile auto compiles
 
@@ -15,8 +16,13 @@ def compile_network(model, config, device):
     mode = config.compile
     if mode == "auto":
         mode = "block" if device.type == "cuda" or _pays_on_a_cpu(config) else "off"
-    if mode != "off":
-        model.compile({"full": "velocity", "block": "block"}[mode])
+    if mode == "full":
+        model.compile()
+    elif mode == "block" and isinstance(model, DiT):
+        model.compile("block")
+    elif mode == "block":
+        for block in model.blocks:
+            block.compile()
 
 
 def _pays_on_a_cpu(config):

@@ -12,6 +12,7 @@ from lfm_fast import distributed
 from lfm_fast.checkpoint import check_output
 from lfm_fast.flow import paths
 from lfm_fast.models import create_model, num_parameters
+from lfm_fast.models.checkpointing import set_mode
 from lfm_fast.train import report, resume
 from lfm_fast.train.compiling import compile_network
 from lfm_fast.train.ema import EMA
@@ -110,7 +111,7 @@ def build_state(config, source, world):
         label_dropout=config.label_dropout,
     ).to(world.device)
     ema = EMA(model, config.ema_decay)  # before compiling: sampling uses other batch sizes
-    model.activation_checkpointing = config.activation_checkpointing
+    set_mode(model, config.activation_checkpointing)
     compile_network(model, config, world.device)
     network = model
     if world.size > 1:

@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lfm_fast.models import create_model, num_parameters
+from lfm_fast.models.checkpointing import set_mode
 from lfm_fast.train import memory
 from lfm_fast.train.schedule import total_steps
 
@@ -48,7 +49,7 @@ def describe(config, world, latent_shape, num_items=None):
             num_classes=config.num_classes,
             label_dropout=config.label_dropout,
         )
-        model.activation_checkpointing = config.activation_checkpointing
+        set_mode(model, config.activation_checkpointing)
         samples = -(-config.batch_size // (world.size * config.accumulation_steps))
         step, one_more = (memory.of_step(model, n, latent_shape, config.precision) for n in (samples, samples + 1))
     parameters = num_parameters(model)

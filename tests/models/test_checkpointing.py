@@ -93,3 +93,9 @@ def test_a_frozen_network_still_gives_the_gradient_of_its_input():
     model, plain, (t, z, y) = checkpointed_dit("selective").requires_grad_(False), small_dit(), inputs()
     found = [torch.autograd.grad(m(t, x, y).sum(), x)[0] for m in (model, plain) for x in [z.clone().requires_grad_()]]
     assert torch.equal(*found)
+
+
+def test_a_network_that_cannot_checkpoint_says_so():
+    network = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="is 'selective', but Linear keeps all activations"):
+        checkpointing.set_mode(network, "selective")

@@ -191,7 +191,7 @@ def test_epochs_become_steps(epochs, items, steps):
 )
 def test_compiles_on_a_cpu_where_it_pays_and_can(mode, steps, tools, kernels, compiled, monkeypatch):
     seen = []
-    monkeypatch.setattr(DiT, "compile", lambda model, part: seen.append(part))
+    monkeypatch.setattr(DiT, "compile", lambda model, part="velocity": seen.append(part))
     monkeypatch.setattr(compiling, "can_compile_for_cpu", lambda: tools)
     monkeypatch.setattr(_library, "load", lambda: None if kernels else "there is no library")
     model = DiT(image_size=4, hidden_size=16, depth=2, num_heads=2)
@@ -242,3 +242,14 @@ def test_the_readme_trains_photographs_with_a_vae_made_for_them():
     for config in own:
         assert config.autoencoder == "stabilityai/sd-vae-ft-mse"
         assert config.learning_rate <= 2e-4  # the embedded preset's 1e-3 suits its small network alone
+
+
+def test_blocks_of_another_network_are_compiled_one_by_one(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: seen.append(module))
+    network = torch.nn.Module()
+    network.blocks = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(2))
+    compiling.compile_network(network, from_preset("embedded", compile="block"), torch.device("cpu"))
+    assert seen == list(network.blocks)
+    compiling.compile_network(network, from_preset("embedded", compile="full"), torch.device("cpu"))
+    assert seen[2:] == [network]

@@ -134,7 +134,7 @@ def test_rows_of_a_grid():
 
 def test_compiling_keeps_the_names_of_the_weights(tmp_path, monkeypatch):
     compiled = []
-    monkeypatch.setattr(DiT, "compile", lambda model, part: compiled.append(part))
+    monkeypatch.setattr(DiT, "compile", lambda model, part="velocity": compiled.append(part))
     names = {}
     for mode in ("off", "auto", "block", "full"):
         config = settings(tmp_path, compile=mode, num_classes=3)

@@ -135,7 +135,7 @@ def run(flags=None):
     """Train by the flags and leave with the status of the command line. Compiles, if it is to, for TINY_BACKEND."""
     train, compile_dit = loop.train, DiT.compile
     if "TINY_BACKEND" in os.environ:
-        DiT.compile = lambda model, part: compile_dit(model, part, backend=os.environ["TINY_BACKEND"])
+        DiT.compile = lambda model, *part: compile_dit(model, *part, backend=os.environ["TINY_BACKEND"])
     delay = float(os.environ.get("TINY_DELAY", "0"))
     loop.train = lambda config: train(config, TinySource(delay), TinyAutoencoder())
     sys.exit(loop.main(parse_args(flags)))
