@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from children import run_child
+from compare import assert_same_bits
 from row_cases import ROWS, arguments_of, results
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -340,3 +341,16 @@ def test_without_gradients_the_way_round_the_dispatcher_is_taken_where_nobody_se
             negative = torch.complex(Z, Z).conj().imag
             assert negative.is_neg()
             assert all(map(torch.equal, row(negative, C, Z), row(-Z, C, Z)))
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS.values() if not row.composite], ids=lambda row: row.name)
+def test_a_reference_computes_in_float32_under_autocast(row):
+    """A row without its kernel must give what it gives with it: autocast would make its inner products bfloat16."""
+    args = arguments_of(row, row.cases[0])
+    with ops.use_backend("reference"):
+        want = results(row, args)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = results(row, args)
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype is w.dtype
+        assert_same_bits(g, w)
