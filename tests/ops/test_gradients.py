@@ -43,6 +43,15 @@ CHECKED = {
         {"shape": (2, 2, 3, 2), "layout": "fused", **F64},
         {"shape": (2, 1, 0, 3), **F64},
     ],
+    "tile_linear": [
+        {"shape": (3, 2, 4), "outputs": 3, "parameters": torch.float64, **F64},
+        {"shape": (5,), "outputs": 2, "bias": False, "parameters": torch.float64, **F64},
+        {"shape": (0, 3), "outputs": 2, "parameters": torch.float64, **F64},
+    ],
+    "tile_mlp": [
+        {"shape": (3, 2, 4), "hidden": 5, "outputs": 3, "parameters": torch.float64, **F64},
+        {"shape": (0, 3), "hidden": 4, "outputs": 2, "parameters": torch.float64, **F64},
+    ],
     "guided_step": [
         {"shape": (3, 2, 2), "state": torch.float64, "num_stored": 2, "keep": True, "noise": True, **F64},
         {"shape": (2, 3), "state": torch.float64, "guided": False, **F64},

@@ -117,6 +117,30 @@ def test_second_derivatives(name):
 
 
 @with_tiles
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_threads_do_not_change_a_bit(name):
+    """Of values and of all gradients, in several chunks of rows; and a sample's values are those it has alone."""
+    fast, _ = FUNCTIONS[name]
+    x, weights, grad = problem(name, (3, 700), 40, 72)
+    x, weights, grad = x.bfloat16(), [w.bfloat16() for w in weights], grad.bfloat16()
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            y, each = gradients(fast, x, weights, grad)
+            found.append((y, *each))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for got, want in zip(other, found[0]):
+            assert_same_bits(got, want)
+    for i in range(3):
+        y, (of_x, *_) = gradients(fast, x[i : i + 1], weights, grad[i : i + 1])
+        assert_same_bits(y, found[0][0][i : i + 1])
+        assert_same_bits(of_x, found[0][1][i : i + 1])
+
+
+@with_tiles
 def test_float32_without_autocast_is_pytorchs_layer():
     x, weights, _ = problem("linear", (7,), 20, 30)
     assert ops.explain("linear", x, *weights).backend == "reference"
