@@ -13,6 +13,7 @@ from benchmarks.names import (
     FAST,
     FAST_COMPILED,
     REFERENCE,
+    at_equal_evaluations,
 )
 
 matplotlib.use("Agg")
@@ -37,14 +38,14 @@ def draw(records: list[dict], folder: Path) -> dict[Path, str]:
     for name, plot in PICTURES.items():
         figure = plot(records)
         if figure is not None:
-            figure.savefig(folder / f"benchmark-{name}.png", dpi=120)
+            figure.savefig(folder / f"benchmark-{name}.png", dpi=120, bbox_inches="tight")
             pyplot.close(figure)
             written[folder / f"benchmark-{name}.png"] = plot.__doc__
     return written
 
 
 def throughput(records):
-    """Images per second: of a forward over the batch, of a training step, of guided sampling."""
+    """Images per second: of a forward over the batch, a training step, guided sampling at equal evaluations."""
     found = [r for r in _of(records, "forward", "train_step", "sampling") if r["precision"] in HALF] or _of(
         records, "forward", "train_step", "sampling"
     )
@@ -77,9 +78,9 @@ def _lines(axis, records):
     axis.legend(fontsize=7)
 
 
-def _bars(axis, record, key, factor=1.0):
+def _bars(axis, record, key):
     names = [name for name in _names([record]) if key in record["contenders"][name]]
-    values = [factor * record["contenders"][name][key] for name in names]
+    values = [record["contenders"][name][key] / at_equal_evaluations(record, name) for name in names]
     bars = axis.bar(range(len(names)), values, color=[_colour(name) for name in names])
     axis.bar_label(bars, [f"{value:.3g}" for value in values], fontsize=8)
     axis.set_xticks(
@@ -143,7 +144,8 @@ def shares(records):
     axis.invert_yaxis()
     axis.set(xlabel="share of the time, by PyTorch's profiler", xlim=(0, 1))
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colours[o]) for o in operators]
-    figure.legend(handles, operators, fontsize=7, ncols=5, loc="outside lower center")
+    names = [operator.removeprefix("lfm_fast_cpp::").removeprefix("aten::") for operator in operators]
+    figure.legend(handles, names, fontsize=7, ncols=5, loc="outside lower center")
     return figure
 
 
@@ -184,7 +186,7 @@ def ceilings(records):
 
 
 def ratios(records):
-    """How many times as long as the fast path each contender takes, and the noise."""
+    """How many times as long as the fast path each contender takes at equal evaluations, and the noise."""
     if not records:
         return None
     figure, axes = pyplot.subplots(figsize=(9, 0.27 * len(records) + 1.5), layout="constrained")
@@ -193,7 +195,8 @@ def ratios(records):
         axes.plot([low, high], [k, k], color="black", linewidth=6, alpha=0.3, label="noise" if k == 0 else None)
         for name in _names([record]):
             if name != FAST:
-                axes.plot(record["contenders"][name]["ratio"]["median"], k, "o", color=_colour(name), label=_kind(name))
+                ratio = record["contenders"][name]["ratio"]["median"] * at_equal_evaluations(record, name)
+                axes.plot(ratio, k, "o", color=_colour(name), label=_kind(name))
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.grid(axis="x", alpha=0.3)
     axes.set(xscale="log", xlabel="time over the fast path's time (right of 1: slower)")

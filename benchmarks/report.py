@@ -8,7 +8,17 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.names import AGAIN, COMPILED, DIFFUSERS, DIFFUSERS_COMPILED, EAGER, FAST, FAST_COMPILED, REFERENCE
+from benchmarks.names import (
+    AGAIN,
+    COMPILED,
+    DIFFUSERS,
+    DIFFUSERS_COMPILED,
+    EAGER,
+    FAST,
+    FAST_COMPILED,
+    REFERENCE,
+    at_equal_evaluations,
+)
 
 COLUMNS = ("contender", "median ms", "quartiles", "ratio", "GB/s (copy)", "GFLOP/s (GEMM)", "error", "peak MB", "")
 IN_README = (REFERENCE, EAGER, COMPILED, DIFFUSERS, DIFFUSERS_COMPILED, FAST_COMPILED)
@@ -112,16 +122,14 @@ def readme(records: list[dict]) -> str:
     rows = [("", FAST, *names, "noise")]
     for record in found:
         contenders, noise = record["contenders"], record["noise"]
-        ratios = [f"{_ratio(contenders, name):.2f} x" if name in contenders else "-" for name in names]
+        ratios = [f"{_ratio(record, name):.2f} x" if name in contenders else "-" for name in names]
         milliseconds = f"{contenders[FAST]['seconds']['median'] * 1e3:.0f} ms"
         rows.append((record["title"], milliseconds, *ratios, f"{noise['low']:.2f} .. {noise['high']:.2f}"))
     return _markdown(rows) if found else ""
 
 
-def _ratio(contenders: dict, name: str) -> float:
-    """At equal evaluations: diffusers' Heun makes one less than the others."""
-    evaluations = contenders[FAST].get("nfe", 1) / contenders[name].get("nfe", 1)
-    return contenders[name]["ratio"]["median"] * evaluations
+def _ratio(record: dict, name: str) -> float:
+    return record["contenders"][name]["ratio"]["median"] * at_equal_evaluations(record, name)
 
 
 def page(parts: list[tuple[dict, list[dict]]], pictures: dict[str, str]) -> str:

@@ -94,8 +94,12 @@ inline Tensor packed_for_input(const Tensor& weight) {
   return packed;
 }
 
-// Rows of activations that are taken at a time, so that what is made of them on the way stays in the caches.
-constexpr int64_t kChunkRows = 1024;
+// Rows of activations that are taken at a time, so that what is made of them on the way stays in the caches: `width`
+// numbers of each row.
+inline int64_t rows_at_once(int64_t width) {
+  constexpr int64_t kElements = int64_t{1} << 21;
+  return std::max<int64_t>(1024, kElements / std::max<int64_t>(width, 1) / kStrip * kStrip);
+}
 
 // grad^T x and the column sums of grad, taken up chunk by chunk: grad (n, outer), x (n, inner), or GELU(x).
 class WeightGradient {
@@ -111,10 +115,13 @@ class WeightGradient {
   template <bool gelu>
   void add(const Bf16* grad, const Bf16* x, int64_t rows) {
     const int64_t steps = in_strips(rows), chunks = (steps + kSummedSteps - 1) / kSummedSteps;
-    left_.resize(static_cast<size_t>(packed_size(outer_, rows) + 32));
-    right_.resize(static_cast<size_t>(packed_size(inner_, rows) + 32));
-    sums_.resize(static_cast<size_t>(chunks * outer_));
-    Bf16 *const left = aligned(left_), *const right = aligned(right_);
+    if (rows > room_) {
+      const int64_t sizes[] = {packed_size(outer_, rows), packed_size(inner_, rows)};
+      memory_ = std::make_unique<Workspace>(std::initializer_list<int64_t>{2 * sizes[0], 2 * sizes[1]});
+      left_ = memory_->take<Bf16>(sizes[0]), right_ = memory_->take<Bf16>(sizes[1]), room_ = rows;
+      sums_.resize(static_cast<size_t>(chunks * outer_));
+    }
+    Bf16 *const left = left_, *const right = right_;
     parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
       pack_left_of_columns(grad, rows, outer_, left, sums_.data(), first, last);
     });
@@ -137,13 +144,12 @@ class WeightGradient {
   Tensor weight, bias;
 
  private:
-  static Bf16* aligned(std::vector<Bf16>& memory) {
-    return reinterpret_cast<Bf16*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-  }
-
   int64_t outer_, inner_;
   bool started_ = false;
-  std::vector<Bf16> left_, right_;  // zeros at first: what no column or row fills, tiles may read
+  // Uninitialised: what no column fills of the last tile makes rows of the product that nobody stores.
+  std::unique_ptr<Workspace> memory_;
+  Bf16 *left_ = nullptr, *right_ = nullptr;
+  int64_t room_ = 0;  // rows
   std::vector<float> sums_;
 };
 

@@ -35,8 +35,9 @@ std::tuple<Tensor, Tensor, Tensor> tile_linear_backward(const Tensor& grad, cons
 #if defined(LFM_AMX)
   WeightGradient gradient(outer, inner);
   const Tensor right = gradient_of_x ? packed_for_input(matrix) : grad_x;
-  for (int64_t first = 0; first < count; first += kChunkRows) {
-    const int64_t n = std::min(kChunkRows, count - first);
+  const int64_t most = rows_at_once(outer + inner);
+  for (int64_t first = 0; first < count; first += most) {
+    const int64_t n = std::min(most, count - first);
     const Bf16* const above = bf16_of(grad_rows) + first * outer;
     gradient.add<false>(above, bf16_of(rows) + first * inner, n);
     if (gradient_of_x)

@@ -70,9 +70,10 @@ std::tuple<Tensor, Tensor> tile_mlp(const Tensor& x, const Tensor& weight_1, con
 #if defined(LFM_AMX)
   const int64_t count = rows_in(x);
   const Tensor first = packed_for_output(w.first), second = packed_for_output(w.second);
-  Tensor hidden = new_tensor({std::min(count, kChunkRows), w.hidden}, ScalarType::BFloat16);
-  for (int64_t row = 0; row < count; row += kChunkRows) {
-    const int64_t n = std::min(kChunkRows, count - row);
+  const int64_t most = rows_at_once(2 * w.hidden);
+  Tensor hidden = new_tensor({std::min(count, most), w.hidden}, ScalarType::BFloat16);
+  for (int64_t row = 0; row < count; row += most) {
+    const int64_t n = std::min(most, count - row);
     run_product({n, w.inner, w.hidden}, LeftRows{bf16_of(rows) + row * w.inner, w.inner}, bf16_of(first),
                 FinishLinear<true, true>{shift_1.data(), bf16_of(hidden), bf16_of(before) + row * w.hidden, w.hidden});
     run_product({n, w.hidden, w.outer}, LeftRows{bf16_of(std::as_const(hidden)), w.hidden}, bf16_of(second),
@@ -95,10 +96,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tile_mlp_backward(const Tenso
 #if defined(LFM_AMX)
   WeightGradient first(w.hidden, w.inner), second(w.outer, w.hidden);
   const Tensor right_1 = packed_for_input(w.first), right_2 = packed_for_input(w.second);
-  Tensor slope = new_tensor({std::min(count, kChunkRows), w.hidden}, ScalarType::BFloat16);
+  const int64_t most = rows_at_once(2 * w.hidden);
+  Tensor slope = new_tensor({std::min(count, most), w.hidden}, ScalarType::BFloat16);
   const Bf16* const slopes = bf16_of(std::as_const(slope));
-  for (int64_t row = 0; row < count; row += kChunkRows) {
-    const int64_t n = std::min(kChunkRows, count - row);
+  for (int64_t row = 0; row < count; row += most) {
+    const int64_t n = std::min(most, count - row);
     const Bf16* const above = bf16_of(grad_rows) + row * w.outer;
     const Bf16* const inside = bf16_of(before_rows) + row * w.hidden;
     second.add<true>(above, inside, n);
