@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.ceilings import working_set_bytes
-from benchmarks.names import AGAIN, EAGER, FAST, REFERENCE
+from benchmarks.names import AGAIN, COPY, EAGER, FAST, REFERENCE
 from benchmarks.plain import PLAIN
 from lfm_fast import ops  # noqa: F401  (its import registers the rows)
 from lfm_fast.ops import _registry
 from lfm_fast.ops.philox_normal import philox_words
 
+MOST_FLOPS_PER_BYTE = 20  # of an op for which moving memory is the yardstick
 LARGE = 2**20  # bytes of inputs from which a call is made to find them outside the cache
 
 
@@ -132,6 +133,16 @@ class OpWorkload(Workload):
         return tensors_of(self.row.reference(*wide))
 
     def others(self):
+        return {**self._copying(), **self._plain()}
+
+    def _copying(self) -> dict:
+        """The yardstick of an op that moves memory: a copy into memory held already, as the op's outputs are."""
+        if self.moved is None or self.flops > MOST_FLOPS_PER_BYTE * self.moved:
+            return {}
+        sources = itertools.cycle([torch.full((max(self.moved // 8, 1),), 1.25) for _ in range(self.copies)])
+        return {COPY: (lambda: next(sources).clone(), None)}
+
+    def _plain(self) -> dict:
         if self.row.name == "philox_normal":
             index, numel = next(self.sets)[:2]
             generator = torch.Generator().manual_seed(0)
@@ -172,7 +183,7 @@ class ForwardBackward(OpWorkload):
         wide = _map_tensors(lambda x: x.detach().double() if x.is_floating_point() else x, next(self.sets))
         return self._gradients(self._requiring_grad(wide), self.row.reference, [g.double() for g in self.gradients])
 
-    def others(self):
+    def _plain(self) -> dict:
         if self.row.name not in PLAIN:
             return {}
         write = PLAIN[self.row.name]
