@@ -28,6 +28,15 @@ inline Tensor rows_of(const Tensor& tensor, const char* name, int64_t width) {
   return contiguous_on_cpu(tensor, name);
 }
 
+// The same beside x: its shape but for the last dimension.
+inline Tensor rows_beside(const Tensor& tensor, const char* name, const Tensor& x, int64_t width) {
+  std::vector<int64_t> shape = shape_of(x);
+  shape.back() = width;
+  LFM_CHECK(shape_of(tensor) == shape, name, " must have the shape of x, ", shape_text(x), ", but ", width,
+            " in its last dimension, got ", shape_text(tensor), ".");
+  return rows_of(tensor, name, width);
+}
+
 // A weight (outer, inner).
 inline Tensor weight_of(const Tensor& tensor, const char* name) {
   check_float_or_bf16(tensor, name);

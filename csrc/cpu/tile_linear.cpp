@@ -28,8 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> tile_linear_backward(const Tensor& grad, cons
                                                         bool gradient_of_x) {
   const Tensor matrix = weight_of(weight, "weight");
   const int64_t outer = matrix.size(0), inner = matrix.size(1), count = rows_in(x);
-  const Tensor grad_rows = rows_of(grad, "grad", outer), rows = rows_of(x, "x", inner);
-  LFM_CHECK(rows_in(grad) == count, "grad must have the rows of x, ", shape_text(x), ", got ", shape_text(grad), ".");
+  const Tensor rows = rows_of(x, "x", inner), grad_rows = rows_beside(grad, "grad", x, outer);
   LFM_CHECK(has_tiles(), "tile_linear_backward needs a processor with AMX for bfloat16.");
   Tensor grad_x = new_tensor(gradient_of_x ? shape_of(x) : std::vector<int64_t>{0}, ScalarType::BFloat16);
 #if defined(LFM_AMX)

@@ -87,11 +87,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tile_mlp_backward(const Tenso
                                                                      const Tensor& before, const Tensor& weight_1,
                                                                      const Tensor& weight_2) {
   const Weights w(weight_1, weight_2);
-  const Tensor grad_rows = rows_of(grad, "grad", w.outer), rows = rows_of(x, "x", w.inner);
-  const Tensor before_rows = rows_of(before, "before", w.hidden);
+  const Tensor rows = rows_of(x, "x", w.inner), grad_rows = rows_beside(grad, "grad", x, w.outer);
+  const Tensor before_rows = rows_beside(before, "before", x, w.hidden);
   const int64_t count = rows_in(x);
-  LFM_CHECK(rows_in(grad) == count && rows_in(before) == count, "grad and before must have the rows of x, ",
-            shape_text(x), ", got ", shape_text(grad), " and ", shape_text(before), ".");
   Tensor grad_x = like_rows(x, w.inner);
 #if defined(LFM_AMX)
   WeightGradient first(w.hidden, w.inner), second(w.outer, w.hidden);
