@@ -200,7 +200,7 @@ class Op:
         if self.composite or not torch._C._is_any_autocast_enabled():
             return self.reference(*args)
         # `prepare` has seen to autocast; inside, a matrix product in float32 is meant to be one
-        with torch.autocast(_device_of(args), enabled=False):
+        with torch.autocast(args[0].device.type, enabled=False):
             return self.reference(*args)
 
     def fake(self, *args):
@@ -249,11 +249,6 @@ def _compiled_kernel(backend: Backend, name: str) -> Callable:
     if backend.with_gradient is None:
         return operator
     return lambda *args: (backend.with_gradient if needs_gradient(*args) else operator)(*args)
-
-
-def _device_of(args: tuple) -> str:
-    tensors = (x for a in args for x in (a if isinstance(a, list) else [a]) if isinstance(x, torch.Tensor))
-    return next(tensors).device.type
 
 
 def _inside_transform() -> bool:
