@@ -1,6 +1,7 @@
 """Imports inside the package point down only."""
 
 import ast
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,11 @@ def test_an_import_that_points_up_is_seen(part, source):
 def test_an_import_that_points_down_passes(part, source):
     package = "lfm_fast" if part in ("checkpoint", "guidance") else f"lfm_fast.{part}"
     assert complaints(source, "example.py", part, package) == []
+
+
+def test_no_folder_of_tests_is_left_out(pytestconfig):
+    """pytest passes some names of folders by, "build" among them unless it is told otherwise."""
+    patterns = pytestconfig.getini("norecursedirs")
+    folders = {path.parent.name for path in Path(__file__).parent.rglob("test_*.py")}
+    assert "build" in folders
+    assert not [name for name in folders for pattern in patterns if fnmatch(name, pattern)]
