@@ -1,6 +1,7 @@
 """What a run of the benchmarks measures, and for how long.
 
-standard: a choice of sizes, meant to end within 10 minutes on two cores; full: everything; quick: whether it all runs (CI).
+standard: a choice of sizes, meant to end within 10 minutes on two cores; full: everything; quick: whether it all runs
+(CI).
 """
 
 import os

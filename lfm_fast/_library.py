@@ -91,7 +91,9 @@ def lacks(backend: str, kernel: str, types: str) -> str | None:
 @functools.cache
 def has_tiles() -> bool:
     """Whether the loaded CPU library may use the processor's matrix tiles (AMX) for bfloat16."""
-    function = ctypes.CDLL(str(path())).lfm_fast_cpu_has_tiles
+    function = getattr(ctypes.CDLL(str(path())), "lfm_fast_cpu_has_tiles", None)
+    if function is None:  # a library from before there were kernels that ask
+        return False
     function.restype = ctypes.c_bool
     return function()
 

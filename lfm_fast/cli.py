@@ -203,7 +203,7 @@ def _add_bench(commands):
     parser = commands.add_parser("bench", allow_abbrev=False, help=says, description=f"{says[0].upper()}{says[1:]}.")
     parser.set_defaults(run=_bench)
     add = parser.add_argument
-    add("--mode", choices=("quick", "standard", "full"), help="how much (default: standard, 10 minutes on two cores)")
+    add("--mode", choices=("quick", "standard", "full"), help="how much (default: standard, minutes on two cores)")
     add("--only", nargs="+", choices=_BENCHMARKS, metavar="GROUP", help=f"some of {', '.join(_BENCHMARKS)}")
     add("--report", nargs="+", type=Path, metavar="RESULT.json", help="draw results of before instead of measuring")
     add("--output", type=_folder, help="folder of benchmarks.md and images/ (default: the repository's docs/)")

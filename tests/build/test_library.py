@@ -129,3 +129,8 @@ def test_refusal_warns_once(monkeypatch, tmp_path):
         assert len(caught) == 1
     finally:
         _library.load.cache_clear()
+
+
+def test_a_library_from_before_there_were_tiles_has_none(monkeypatch):
+    monkeypatch.setattr(_library.ctypes, "CDLL", lambda path: object())
+    assert _library.has_tiles.__wrapped__() is False
