@@ -49,9 +49,8 @@ def network(precision: str):
 
 
 def fast_network(precision: str):
-    """The library at its fastest: what `optimize` makes of the network, where this version has it."""
-    optimize = getattr(lfm_fast, "optimize", None)
-    return network(precision) if optimize is None else optimize(network("float32"), precision=PRECISIONS[precision])
+    """The library at its fastest."""
+    return lfm_fast.optimize(network("float32"), precision=PRECISIONS[precision])
 
 
 def diffusers_network(precision: str) -> DiffusersVelocity:

@@ -76,9 +76,12 @@ def _check_backward(grad, x, weight, gradient_of_x) -> None:
     check_gradient("grad", grad, x, weight.shape[0])
 
 
+_BF16_ALONE = "it computes in bfloat16 alone, where the processor's tiles do"
+
+
 def why_not_tiles(x, *others) -> str | None:
     if x.dtype is not BF16:
-        return "it computes in bfloat16 alone, where the processor's tiles do"
+        return _BF16_ALONE
     if any(isinstance(other, Tensor) and other.dtype not in (F32, BF16) for other in others):
         return "its weights are float32 or bfloat16"
     return None
@@ -203,15 +206,11 @@ _tile_backward_row = register(
 )
 
 
-def in_bfloat16(*tensors) -> bool:
-    """Whether a matrix product of these on the CPU is one in bfloat16: so they are, or autocast makes them so."""
-    if torch.is_autocast_enabled("cpu"):
-        return torch.get_autocast_dtype("cpu") is BF16 and all(x is None or x.dtype in (F32, BF16) for x in tensors)
-    return all(x is None or x.dtype is BF16 for x in tensors)
-
-
-def _why_not_linear(x, weight, bias=None) -> str | None:
-    return None if in_bfloat16(x, weight, bias) else "it computes in bfloat16 alone, where the processor's tiles do"
+def why_not_in_bfloat16(*tensors) -> str | None:
+    """None where a matrix product of these on the CPU is one in bfloat16: so they are, or autocast makes them so."""
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+    taken = (BF16,) if not autocast else (F32, BF16) if autocast is BF16 else ()
+    return None if all(x is None or x.dtype in taken for x in tensors) else _BF16_ALONE
 
 
 def _linear_on_tiles(x, weight, bias=None):
@@ -233,7 +232,7 @@ _row = register(
         reference=lambda x, weight, bias=None: F.linear(x, weight, bias),
         check=_check_linear,
         composite=True,
-        backends=(tile_backend(_why_not_linear, _linear_on_tiles),),
+        backends=(tile_backend(why_not_in_bfloat16, _linear_on_tiles),),
         arguments=lambda **case: _arguments(**{"parameters": case.get("dtype", BF16), **case}),
         cases=tuple({k: v for k, v in case.items() if k != "parameters"} for case in _CASES),
         sizes=_SIZES,

@@ -14,11 +14,11 @@ from lfm_fast.ops.linear import (
     check_gradient,
     check_layer,
     check_rows,
-    in_bfloat16,
     linear,
     product_cost,
     representable,
     tile_backend,
+    why_not_in_bfloat16,
     wide,
 )
 
@@ -52,20 +52,6 @@ def _check_backward(grad, x, before, weight_1, weight_2) -> None:
     check_layer(x, weight_1.shape[0], weight_2, None, ("weight_2", ""))
     check_gradient("grad", grad, x, weight_2.shape[0])
     check_gradient("before", before, x, weight_1.shape[0])
-
-
-def _why_not_forward(x, *weights) -> str | None:
-    return _why_not(x, weights)
-
-
-def _why_not_backward(grad, x, before, *weights) -> str | None:
-    return _why_not(x, weights)
-
-
-def _why_not(x, weights) -> str | None:
-    if x.dtype is not BF16 or any(weight.dtype not in (F32, BF16) for weight in weights):
-        return "it computes in bfloat16 alone, where the processor's tiles do, from weights in float32 or bfloat16"
-    return None
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -167,7 +153,7 @@ _tile_row = register(
         check=_check,
         setup_context=_setup_context,
         backward=_backward,
-        backends=(tile_backend(_why_not_forward),),
+        backends=(tile_backend(),),
         arguments=_arguments,
         cases=_CASES,
         sizes=_SIZES[:1],
@@ -186,7 +172,7 @@ _tile_backward_row = register(
         ),
         reference=tile_backward_reference,
         check=_check_backward,
-        backends=(tile_backend(_why_not_backward),),
+        backends=(tile_backend(),),
         arguments=_backward_arguments,
         cases=_CASES,
         sizes=_SIZES[:1],
@@ -204,10 +190,6 @@ def reference(x, weight_1, bias_1, weight_2, bias_2):
     return linear(gelu_tanh(linear(x, weight_1, bias_1)), weight_2, bias_2)
 
 
-def _why_not_mlp(*tensors) -> str | None:
-    return None if in_bfloat16(*tensors) else "it computes in bfloat16 alone, where the processor's tiles do"
-
-
 def _mlp_on_tiles(x, *weights):
     return _tile_row(x.to(BF16), *weights)[0]
 
@@ -219,7 +201,7 @@ _row = register(
         reference=reference,
         check=_check,
         composite=True,
-        backends=(tile_backend(_why_not_mlp, _mlp_on_tiles),),
+        backends=(tile_backend(why_not_in_bfloat16, _mlp_on_tiles),),
         arguments=lambda **case: _arguments(**{"parameters": case.get("dtype", BF16), **case}),
         cases=tuple({k: v for k, v in case.items() if k != "parameters"} for case in _CASES),
         sizes=_SIZES,
