@@ -5,6 +5,7 @@ EAGER = "PyTorch eager"
 COMPILED, FAST_COMPILED = "torch.compile", "fast path + torch.compile"
 DIFFUSERS, DIFFUSERS_COMPILED = "diffusers", "diffusers + torch.compile"
 
+ONEDNN = "oneDNN, packed"
 COPY = "copy of as many bytes"  # half of them read, half written
 
 GROUPS = ("ops", "forward", "train_step", "sampling", "solvers", "data", "startup")

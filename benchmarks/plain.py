@@ -31,16 +31,16 @@ def group_norm_silu(x, num_groups, weight, bias, eps, silu):
     return F.silu(y, inplace=not y.requires_grad) if silu else y
 
 
-def attention(q, k, v):
+def attention(q, k, v, scale=None):
     """In training in bf16, two products: the backward of PyTorch's fused CPU kernel takes far longer."""
     if q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu":
-        weights = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), dim=-1)
+        weights = torch.softmax((q * (scale or q.shape[-1] ** -0.5)) @ k.transpose(-2, -1), dim=-1)
         return weights.to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
-def self_attention(qkv):
-    return attention(*(x.transpose(1, 2) for x in qkv.unbind(2)))
+def self_attention(qkv, scale=None):
+    return attention(*(x.transpose(1, 2) for x in qkv.unbind(2)), scale)
 
 
 def mlp(x, weight_1, bias_1, weight_2, bias_2):
@@ -48,9 +48,9 @@ def mlp(x, weight_1, bias_1, weight_2, bias_2):
 
 
 # of the rows whose reference is something else, or is timed beside another form
-PLAIN = {f.__name__: f for f in (modulated_layer_norm, gated_residual_norm, group_norm_silu)}
-_ATTENTION = {"attention": attention, "self_attention": self_attention}
-_OPS = SimpleNamespace(**PLAIN, **_ATTENTION, gelu_tanh=gelu_tanh, linear=F.linear, mlp=mlp)
+NORMS = (modulated_layer_norm, gated_residual_norm, group_norm_silu)
+PLAIN = {f.__name__: f for f in (*NORMS, attention, self_attention)}
+_OPS = SimpleNamespace(**PLAIN, gelu_tanh=gelu_tanh, linear=F.linear, mlp=mlp)
 
 
 @contextmanager

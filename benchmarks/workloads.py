@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.ceilings import working_set_bytes
-from benchmarks.names import AGAIN, COPY, EAGER, FAST, REFERENCE
+from benchmarks.names import AGAIN, COPY, EAGER, FAST, ONEDNN, REFERENCE
 from benchmarks.plain import PLAIN
 from lfm_fast import ops  # noqa: F401  (its import registers the rows)
 from lfm_fast.ops import _registry
+from lfm_fast.ops.packed_linear import unpack
 from lfm_fast.ops.philox_normal import philox_words
 
 MOST_FLOPS_PER_BYTE = 20  # of an op for which moving memory is the yardstick
@@ -148,6 +149,9 @@ class OpWorkload(Workload):
             generator = torch.Generator().manual_seed(0)
             # no sample number goes in: the same noise for any batch size is what it does not give
             return {"torch.randn": (lambda: torch.randn(len(index), numel, generator=generator), None)}
+        if self.row.name == "packed_linear":
+            products = itertools.cycle([_by_onednn(*next(self.sets)) for _ in range(self.copies)])
+            return {ONEDNN: (lambda: next(products)(), lambda: [next(products)()])}
         if self.row.name not in PLAIN:
             return {}
         write = PLAIN[self.row.name]
@@ -202,6 +206,14 @@ class ForwardBackward(OpWorkload):
             if isinstance(value, Tensor) and value.is_floating_point() and name not in self.row.not_differentiable:
                 value.requires_grad_()
         return args
+
+
+def _by_onednn(x, weight, bias, out_features, gelu) -> Callable:
+    """The layer on weights that oneDNN has packed for itself, and its own GELU: what Inductor calls after freezing."""
+    mkldnn, plain = torch.ops.mkldnn, unpack(weight, out_features, x.shape[-1]).contiguous()
+    packed = mkldnn._reorder_linear_weight(plain, x.numel() // x.shape[-1])
+    then = ("gelu", [], "tanh") if gelu else ("none", [], "")
+    return lambda: mkldnn._linear_pointwise(x, packed, bias, *then)
 
 
 def exact_normals(index: Tensor, numel: int, seed: int, stream: int, offset: int) -> Tensor:
