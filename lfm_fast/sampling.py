@@ -129,34 +129,42 @@ def sample(
         network = Network(model, z, y, null_label, model_kwargs)
         field = GuidedField(network, field_guidance)
         settings = Settings(
-            atol=atol, rtol=rtol, max_nfe=max_nfe, trajectory=trajectory, on_step=watch.on_step, inside=compat != "lfm"
+            atol=atol,
+            rtol=rtol,
+            max_nfe=max_nfe,
+            trajectory=trajectory,
+            on_step=watch.on_step,
+            inside=compat != "lfm",
+            path=Linear() if path is None else path,
+            seed=seed,
+            index=indices,
         )
         solution = solver.integrate(field, z, times, settings)
         result = torch.stack(solution.states) if trajectory else solution.z
-    if not solution.reached:
-        warnings.warn(
-            f"{method} used its max_nfe = {max_nfe} evaluations at t = {solution.time:g}, before t = {times[-1]:g}; "
-            "the state returned is the one there.",
-            stacklevel=2,
-        )
+    if not bool(solution.reached.all()):
+        _warn_of_budget(method, max_nfe, solution, times[-1])
     return (result, _stats(solution, field, z.device, started)) if return_stats else result
+
+
+def _warn_of_budget(method, max_nfe, solution, t_end):
+    late = solution.time[~solution.reached]
+    warnings.warn(
+        f"{method} used its max_nfe = {max_nfe} evaluations before t = {t_end:g}: {len(late)} of {len(solution.time)} "
+        f"samples are returned as they are at t = {late.min():g} to {late.max():g}; reached in the stats tells which.",
+        stacklevel=3,
+    )
 
 
 def _stats(solution, field, device, started):
     if device.type != "cpu":
         torch.accelerator.synchronize(device)  # else the clock stops before the device does
-    forwards = field.network.forwards
-
-    def per_sample(value):
-        return torch.full_like(forwards, value)
-
     return SampleStats(
-        nfe=per_sample(field.nfe),
-        forwards=forwards,
+        nfe=solution.nfe,
+        forwards=field.network.forwards,
         calls=field.network.calls,
-        accepted=per_sample(solution.accepted),
-        rejected=per_sample(solution.rejected),
-        reached=per_sample(solution.reached).bool(),
+        accepted=solution.accepted,
+        rejected=solution.rejected,
+        reached=solution.reached,
         seconds=time.perf_counter() - started,
     )
 

@@ -67,6 +67,9 @@ class _Watched:
         scale = scale.reshape(-1, *[1] * (z.ndim - 1))
         return scale * velocity + (1 - scale) * unconditional.to(z.dtype)
 
+    def solution(self, z, **more):
+        return Solution.shared(z, time=self.time, nfe=self.nfe, accepted=self.accepted, rejected=self.rejected, **more)
+
     def _arrived(self, time, z):
         self.state, self.time = z, time
         self.accepted += 1
@@ -128,9 +131,7 @@ def integrate(row, field, z, times, settings):
     try:
         states = odeint(watched, z, asked, rtol=settings.rtol, atol=settings.atol, method=row.name, options=options)
     except _BudgetSpent:
-        return Solution(
-            z=watched.state, time=watched.time, accepted=watched.accepted, rejected=watched.rejected, reached=False
-        )
+        return watched.solution(watched.state, reached=False)
     except AssertionError as error:  # torchdiffeq's way to say that it cannot go on; its text may print the whole state
         raise RuntimeError(
             f"torchdiffeq's {row.name} gave up after t = {watched.time:g}: {str(error)[:120]}"
@@ -141,10 +142,5 @@ def integrate(row, field, z, times, settings):
         )
     if row.kind != "scipy":  # scipy does not tell its steps
         watched._arrived(times[-1], states[-1])
-    return Solution(
-        z=states[-1],
-        time=times[-1],
-        accepted=watched.accepted,
-        rejected=watched.rejected,
-        states=list(states) if settings.trajectory else None,
-    )
+    watched.time = times[-1]
+    return watched.solution(states[-1], states=list(states) if settings.trajectory else None)

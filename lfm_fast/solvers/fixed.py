@@ -61,7 +61,9 @@ def integrate(tableau, field, z, times, settings):
             states.append(z)
         if settings.on_step is not None:
             settings.on_step(n + 1, times[n + 1], z)
-    return Solution(z=z, states=states, time=times[-1], accepted=len(times) - 1)
+    num_steps = len(times) - 1
+    nfe = num_steps * tableau.num_stages
+    return Solution.shared(z, states=states, time=times[-1], nfe=nfe, accepted=num_steps)
 
 
 def stage_times(tableau, times):

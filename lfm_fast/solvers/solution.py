@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,18 +17,40 @@ class Settings:
     trajectory: bool = False  # keep the state at every time of the grid
     on_step: Callable[[int, float, torch.Tensor], None] | None = None  # (steps done, t, z) after each accepted step
     inside: bool = True  # never evaluate outside the grid's times; False leaves torchdiffeq to step past the end
+    path: Any = None  # alpha, sigma and their derivatives, for methods that predict data or need the score
+    seed: int = 0  # of the noise of stochastic methods,
+    index: torch.Tensor | None = None  # by sample number, (B,) int64
 
 
 @dataclass(kw_only=True)
 class Solution:
-    """z (B, ...): the last state, at `time`; states: those at the times of the grid when a trajectory was asked for.
+    """z (B, ...): the last state; states: those at the times of the grid when a trajectory was asked for.
 
-    `reached` is False where the budget of evaluations ended the integration before its last time.
+    The rest is sample by sample, (B,) on the CPU. time float64: where z is; nfe, accepted, rejected int64: evaluations
+    and steps; reached bool: False where the budget of evaluations ended the integration before its last time.
     """
 
     z: torch.Tensor
-    time: float
-    accepted: int
-    rejected: int = 0
-    reached: bool = True
+    time: torch.Tensor
+    nfe: torch.Tensor
+    accepted: torch.Tensor
+    rejected: torch.Tensor
+    reached: torch.Tensor
     states: list[torch.Tensor] | None = None
+
+    @classmethod
+    def shared(cls, z, *, time, nfe, accepted, rejected=0, reached=True, states=None):
+        """The solution of a method that treats all samples alike: one number of each kind serves them all."""
+
+        def per_sample(value, dtype):
+            return torch.full(z.shape[:1], value, dtype=dtype)
+
+        return cls(
+            z=z,
+            time=per_sample(time, torch.float64),
+            nfe=per_sample(nfe, torch.int64),
+            accepted=per_sample(accepted, torch.int64),
+            rejected=per_sample(rejected, torch.int64),
+            reached=per_sample(reached, torch.bool),
+            states=states,
+        )

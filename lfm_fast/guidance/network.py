@@ -1,20 +1,7 @@
-"""Guidance: from a model to the field that a solver integrates.
-
-    v = scale v_conditional + (1 - scale) v_unconditional          (Ho & Salimans, arXiv 2207.12598, on velocities)
-
-The blend is left to the solver's fused step. A guidance object is anything called
-
-    guidance(network, t, z, time=None) -> (velocity, unconditional or None, scale (B,) or None)
-
-with a `Network` to evaluate, t (B,), z (B, ...), and `time` the same t as a Python float where the whole batch shares
-it; handing it on to the network lets a model that prepares its times use them. One that is no linear blend returns
-(velocity, None, None). Where it has a `guided` that is false, no unconditional velocity will be wanted. A velocity may
-be a buffer that the model writes again: what is kept beyond the network's next call has to be cloned.
-"""
+"""A model with its labels, as guidance and solvers call it."""
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
@@ -23,7 +10,6 @@ from lfm_fast.flow.checks import check_velocity
 
 _HALF = (torch.bfloat16, torch.float16)
 _STATE = (torch.float32, torch.float64)
-_SLACK = 1e-7  # times are rounded to float32 on the way; half an ulp at 1 is 6e-8
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,78 +142,3 @@ def _weight_type(model):
         return None
     first = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     return first if first in _HALF + _STATE else None
-
-
-class LinearGuidance:
-    """Classifier-free guidance v = scale v_cond + (1 - scale) v_uncond for t inside the interval, v_cond outside it.
-
-    scale: a number or (B,); a sample of scale 1 costs one forward, and so does every sample outside the interval
-    (Kynkaanniemi et al., arXiv 2404.07724). interval: (low, high) in t, both ends inside.
-    """
-
-    def __init__(self, scale=1.0, interval=(0.0, 1.0)):
-        self.scale, self.interval = scale, interval
-        scales = scale.reshape(-1).tolist() if isinstance(scale, torch.Tensor) else [float(scale)]
-        rows = [row for row, value in enumerate(scales) if value != 1.0]
-        self.rows = None if len(rows) == len(scales) else rows  # the samples that are guided, None being all of them
-        self._prepared = None
-
-    @property
-    def guided(self):
-        """Whether any sample is."""
-        return self.rows is None or len(self.rows) > 0
-
-    def __call__(self, network, t, z, time=None):
-        rows = self._rows_inside(t, time)
-        if rows is not None and not rows:
-            return network.conditional(t, z, time), None, None
-        scale, chosen = self._on_device(rows, z)
-        if chosen is None or not network.selects:
-            return *network.both(t, z, time=time), scale
-        velocity, unconditional = network.both(t, z, chosen, time)
-        return velocity, velocity.index_copy(0, chosen.index, unconditional), scale
-
-    def _rows_inside(self, t, time):
-        """The samples to evaluate both ways, None being all; reads t back only for an interval at unknown time."""
-        low, high = self.interval
-        if low <= 0.0 and high >= 1.0:
-            return self.rows
-        low, high = low - _SLACK, high + _SLACK
-        if time is not None:
-            return self.rows if low <= time <= high else []
-        times = t.tolist()
-        rows = [row for row in (range(len(times)) if self.rows is None else self.rows) if low <= times[row] <= high]
-        return None if len(rows) == len(times) else rows
-
-    def _on_device(self, rows, z):
-        """scale (B,), 1 outside the rows, and the Rows or None; made once and kept while nothing changes."""
-        key = (rows, z.shape[0], z.dtype, z.device)
-        if self._prepared is None or self._prepared[0] != key:
-            scale = torch.as_tensor(self.scale, dtype=z.dtype).expand(z.shape[0]).to(z.device)
-            chosen = None if rows is None else Rows(rows, torch.tensor(rows, device=z.device))
-            if chosen is not None:
-                scale = torch.ones_like(scale).index_copy(0, chosen.index, scale[chosen.index])
-            self._prepared = (key, scale, chosen)
-        return self._prepared[1:]
-
-
-class GuidedField:
-    """The field (see lfm_fast.solvers) of a network under a guidance object; counts its evaluations in `nfe`."""
-
-    def __init__(self, network, guidance):
-        self.network, self.guidance, self.nfe = network, guidance, 0
-
-    def __call__(self, t, z):
-        return self._evaluate(t, z)
-
-    def prepare(self, times):
-        """Announce the times that `at` will be asked for, floats in order."""
-        self.network.prepare(times, getattr(self.guidance, "guided", True))
-
-    def at(self, time):
-        """The field at one time of the whole batch, known on the host."""
-        return partial(self._evaluate, time=time)
-
-    def _evaluate(self, t, z, time=None):
-        self.nfe += 1
-        return self.guidance(self.network, t, z, time=time)
