@@ -51,6 +51,9 @@ def _train(arguments):
     return train(parse_args(arguments, prog="lfm-fast train"))
 
 
+_GRIDS = "uniform, quadratic, karras, karras:RHO, shift:S, lfm or a .json file that tune-grid wrote"
+
+
 def _add_sample(commands):
     says = "Draw images from a trained flow: the one that ships with the package, a run's, a saved one or LFM's."
     parser = commands.add_parser("sample", allow_abbrev=False, help="draw images from a trained flow", description=says)
@@ -63,6 +66,7 @@ def _add_sample(commands):
     add("--guidance-scale", type=float, help="towards the class; 1 is none; default: what suits the model")
     add("--method", help="solver: euler, midpoint, heun, rk4, dopri5, ... (default: what suits the model, or dopri5)")
     add("--num-steps", type=int, help="steps of a fixed-step solver")
+    add("--time-grid", metavar="GRID", help="times of a fixed-step solver: " + _GRIDS)
     add("--tolerance", type=float, help="atol and rtol of an adaptive solver")
     add("--seed", type=int, default=0, help="image i depends on the seed and i alone (default: %(default)s)")
     add("--batch-size", type=int, help="images at a time (default: 64)")
@@ -73,6 +77,7 @@ def _add_sample(commands):
 def _sample(args):
     from lfm_fast.pictures import grid, save
     from lfm_fast.pipeline import LatentFlow
+    from lfm_fast.solvers.grids import from_text
 
     output = Path(args.output)
     as_grid = _prepared(output)
@@ -81,6 +86,7 @@ def _sample(args):
     flow = LatentFlow.from_pretrained(args.model, args.autoencoder, device=_device(args.device))
     _require_its_own(args, args.method or flow.sampling.get("method", "dopri5"))
     chosen = {name: getattr(args, name) for name in ("guidance_scale", "method", "num_steps")}
+    chosen["time_grid"] = None if args.time_grid is None else from_text(args.time_grid)
     chosen |= {"atol": args.tolerance, "rtol": args.tolerance, "progress": sys.stderr.isatty()}
     sampling = {name: value for name, value in chosen.items() if value is not None}
     images = flow.sample(args.num_images, y=args.label, seed=args.seed, batch_size=args.batch_size, **sampling)
@@ -95,11 +101,16 @@ def _sample(args):
 def _require_its_own(args, method):
     """Raise ValueError for a setting that the solver would not look at."""
     from lfm_fast.solvers import get_solver
+    from lfm_fast.solvers.grids import is_table
 
     if args.tolerance is not None and not get_solver(method).adaptive:
         raise ValueError(f"--tolerance is for adaptive solvers, and {method} takes fixed steps; give --num-steps")
     if args.num_steps is not None and get_solver(method).adaptive:
         raise ValueError(f"--num-steps is for fixed-step solvers, and {method} chooses its own; give --tolerance")
+    if args.time_grid is not None and get_solver(method).adaptive:
+        raise ValueError(f"--time-grid is for fixed-step solvers, and {method} chooses its own; give --tolerance")
+    if args.num_steps is not None and args.time_grid is not None and is_table(args.time_grid):
+        raise ValueError(f"--num-steps is not for {args.time_grid}, which holds its own times; leave --num-steps out")
 
 
 def _prepared(output):

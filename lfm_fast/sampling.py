@@ -85,7 +85,9 @@ def sample(
             batch.
         num_steps: solver steps N of a fixed method; of an adaptive one only the N + 1 times of a trajectory.
         time_grid: None or "uniform"; "lfm" (N points over [1, 1e-5], so N - 1 steps); ("shift", s), that is
-            t' = s t / (1 + (s - 1) t); or a 1-D tensor of strictly monotone times, which replaces num_steps.
+            t' = s t / (1 + (s - 1) t); "quadratic"; "karras" or ("karras", rho), even in (sigma / alpha)^(1 / rho); a
+            1-D tensor of strictly monotone times, or a .json file of them (as `tune_grid` writes it), instead of
+            num_steps.
         atol, rtol: tolerances of adaptive methods.
         max_nfe: evaluations at most. A fixed method that needs more is refused. An adaptive one stops where it is,
             warns, returns the state of its last accepted step and says reached = False in the stats.
@@ -203,7 +205,7 @@ def _times(solver, time_grid, num_steps, t_start, t_end, path, compat):
             raise ValueError(f"{name} is {value!r}, expected a number in [0, 1] (0 is data, 1 is noise).")
     if time_grid is None and compat == "lfm" and not solver.adaptive:
         time_grid = "lfm"
-    times = make_grid(time_grid, num_steps, t_start, t_end, (path.t_min, path.t_max))
+    times = make_grid(time_grid, num_steps, t_start, t_end, path)
     steps = [after - before for before, after in pairwise(times)]
     if solver.equidistant and max(steps) - min(steps) > 1e-6 * abs(steps[0]):
         raise ValueError(f"{solver.name} is a multistep formula for equidistant times; give time_grid='uniform'.")

@@ -47,6 +47,17 @@ def test_sample_with_an_adaptive_method_and_tolerance(tmp_path):
     assert main(["sample", *arguments]) == 0
 
 
+def test_sample_with_a_time_grid_by_name_and_by_file(tmp_path):
+    (tmp_path / "times.json").write_text('{"times": [1.0, 0.75, 0.5, 0.25, 0.0]}')  # as ("shift", 1) has them
+    files = {}
+    for name, grid in (("a", "shift:1"), ("b", str(tmp_path / "times.json")), ("c", "quadratic")):
+        steps = [] if grid.endswith(".json") else ["--num-steps", "4"]
+        arguments = ["--num-images", "1", "--method", "euler", "--time-grid", grid, *steps]
+        assert main(["sample", *arguments, "--output", str(tmp_path / f"{name}.png")]) == 0
+        files[name] = (tmp_path / f"{name}.png").read_bytes()
+    assert files["a"] == files["b"] != files["c"]
+
+
 def test_encode_writes_a_cache_that_training_reads(tmp_path, capsys):
     for color in ("red", "blue"):
         (tmp_path / "images" / color).mkdir(parents=True)
@@ -101,6 +112,11 @@ def test_train_takes_the_same_flags(capsys):
         (["sample", "--guidance-scale", "2"], "give --class too"),
         (["sample", "--tolerance", "0.1"], "heun takes fixed steps; give --num-steps"),
         (["sample", "--method", "dopri5", "--num-steps", "4"], "dopri5 chooses its own; give --tolerance"),
+        (["sample", "--method", "dopri5", "--time-grid", "karras"], "--time-grid is for fixed-step solvers"),
+        (["sample", "--time-grid", "cosine"], "time_grid is 'cosine'"),
+        (["sample", "--time-grid", "shift:x"], "expected a number after shift:"),
+        (["sample", "--time-grid", "nowhere.json"], "nowhere.json cannot be read"),
+        (["sample", "--time-grid", "nowhere.json", "--num-steps", "4"], "which holds its own times"),
         (["encode", "--data", "nowhere", "--output", "cache", "--autoencoder", "embedded"], "nowhere"),
     ],
 )

@@ -357,7 +357,7 @@ Y3 = torch.zeros(3, dtype=torch.int64)
         ({"num_steps": 0}, "num_steps is 0"),
         ({"num_steps": 2.0}, "num_steps is 2.0"),
         ({"num_steps": None}, "num_steps is None"),
-        ({"time_grid": "karras"}, "time_grid is 'karras'"),
+        ({"time_grid": "cosine"}, "time_grid is 'cosine'"),
         ({"time_grid": torch.zeros(3)}, "strictly monotone"),
         ({"time_grid": ("shift", 3.0), "method": "torchdiffeq:explicit_adams"}, "equidistant"),
         ({"atol": -1e-5}, "atol is -1e-05"),
