@@ -11,7 +11,7 @@ import torch
 from lfm_fast.flow.checks import FLOATS, check_labels, check_model, describe
 from lfm_fast.flow.noise import check_indices, check_seed
 from lfm_fast.flow.paths import Linear, Path
-from lfm_fast.guidance import GuidedField, LinearGuidance, Network
+from lfm_fast.guidance import GuidedField, LinearGuidance, Network, Run
 from lfm_fast.solvers import Settings, get_solver
 from lfm_fast.solvers.grids import is_number
 from lfm_fast.solvers.grids import time_grid as make_grid
@@ -76,7 +76,8 @@ def sample(
         z1: (B, ...) state at t_start; at t = 1 the noise (path.prior of it for VarianceExploding). Inside it is at
             least float32.
         y: (B,) integer labels.
-        guidance_scale: number or (B,); 1 is conditional and costs one forward per evaluation.
+        guidance_scale: number, (B,), function of t or table ((t, scale), ...); 1 is conditional and costs one forward
+            per evaluation.
         null_label: the label that means "no label"; with it both velocities come from one forward of 2 B rows.
             Without it the unconditional velocity is model(t, z, y=None), a forward of its own.
         guidance_interval: (low, high) in t; outside it the unconditional forward is skipped.
@@ -120,22 +121,27 @@ def sample(
     """
     _check_tensors(model, z1, y, indices, model_kwargs, callback)
     _check_numbers(num_steps, atol, rtol, max_nfe, seed, compat)
-    field_guidance = _choose_guidance(guidance, guidance_scale, guidance_interval, null_label, y, z1.shape[0])
+    if null_label is not None:
+        _check_null_label(null_label, torch.int64 if y is None else y.dtype)
+    guidance = _choose_guidance(guidance, guidance_scale, guidance_interval)
     solver = get_solver(method)
     times = _times(solver, time_grid, num_steps, t_start, t_end, path, compat)
     _check_budget(solver, max_nfe, len(times) - 1, trajectory)
+
+    if hasattr(guidance, "begin"):
+        guidance = guidance.begin(_run(solver, model, z1, y, null_label, path))
 
     started = time.perf_counter()
     with torch.no_grad(), _Progress(progress, None if solver.adaptive else len(times) - 1, callback) as watch:
         z = z1.detach().to(torch.promote_types(z1.dtype, torch.float32), copy=True)  # never z1's own memory
         network = Network(model, z, y, null_label, model_kwargs)
-        field = GuidedField(network, field_guidance)
+        field = GuidedField(network, guidance)
         settings = Settings(
             atol=atol,
             rtol=rtol,
             max_nfe=max_nfe,
             trajectory=trajectory,
-            on_step=watch.on_step,
+            on_step=field.watching(watch.on_step),
             inside=compat != "lfm",
             path=Linear() if path is None else path,
             seed=seed,
@@ -146,6 +152,18 @@ def sample(
     if not bool(solution.reached.all()):
         _warn_of_budget(method, max_nfe, solution, times[-1])
     return (result, _stats(solution, field, z.device, started)) if return_stats else result
+
+
+def _run(solver, model, z1, y, null_label, path):
+    return Run(
+        model=model,
+        batch_size=z1.shape[0],
+        y=y,
+        null_label=null_label,
+        path=Linear() if path is None else path,
+        method=solver.name,
+        adaptive=solver.adaptive,
+    )
 
 
 def _warn_of_budget(method, max_nfe, solution, t_end):
@@ -212,38 +230,16 @@ def _times(solver, time_grid, num_steps, t_start, t_end, path, compat):
     return times
 
 
-def _choose_guidance(guidance, scale, interval, null_label, y, batch_size):
-    if isinstance(scale, torch.Tensor):
-        if not scale.is_floating_point() or scale.shape not in ((), (batch_size,)):
-            raise ValueError(
-                f"guidance_scale is {tuple(scale.shape)} {scale.dtype}, expected a number or ({batch_size},) floating."
-            )
-        finite, trivial = bool(scale.isfinite().all()), bool((scale == 1).all())
-    else:
-        finite, trivial = is_number(scale) and abs(scale) <= sys.float_info.max, scale == 1
-    if not finite:
-        raise ValueError(f"guidance_scale is {scale!r}, expected finite numbers.")
-    if not (isinstance(interval, (tuple, list)) and len(interval) == 2 and all(map(is_number, interval))) or not (
-        0.0 <= interval[0] <= interval[1] <= 1.0
-    ):
-        raise ValueError(f"guidance_interval is {interval!r}, expected (low, high) in t with 0 <= low <= high <= 1.")
-    if null_label is not None:
-        _check_null_label(null_label, torch.int64 if y is None else y.dtype)
-    if guidance is not None:
-        if not callable(guidance):
-            raise ValueError(
-                f"guidance is {guidance!r}, expected an object called as guidance(network, t, z, time=None)."
-            )
-        if not trivial:
-            raise ValueError("Both guidance and guidance_scale were given; give one of them.")
-        if tuple(interval) != (0.0, 1.0):
-            raise ValueError("Both guidance and guidance_interval were given, which is of guidance_scale; give one.")
-        return guidance
-    if not trivial and y is None:
-        raise ValueError(
-            "guidance_scale is not 1 but there are no labels y to be guided by; give y, or leave guidance_scale at 1."
-        )
-    return LinearGuidance(scale, tuple(interval))
+def _choose_guidance(guidance, scale, interval):
+    if guidance is None:
+        return LinearGuidance(scale, interval)
+    if not callable(guidance):
+        raise ValueError(f"guidance is {guidance!r}, expected an object called as guidance(network, t, z, time=None).")
+    if LinearGuidance(scale, interval).guided:
+        raise ValueError("Both guidance and guidance_scale were given; give one of them.")
+    if tuple(interval) != (0.0, 1.0):
+        raise ValueError("Both guidance and guidance_interval were given, which is of guidance_scale; give one.")
+    return guidance
 
 
 def _check_null_label(null_label, dtype):

@@ -1,6 +1,23 @@
 """The field that a solver integrates: a network under a guidance object."""
 
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a guidance object may ask about the integration it is begun for."""
+
+    model: Any
+    batch_size: int
+    y: torch.Tensor | None = None  # (B,) labels
+    null_label: int | None = None
+    path: Any  # a Path
+    method: str
+    adaptive: bool = False  # steps are tried, and of each sample its own
 
 
 class GuidedField:
@@ -14,11 +31,28 @@ class GuidedField:
 
     def prepare(self, times):
         """Announce the times that `at` will be asked for, floats in order."""
-        self.network.prepare(times, getattr(self.guidance, "guided", True))
+        prepare = getattr(self.guidance, "prepare", None)
+        if prepare is None:
+            self.network.prepare(times, getattr(self.guidance, "guided", True))
+        else:
+            prepare(self.network, times)
 
     def at(self, time):
         """The field at one time of the whole batch, known on the host."""
         return partial(self._evaluate, time=time)
+
+    def watching(self, on_step):
+        """on_step(step, t, z), or None, for the solver to call after each step: a guidance that counts steps learns of
+        them too."""
+        stepped = getattr(self.guidance, "stepped", None)
+        if stepped is None:
+            return on_step
+
+        def both(step, t, z):
+            stepped()
+            return None if on_step is None else on_step(step, t, z)
+
+        return both
 
     def _evaluate(self, t, z, time=None):
         self.nfe += 1

@@ -1,5 +1,6 @@
 """A model with its labels, as guidance and solvers call it."""
 
+import copy
 from collections import Counter
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from lfm_fast.flow.checks import check_velocity
+from lfm_fast.guidance.joining import joining_pays
 
 _HALF = (torch.bfloat16, torch.float16)
 _STATE = (torch.float32, torch.float64)
@@ -20,111 +22,198 @@ class Rows:
     index: torch.Tensor
 
 
+class Count:
+    """What the networks of one integration cost together: `calls` of a model, and rows by sample of the whole batch."""
+
+    def __init__(self, batch_size):
+        self.calls, self.batch_size = 0, batch_size
+        self._evaluations = Counter()  # by (the samples that a network holds, those of them it computed); None is all
+
+    def add(self, samples, rows):
+        """One row more for each of `rows`, numbered among `samples`."""
+        self._evaluations[samples, rows] += 1
+
+    @property
+    def forwards(self):
+        """Rows computed for each sample so far, (B,)."""
+        total = torch.zeros(self.batch_size, dtype=torch.int64)
+        for (samples, rows), count in self._evaluations.items():
+            numbers = range(self.batch_size) if samples is None else samples.numbers
+            total[[numbers[row] for row in rows.numbers] if rows is not None else list(numbers)] += count
+        return total
+
+
 class Network:
     """A model with its labels as guidance calls it: `conditional`, `unconditional`, or `both`, in one forward if it
     can.
 
     Counts `calls` of the model and `forwards` (B,), the rows it computed for each sample. A model whose weights are of
     another type than the state gets z in its own type; t stays float32 for half-precision weights, because bfloat16
-    would move it by up to 0.002.
+    would move it by up to 0.002. `samples`: the Rows of the whole batch that t and z hold, None being all of them.
 
     A model that says `prepares`, as DiT does, is evaluated in its sampling form at each `time` that was announced by
     `prepare` and is named in the call; elsewhere it is called, as any other model is.
     """
 
+    samples = None
+
     def __init__(self, model, z, y=None, null_label=None, model_kwargs=None):
-        self.model, self.y, self.null_label, self.kwargs = model, y, null_label, model_kwargs or {}
-        self.dtype = _weight_type(model) or z.dtype
-        self.time_dtype = torch.float32 if self.dtype in _HALF else self.dtype
-        self.calls, self._counts = 0, Counter()  # forwards by Rows; those of all samples under None
-        self._batch_size = z.shape[0]
+        self.y, self.null_label, self.kwargs = y, null_label, model_kwargs or {}
+        self.count = Count(z.shape[0])
         self._like = z.new_empty(1)  # the state's type and device
+        self._null_labels = None  # (B, rows, null labels, samples) of the last evaluation of both
+        self.joins = {}  # what joining_pays found, by kind of evaluation
+        self._others = {}  # networks of other models beside this one, by the model's id
+        self._take(model)
+
+    def _take(self, model):
+        self.model, self.dtype = model, _weight_type(model) or self._like.dtype
+        self.time_dtype = torch.float32 if self.dtype in _HALF else self.dtype
         self._prepared, self._numbers = None, {}  # the sampling form, and the number of each time in it
-        self._joint = None  # (rows, null labels, samples) of the last evaluation of both, which no model gets to see
+        # Whether it writes to its inputs is seen at its first call. Elsewhere than on the CPU it would have to be
+        # waited for, and in inference mode tensors do not tell.
+        tells = not any(x.is_inference() for x in (self._like, self.y) if x is not None)
+        self._writes = None if self._like.device.type == "cpu" and tells else True
+
+    def beside(self, model):
+        """The network of another model under the same labels, counted together with this one; made once."""
+        if id(model) not in self._others:
+            other = copy.copy(self)
+            other.joins, other._others = {}, {}
+            other._take(model)
+            self._others[id(model)] = other
+        return self._others[id(model)]
+
+    @property
+    def calls(self):
+        return self.count.calls
 
     @property
     def forwards(self):
-        """Rows computed for each sample so far, (B,)."""
-        total = torch.full((self._batch_size,), self._counts[None])
-        for rows, count in self._counts.items():
-            if rows is not None:
-                total[rows.numbers] += count
-        return total
+        return self.count.forwards
 
     @property
     def selects(self):
         """Whether rows may be left out or repeated: not where further arguments may hold one entry per sample."""
         return not self.kwargs
 
-    def prepare(self, times, guided=True):
-        """Announce times (floats, in order of use); guided: the unconditional velocity will be asked for too.
+    @property
+    def prepares(self):
+        """Whether the model is one that has a sampling form, and so no state that a further call would change."""
+        # asked of the class: torch.compile's wrapper hands attributes through, and would be gone around
+        return not self.kwargs and getattr(type(self.model), "prepares", False) and self.model.prepares
+
+    def prepare(self, times, guided=True, labelled=True):
+        """Announce times (floats, in order of use); guided, labelled: the unconditional, the conditional velocity will
+        be asked for.
 
         What the model computes beforehand is of its weights of now; it lives as long as this network.
         """
-        # asked of the class: torch.compile's wrapper hands attributes through, and would be gone around
-        if self.kwargs or not getattr(type(self.model), "prepares", False) or not self.model.prepares:
+        if not self.prepares:
             return
         self._numbers = {time: number for number, time in enumerate(dict.fromkeys(times))}
         moments = torch.tensor(list(self._numbers), dtype=torch.float64).to(self._like).to(self.time_dtype)
         named = guided and self.null_label is not None
-        labels = ([] if self.y is None else [self.y]) + ([self._null(self._like)] if named else [])
-        unlabelled = self.y is None or (guided and not named)
+        labels = [self.y] if labelled and self.y is not None else []
+        labels += [self._null(self._like)] if named else []
+        unlabelled = (labelled and self.y is None) or (guided and not named)
         self._prepared = self.model.prepare(moments, torch.cat(labels) if labels else None, unlabelled=unlabelled)
 
-    def conditional(self, t, z, time=None):
-        """model(t, z, y) (B, ...); time: t as a float, where all samples share one that the host knows."""
-        self._counts[None] += 1
-        if time in self._numbers:
-            return self._read(time, z, self.y)
-        return self._call(t, z, {} if self.y is None else {"y": self.y.clone()})
+    def conditional(self, t, z, time=None, rows=None):
+        """model(t, z, y) (B, ...); time: t as a float, where all samples share one that the host knows; `rows`: the
+        samples that t and z hold here, None being all."""
+        self.count.add(self.samples, rows)
+        return self._conditional(t, z, time, rows)
 
     def unconditional(self, t, z, rows=None, time=None):
-        """model(t, z, null label), or model(t, z, y=None) without one; `rows`: the samples t and z hold, or all."""
-        self._counts[rows] += 1
-        y = None if self.null_label is None else self._null(z)
-        return self._read(time, z, y) if time in self._numbers else self._call(t, z, {"y": y})
+        """model(t, z, null label), or model(t, z, y=None) without one; time and `rows` as of `conditional`."""
+        self.count.add(self.samples, rows)
+        return self._unconditional(t, z, time)
 
-    def both(self, t, z, rows=None, time=None):
+    def both(self, t, z, rows=None, time=None, joint=None):
         """(conditional (B, ...), unconditional (R, ...)) with `rows` the samples to evaluate both ways, or all.
 
-        One forward where there is a null label and the rows can be put together, else two.
+        One forward where there is a null label and the rows can be put together, unless `joint` is False, or None and
+        two are faster (`joining_pays`).
         """
+        self.count.add(self.samples, None)
+        self.count.add(self.samples, rows)
         if self.null_label is None or self.y is None or not self.selects:
-            chosen = (t, z) if rows is None else (t[rows.index], z[rows.index])
-            velocity = self.conditional(t, z, time).clone()  # the model may write the next one to the same memory
-            return velocity, self.unconditional(*chosen, rows, time)
-        self._counts[None] += 1
-        self._counts[rows] += 1
+            return self._apart(t, z, rows, time)
+        if joint is None:
+            runs = {"joint": lambda: self._together(t, z, rows, time), "apart": lambda: self._apart(t, z, rows, time)}
+            joint = joining_pays(self, z, rows, runs)
+        return (self._together if joint else self._apart)(t, z, rows, time)
+
+    def _conditional(self, t, z, time, rows=None):
+        y = self.y if rows is None or self.y is None else self.y[rows.index]
+        if time in self._numbers:
+            return self._read(time, z, y)
+        return self._call(t, z) if y is None else self._call(t, z, y=y)
+
+    def _unconditional(self, t, z, time):
+        y = None if self.null_label is None else self._null(z)
+        return self._read(time, z, y) if time in self._numbers else self._call(t, z, y=y)
+
+    def _apart(self, t, z, rows, time):
+        velocity = self._conditional(t, z, time).clone()  # the model may write the next one to the same memory
+        chosen = (t, z) if rows is None else (t[rows.index], z[rows.index])
+        return velocity, self._unconditional(*chosen, time)
+
+    def _together(self, t, z, rows, time):
         null, samples = self._joined(z, rows)
         labels = torch.cat([self.y, null])
         if time in self._numbers:
             velocity = self._read(time, z, labels, samples)
         else:
+            # what is put together is nobody else's: the model may write to it
             chosen = (t, z) if rows is None else (t[rows.index], z[rows.index])
-            velocity = self._call(torch.cat([t, chosen[0]]), torch.cat([z, chosen[1]]), {"y": labels}, own=True)
+            t, z_in = torch.cat([t, chosen[0]]), torch.cat([z, chosen[1]])
+            velocity = self._velocity(t.to(self.time_dtype), z_in.to(self.dtype), z_in, {"y": labels})
         return velocity[: z.shape[0]], velocity[z.shape[0] :]
 
     def _joined(self, z, rows):
         """The null labels (R,) of `rows`, and the sample (B + R,) of each row of both evaluations."""
-        if self._joint is None or self._joint[0] is not rows:
-            samples = torch.arange(z.shape[0], device=z.device)
+        if self._null_labels is None or self._null_labels[:2] != (len(z), rows):
+            samples = torch.arange(len(z), device=z.device)
             chosen = samples if rows is None else rows.index
-            self._joint = (rows, self._null(chosen), torch.cat([samples, chosen]))
-        return self._joint[1:]
+            self._null_labels = (len(z), rows, self._null(chosen), torch.cat([samples, chosen]))
+        return self._null_labels[2:]
 
     def _read(self, time, z, y, samples=None):
         """The velocity in the sampling form, which writes to none of its inputs."""
-        self.calls += 1
+        self.count.calls += 1
         return _for_solver(self._prepared(self._numbers[time], z.to(self.dtype), y, samples), z)
 
     def _null(self, z):
         dtype = torch.int64 if self.y is None else self.y.dtype
         return torch.full((z.shape[0],), self.null_label, dtype=dtype, device=z.device)
 
-    def _call(self, t, z, labels, own=False):
-        """The model's velocity; own: t and z are nobody else's, so the model may write to them."""
-        self.calls += 1
-        t, z_in = t.to(self.time_dtype, copy=not own), z.to(self.dtype, copy=not own)
+    def _call(self, t, z, **labels):
+        """The model's velocity. A model that writes to its inputs gets copies of them.
+
+        Its first call shows whether it does. One that does not is given t, z and y as they are: a copy of them at every
+        evaluation is most of what a solver's step costs beside the model.
+        """
+        t_in, z_in = t.to(self.time_dtype).contiguous(), z.to(self.dtype)
+        given = (t_in, z_in, *(y for y in labels.values() if y is not None))
+        if self._writes is False:
+            before = [x._version for x in given]
+            velocity = self._velocity(t_in, z_in, z, labels)
+            if before != [x._version for x in given]:
+                raise RuntimeError(
+                    "The model wrote to one of its inputs t, z, y, and had not done so at its first call, so that the "
+                    "state is lost: let it write to a copy of its own, as in z = z.clone()."
+                )
+            return velocity
+        copies = [x.clone() for x in given]
+        velocity = self._velocity(*copies[:2], z, {name: y if y is None else copies[2] for name, y in labels.items()})
+        if self._writes is None:
+            self._writes = any(copy._version or not torch.equal(copy, x) for copy, x in zip(copies, given))
+        return velocity
+
+    def _velocity(self, t, z_in, z, labels):
+        self.count.calls += 1
         velocity = self.model(t, z_in, **labels, **self.kwargs)
         check_velocity(velocity, z)
         return _for_solver(velocity, z)

@@ -1,0 +1,43 @@
+"""Whether both velocities of a guided evaluation come from one forward of 2B rows, or from one after the other."""
+
+import torch
+
+from lfm_fast.ops import _measured
+
+_TABLE = "guidance"
+_CLEARLY = 0.95  # the times of two runs of one thing differ by this much
+
+
+def joining_pays(network, z, rows, runs):
+    """Whether one forward of all rows is the faster way; both give the same velocities up to rounding.
+
+    runs: "joint" and "apart", functions of nothing. It is, but where they were timed and "apart" clearly wins. Only
+    networks that have a sampling form are timed, once for a kind of call, and remembered: a further call of any other
+    model might change what it computes next. `lfm_fast.ops._measured` says when: by default on CUDA only.
+    """
+    if not network.prepares:
+        return True
+    key = (z.shape, z.device, None if rows is None else len(rows.numbers))
+    if key not in network.joins:
+        network.joins[key] = _measured_choice(network, z, key[-1], runs)
+    return network.joins[key]
+
+
+def _measured_choice(network, z, count, runs):
+    key = _key(network, z, count)
+    times, calls = _measured.remembered(_TABLE).get(key), network.count.calls
+    if times is None and _measured.may_measure((z,)):
+        times = _measured.measure(_TABLE, key, runs, z.device)
+        network.count.calls = calls  # the integration's own
+    joint, apart = ((times or {}).get(name) for name in ("joint", "apart"))
+    if not isinstance(apart, float):
+        return True
+    return isinstance(joint, float) and joint * _CLEARLY <= apart
+
+
+def _key(network, z, count):
+    size = sum(p.numel() for p in network.model.parameters())
+    rows = [_measured.bucket(n) for n in (len(z), len(z) if count is None else count)]
+    kind = f"{type(network.model).__name__} of {size} {network.dtype}".replace("torch.", "")
+    sizes = "x".join(map(str, z.shape[1:]))
+    return f"torch {torch.__version__}, {_measured.device_name(z.device)}: {kind}, {rows[0]} + {rows[1]} of {sizes}"
