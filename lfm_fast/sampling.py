@@ -81,9 +81,10 @@ def sample(
         null_label: the label that means "no label"; with it both velocities come from one forward of 2 B rows.
             Without it the unconditional velocity is model(t, z, y=None), a forward of its own.
         guidance_interval: (low, high) in t; outside it the unconditional forward is skipped.
-        method: euler, midpoint, heun, rk4 (fixed); dopri5, dopri8, bosh3, fehlberg2, adaptive_heun (adaptive); any
-            of torchdiffeq's as "torchdiffeq:NAME". The adaptive ones are torchdiffeq's: one step size for the whole
-            batch.
+        method: euler, midpoint, heun, rk4 (fixed); ab2, ab3, dpmpp_2m, unipc (fixed, one evaluation a step);
+            euler_maruyama, sde_heun (fixed, stochastic); dopri5, dopri8, bosh3, fehlberg2, adaptive_heun (adaptive);
+            any of torchdiffeq's as "torchdiffeq:NAME"; or an object such as lfm_fast.solvers.UniPC(solver_order=3) or
+            EulerMaruyama(diffusion="path"). The adaptive ones are torchdiffeq's: one step size for the whole batch.
         num_steps: solver steps N of a fixed method; of an adaptive one only the N + 1 times of a trajectory.
         time_grid: None or "uniform"; "lfm" (N points over [1, 1e-5], so N - 1 steps); ("shift", s), that is
             t' = s t / (1 + (s - 1) t); "quadratic"; "karras" or ("karras", rho), even in (sigma / alpha)^(1 / rho); a
@@ -95,13 +96,14 @@ def sample(
         t_start, t_end: in [0, 1], in either order. Moved inside [path.t_min, path.t_max].
         path: the path the model was trained on, None being Linear().
         guidance: an object of the protocol of lfm_fast.guidance, instead of guidance_scale and guidance_interval.
-        seed, indices: the noise of stochastic methods, by sample number; the methods of today are deterministic.
+        seed, indices: the noise of stochastic methods, that of sample number indices[i] (None being i) of the seed.
         compat: "lfm" integrates as LFM does: grid "lfm" for fixed methods, and torchdiffeq's adaptive methods step
             past t_end.
         model_kwargs: further keyword arguments of the model; it is then called on the whole batch only.
         trajectory: return (K, B, ...) states at every time of the grid, both ends included, instead of the last.
         return_stats: return (z0, SampleStats).
         callback: called as callback(step, t, z) after each accepted step, step counting from 1, z being the state at t.
+            Where it returns exactly False, the integration ends there, with reached = False in the stats.
         progress: show a progress bar (tqdm).
 
     Returns: (B, ...) latents on the device of z1, float32 (float64 for a float64 z1).
@@ -109,7 +111,7 @@ def sample(
     Raises:
         ValueError: any argument that cannot be used, before the model is called; a result of the model that is no
             velocity of the shape of z.
-        RuntimeError: torchdiffeq cannot go on (velocities that are not finite).
+        RuntimeError: a velocity is not finite; torchdiffeq cannot go on.
 
     >>> import torch, lfm_fast
     >>> z1 = lfm_fast.noise(4, (4, 8, 8), seed=0)
@@ -149,7 +151,7 @@ def sample(
         )
         solution = solver.integrate(field, z, times, settings)
         result = torch.stack(solution.states) if trajectory else solution.z
-    if not bool(solution.reached.all()):
+    if not solution.cancelled and not bool(solution.reached.all()):
         _warn_of_budget(method, max_nfe, solution, times[-1])
     return (result, _stats(solution, field, z.device, started)) if return_stats else result
 
@@ -210,8 +212,7 @@ class _Progress:
     def _step(self, step, t, z):
         if self.bar is not None:
             self.bar.update()
-        if self.callback is not None:
-            self.callback(step, t, z)
+        return None if self.callback is None else self.callback(step, t, z)
 
 
 def _times(solver, time_grid, num_steps, t_start, t_end, path, compat):
@@ -283,8 +284,8 @@ def _check_numbers(num_steps, atol, rtol, max_nfe, seed, compat):
 def _check_budget(solver, max_nfe, num_steps, trajectory):
     if max_nfe is None:
         return
-    if solver.evaluations_per_step is not None:
-        cost = solver.evaluations_per_step * num_steps
+    if solver.evaluations is not None:
+        cost = solver.evaluations(num_steps)
         if cost > max_nfe:
             raise ValueError(
                 f"{solver.name} with {num_steps} steps makes {cost} evaluations, max_nfe is {max_nfe}: take fewer."

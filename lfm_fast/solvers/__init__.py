@@ -6,38 +6,54 @@ fused step; scale is (B,). A field may have a method `at(time)` that returns the
 common to all samples, so that it can decide without reading t back from the device, and a method `prepare(times)`,
 called before the first evaluation with all these times in their order.
 
-A solver steps through `times` (floats, in either direction) and returns a Solution. A new Runge-Kutta method is a
-Tableau and one row here.
+A solver steps through `times` (floats, in either direction) and returns a Solution. A new method of fixed steps is a
+formula (lfm_fast.solvers.schedule) and one row here; for a Runge-Kutta method that is a Tableau.
 """
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 from lfm_fast.solvers import external, fixed, tableaus
+from lfm_fast.solvers.multistep import AdamsBashforth, DPMSolverPP2M, UniPC
+from lfm_fast.solvers.runge_kutta import RungeKutta
 from lfm_fast.solvers.solution import Settings, Solution
+from lfm_fast.solvers.stochastic import EulerMaruyama, SDEHeun
 
-__all__ = ["METHODS", "Settings", "Solution", "Solver", "get_solver"]
+__all__ = [
+    "METHODS",
+    "AdamsBashforth",
+    "DPMSolverPP2M",
+    "EulerMaruyama",
+    "RungeKutta",
+    "SDEHeun",
+    "Settings",
+    "Solution",
+    "Solver",
+    "UniPC",
+    "get_solver",
+]
 
 
 @dataclass(frozen=True)
 class Solver:
     """A method and what the sampler has to know of it.
 
-    integrate(field, z, times, settings) -> Solution. evaluations_per_step: None where the method decides as it goes.
+    integrate(field, z, times, settings) -> Solution. evaluations(num_steps), None where the method decides as it goes.
     """
 
     name: str
     integrate: Callable[..., Solution]
     order: int | None
     adaptive: bool = False
-    evaluations_per_step: int | None = None
+    evaluations: Callable[[int], int] | None = None
     equidistant: bool = False  # its formula holds on equidistant times only
     stops: bool = True  # can stop at a budget of evaluations, keeping the last state
 
 
-def _runge_kutta(name, tableau):
-    return Solver(name, partial(fixed.integrate, tableau), tableau.order, evaluations_per_step=tableau.num_stages)
+def _fixed(formula):
+    return Solver(formula.name, partial(fixed.integrate, formula), formula.order, evaluations=formula.evaluations)
 
 
 def _torchdiffeq(name, row):
@@ -46,7 +62,7 @@ def _torchdiffeq(name, row):
         partial(external.integrate, row),
         row.order,
         adaptive=row.kind in ("adaptive", "scipy"),
-        evaluations_per_step=row.evaluations_per_step,
+        evaluations=row.evaluations_per_step and row.evaluations_per_step.__mul__,
         equidistant=row.kind == "adams",
         stops=row.kind != "scipy",
     )
@@ -55,29 +71,47 @@ def _torchdiffeq(name, row):
 METHODS = {
     row.name: row
     for row in (
-        _runge_kutta("euler", tableaus.EULER),
-        _runge_kutta("midpoint", tableaus.MIDPOINT),
-        _runge_kutta("heun", tableaus.HEUN),
-        _runge_kutta("rk4", tableaus.RK4),
+        _fixed(RungeKutta("euler", tableaus.EULER)),
+        _fixed(RungeKutta("midpoint", tableaus.MIDPOINT)),
+        _fixed(RungeKutta("heun", tableaus.HEUN)),
+        _fixed(RungeKutta("rk4", tableaus.RK4)),
+        _fixed(AdamsBashforth(2)),
+        _fixed(AdamsBashforth(3)),
+        _fixed(DPMSolverPP2M()),
+        _fixed(UniPC()),
+        _fixed(EulerMaruyama()),
+        _fixed(SDEHeun()),
         *(_torchdiffeq(name, row) for name, row in external.EXTERNALS.items() if row.kind == "adaptive"),
     )
 }
 
 
-def get_solver(name):
-    """The solver called `name`: a row of METHODS or "torchdiffeq:NAME".
+def get_solver(method):
+    """The solver of a method: a name of METHODS, "torchdiffeq:NAME", a formula (lfm_fast.solvers.schedule) or a Solver.
 
-    Raises ValueError, listing what there is, for any other name.
+    Raises ValueError, with the nearest names and all there are, for anything else.
 
-    >>> get_solver("heun").evaluations_per_step
-    2
+    >>> get_solver("ab3").evaluations(50)
+    52
+    >>> get_solver(EulerMaruyama(diffusion="path")).name
+    'euler_maruyama'
     """
-    prefix, _, rest = name.partition(":") if isinstance(name, str) else ("", "", "")
-    if prefix in METHODS and name == prefix:
-        return METHODS[name]
+    if isinstance(method, Solver):
+        return method
+    if hasattr(method, "schedule") and not isinstance(method, type):
+        return _fixed(method)
+    prefix, _, rest = method.partition(":") if isinstance(method, str) else ("", "", "")
+    if prefix in METHODS and method == prefix:
+        return METHODS[method]
     if prefix == "torchdiffeq" and rest in external.EXTERNALS:
-        return _torchdiffeq(name, external.EXTERNALS[rest])
+        return _torchdiffeq(method, external.EXTERNALS[rest])
     raise ValueError(
-        f"method is {name!r}; there are {', '.join(METHODS)}, and torchdiffeq:NAME with NAME one of "
-        f"{', '.join(external.EXTERNALS)}."
+        f"method is {method!r}{_nearest(method)}; there are {', '.join(METHODS)}, and torchdiffeq:NAME with NAME one "
+        f"of {', '.join(external.EXTERNALS)}."
     )
+
+
+def _nearest(method):
+    names = [*METHODS, *(f"torchdiffeq:{name}" for name in external.EXTERNALS)]
+    near = difflib.get_close_matches(method.lower(), names) if isinstance(method, str) else []
+    return f" (nearest: {', '.join(near)})" if near else ""

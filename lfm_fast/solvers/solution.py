@@ -15,7 +15,8 @@ class Settings:
     rtol: float = 1e-5
     max_nfe: int | None = None  # evaluations after which the integration stops where it is
     trajectory: bool = False  # keep the state at every time of the grid
-    on_step: Callable[[int, float, torch.Tensor], None] | None = None  # (steps done, t, z) after each accepted step
+    # (steps done, t, z) after each accepted step; exactly False ends the integration there
+    on_step: Callable[[int, float, torch.Tensor], bool | None] | None = None
     inside: bool = True  # never evaluate outside the grid's times; False leaves torchdiffeq to step past the end
     path: Any = None  # alpha, sigma and their derivatives, for methods that predict data or need the score
     seed: int = 0  # of the noise of stochastic methods,
@@ -27,7 +28,8 @@ class Solution:
     """z (B, ...): the last state; states: those at the times of the grid when a trajectory was asked for.
 
     The rest is sample by sample, (B,) on the CPU. time float64: where z is; nfe, accepted, rejected int64: evaluations
-    and steps; reached bool: False where the budget of evaluations ended the integration before its last time.
+    and steps; reached bool: False where the budget of evaluations, or on_step, ended the integration before its last
+    time. cancelled: it was on_step.
     """
 
     z: torch.Tensor
@@ -36,10 +38,11 @@ class Solution:
     accepted: torch.Tensor
     rejected: torch.Tensor
     reached: torch.Tensor
+    cancelled: bool = False
     states: list[torch.Tensor] | None = None
 
     @classmethod
-    def shared(cls, z, *, time, nfe, accepted, rejected=0, reached=True, states=None):
+    def shared(cls, z, *, time, nfe, accepted, rejected=0, reached=True, cancelled=False, states=None):
         """The solution of a method that treats all samples alike: one number of each kind serves them all."""
 
         def per_sample(value, dtype):
@@ -52,5 +55,6 @@ class Solution:
             accepted=per_sample(accepted, torch.int64),
             rejected=per_sample(rejected, torch.int64),
             reached=per_sample(reached, torch.bool),
+            cancelled=cancelled,
             states=states,
         )

@@ -1,0 +1,196 @@
+"""Methods that use velocities of earlier steps: one evaluation a step. Weights are for uneven grids as well."""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+from lfm_fast.solvers.marginals import marginals
+from lfm_fast.solvers.runge_kutta import RungeKutta
+from lfm_fast.solvers.schedule import Combination, Move, point, velocity
+from lfm_fast.solvers.tableaus import HEUN
+
+_FARTHEST = 3.0  # a step this much longer than the one before it is no longer extrapolated from it
+
+
+@dataclass(frozen=True)
+class AdamsBashforth:
+    """z_(n+1) = z_n + integral over the step of the polynomial through the last `order` velocities.
+
+    The first order - 1 steps are Heun's, so N steps make N + order - 1 evaluations. order: 2 or 3; later ones would
+    need a better start.
+
+    Source: Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations I", section III.5 (variable steps).
+    """
+
+    order: int
+
+    def __post_init__(self):
+        if self.order not in (2, 3):
+            raise ValueError(f"AdamsBashforth: order is {self.order!r}, expected 2 or 3.")
+
+    @property
+    def name(self):
+        return f"ab{self.order}"
+
+    def evaluations(self, num_steps):
+        return num_steps + min(self.order - 1, num_steps)
+
+    def schedule(self, times, path):
+        heun, moves, known = RungeKutta("heun", HEUN), [], []  # known: (time, move) of the velocities at grid times
+        for n, (before, after) in enumerate(pairwise(times)):
+            first = len(moves)
+            known = [(before, first), *known][: self.order]
+            if n < self.order - 1:
+                moves += heun.step(first, before, after)
+                continue
+            dt = after - before
+            weights = lagrange_weights([(t - before) / dt for t, _ in known], [1 / (m + 1) for m in range(self.order)])
+            target = point(first)
+            for (_, j), weight in zip(known, weights):
+                target += (dt * weight) * velocity(j)
+            moves.append(Move(before, target))
+        return moves
+
+
+def lagrange_weights(nodes, moments):
+    """Weights w_j with sum_j w_j f(nodes_j) = L f for every polynomial f of a lower degree than there are nodes, L
+    being linear with L s^m = moments[m]."""
+    weights = []
+    for own in nodes:
+        coefficients = [1.0]  # of the polynomial that is 1 at this node and 0 at the others, lowest power first
+        for other in nodes:
+            if other != own:
+                lower, upper = [*(-other * c for c in coefficients), 0.0], [0.0, *coefficients]
+                coefficients = [(a + b) / (own - other) for a, b in zip(lower, upper)]
+        weights.append(sum(c * moment for c, moment in zip(coefficients, moments)))
+    return weights
+
+
+class _Grid:
+    """A path at the grid's times; point and velocity i stand at time i.
+
+    A step from s to t at constant data D is exactly x_t = alpha_t D + sigma_t noise, whatever the path; with
+    lambda = log(alpha / sigma) and h = lambda_t - lambda_s it is (sigma_t / sigma_s) x_s + alpha_t (1 - e^-h) D.
+    """
+
+    def __init__(self, times, path):
+        self.at = marginals(path, times)
+        self.lambdas = [_log(at.alpha) - _log(at.sigma) for at in self.at]
+
+    def order(self, i, most):
+        """How many data predictions the step from time i may use: not across a jump of the signal-to-noise ratio, of
+        which the steps to sigma = 0 and from alpha = 0 are infinite ones."""
+        steps = [abs(after - before) for before, after in pairwise(self.lambdas[max(0, i + 1 - most) : i + 2])]
+        order, longer = 1, steps.pop()
+        while steps and steps[-1] < math.inf and longer <= _FARTHEST * steps[-1]:
+            order, longer = order + 1, steps.pop()
+        return order
+
+    def first_order(self, i):
+        """Point i + 1 where data and noise stay as they are at time i."""
+        return self.at[i + 1].alpha * self.at[i].data(i) + self.at[i + 1].sigma * self.at[i].noise(i)
+
+    def weight(self, i):
+        """alpha_t (1 - e^-h) of the step from time i, infinite where sigma is 0 there."""
+        s, t = self.at[i], self.at[i + 1]
+        return math.inf if s.sigma == 0.0 else t.alpha - s.alpha * t.sigma / s.sigma
+
+    def further(self, i, order, known_after=False):
+        """What predictions of data before time i (order - 1 of them), and after the step, add to the first-order step.
+
+        The integral of e^(lambda - lambda_t) D over the step, D being a polynomial in lambda; a straight line through
+        two known values is integrated by its value in the middle, as both papers have it.
+        """
+        weight, nodes, lambdas = self.weight(i), range(i - order + 1, i + 1 + known_after), self.lambdas
+        if len(nodes) == 1 or math.isinf(weight):
+            return Combination({})
+        h = lambdas[i + 1] - lambdas[i]
+        if len(nodes) == 2:
+            ahead = 0.5 if known_after else 0.5 * h / (lambdas[i] - lambdas[i - 1])
+            return (weight * ahead) * (self.at[nodes[1]].data(nodes[1]) - self.at[nodes[0]].data(nodes[0]))
+        weights = lagrange_weights([(lambdas[j] - lambdas[i]) / h for j in nodes], _moments(h, len(nodes)))
+        total = -weight * self.at[i].data(i)
+        for j, own in zip(nodes, weights):
+            total += (self.at[i + 1].alpha * own) * self.at[j].data(j)
+        return total
+
+
+def _log(x):
+    return math.log(x) if x > 0.0 else -math.inf
+
+
+def _moments(h, count):
+    """h times the integral of e^(-h (1 - s)) s^m over s in [0, 1], for m < count."""
+    if abs(h) < 1.0:  # the recurrence below would divide rounding errors by h, again and again
+        return [
+            sum(h * (-h) ** k * math.factorial(m) / math.factorial(m + k + 1) for k in range(20)) for m in range(count)
+        ]
+    moments = [-math.expm1(-h)]
+    for m in range(1, count):
+        moments.append(1.0 - m / h * moments[-1])
+    return moments
+
+
+@dataclass(frozen=True)
+class DPMSolverPP2M:
+    """DPM-Solver++(2M): data predicted by a straight line in lambda = log(alpha / sigma) through two evaluations.
+
+        x_t = (sigma_t / sigma_s) x_s + alpha_t (1 - e^-h) (D_s + h / (2 h_before) (D_s - D_before))
+
+    The first step, one from alpha = 0 or to sigma = 0, and one more than three times as long in lambda as the step
+    before are of first order. Source: Lu et al., arXiv 2211.01095, algorithm 2, the velocity giving D.
+    """
+
+    name = "dpmpp_2m"
+    order = 2
+
+    def evaluations(self, num_steps):
+        return num_steps
+
+    def schedule(self, times, path):
+        grid, moves = _Grid(times, path), []
+        for i, before in enumerate(times[:-1]):
+            target = grid.first_order(i) + grid.further(i, grid.order(i, most=2))
+            moves.append(Move(before, target))
+        return moves
+
+
+@dataclass(frozen=True)
+class UniPC:
+    """UniPC: a predictor of order `solver_order` whose result is corrected once the velocity there is known.
+
+    The corrected state goes into the next step only, so that the correction costs no evaluation; with B(h) = e^h - 1
+    ("bh2"). The order of convergence is solver_order + 1, but no more than 3, the first step being of first order.
+    First-order steps are those of DPMSolverPP2M.
+    solver_order: 1, 2 or 3. Source: Zhao et al., arXiv 2302.04867, algorithms 1 and 2.
+    """
+
+    solver_order: int = 2
+    name = "unipc"
+
+    def __post_init__(self):
+        if self.solver_order not in (1, 2, 3):
+            raise ValueError(f"UniPC: solver_order is {self.solver_order!r}, expected 1, 2 or 3.")
+
+    @property
+    def order(self):
+        return min(self.solver_order + 1, 3)
+
+    def evaluations(self, num_steps):
+        return num_steps
+
+    def schedule(self, times, path):
+        grid, moves = _Grid(times, path), []
+        orders = [grid.order(i, self.solver_order) for i in range(len(times) - 1)]
+        ahead = shift = Combination(
+            {}
+        )  # of the predictor beyond first order; from the predicted point to the corrected
+        for i, before in enumerate(times[:-1]):
+            if i > 0:
+                shift = grid.further(i - 1, orders[i - 1], known_after=True) - ahead
+            ahead = grid.further(i, orders[i])
+            target = grid.first_order(i) + ahead
+            if shift.weights:
+                target += (grid.at[i + 1].sigma / grid.at[i].sigma) * shift
+            moves.append(Move(before, target))
+        return moves
