@@ -158,9 +158,9 @@ class Plain:
 
 def from_every_block(gradients: dict[str, Tensor], model: DiffusersVelocity) -> dict[str, Tensor]:
     """diffusers' gradients under our names: that of an embedder, which it has in each block, is the sum of all."""
-    prefix, first = "transformer.", "transformer_blocks.0."
+    prefix, first = "network.", "transformer_blocks.0."
     gradients = {name.removeprefix(prefix): gradient for name, gradient in gradients.items()}
-    depth = model.transformer.config.num_layers
+    depth = model.network.config.num_layers
     for name in [name for name in gradients if name.startswith(first + "norm1.emb.")]:
         of_block = [gradients[name.replace(first, f"transformer_blocks.{k}.", 1)] for k in range(depth)]
         gradients[name] = torch.stack(of_block).sum(0)

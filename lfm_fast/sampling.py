@@ -94,7 +94,8 @@ def sample(
         max_nfe: evaluations at most. A fixed method that needs more is refused. An adaptive one stops where it is,
             warns, returns the state of its last accepted step and says reached = False in the stats.
         t_start, t_end: in [0, 1], in either order. Moved inside [path.t_min, path.t_max].
-        path: the path the model was trained on, None being Linear().
+        path: the path the model was trained on; None takes what the model says (`path` of the adapters of
+            lfm_fast.interop), or Linear().
         guidance: an object of the protocol of lfm_fast.guidance, instead of guidance_scale and guidance_interval.
         seed, indices: the noise of stochastic methods, that of sample number indices[i] (None being i) of the seed.
         compat: "lfm" integrates as LFM does: grid "lfm" for fixed methods, and torchdiffeq's adaptive methods step
@@ -127,6 +128,7 @@ def sample(
         _check_null_label(null_label, torch.int64 if y is None else y.dtype)
     guidance = _choose_guidance(guidance, guidance_scale, guidance_interval)
     solver = get_solver(method)
+    path = _choose_path(model, path)
     times = _times(solver, time_grid, num_steps, t_start, t_end, path, compat)
     _check_budget(solver, max_nfe, len(times) - 1, trajectory)
 
@@ -145,7 +147,7 @@ def sample(
             trajectory=trajectory,
             on_step=field.watching(watch.on_step),
             inside=compat != "lfm",
-            path=Linear() if path is None else path,
+            path=path,
             seed=seed,
             index=indices,
         )
@@ -162,7 +164,7 @@ def _run(solver, model, z1, y, null_label, path):
         batch_size=z1.shape[0],
         y=y,
         null_label=null_label,
-        path=Linear() if path is None else path,
+        path=path,
         method=solver.name,
         adaptive=solver.adaptive,
     )
@@ -215,10 +217,18 @@ class _Progress:
         return None if self.callback is None else self.callback(step, t, z)
 
 
-def _times(solver, time_grid, num_steps, t_start, t_end, path, compat):
-    path = Linear() if path is None else path
-    if not isinstance(path, Path):
+def _choose_path(model, path):
+    if path is not None and not isinstance(path, Path):
         raise ValueError(f"path is {path!r}, expected an object of lfm_fast.paths such as Linear().")
+    own = getattr(model, "path", None)
+    if not isinstance(own, Path):
+        return Linear() if path is None else path
+    if path not in (None, own):
+        raise ValueError(f"path is {path!r}, but the model says it was trained on {own!r}; leave path out.")
+    return own
+
+
+def _times(solver, time_grid, num_steps, t_start, t_end, path, compat):
     for name, value in (("t_start", t_start), ("t_end", t_end)):
         if not is_number(value) or not 0.0 <= value <= 1.0:
             raise ValueError(f"{name} is {value!r}, expected a number in [0, 1] (0 is data, 1 is noise).")

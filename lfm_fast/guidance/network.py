@@ -67,7 +67,7 @@ class Network:
         self._take(model)
 
     def _take(self, model):
-        self.model, self.dtype = model, _weight_type(model) or self._like.dtype
+        self.model, self.dtype = model, weight_type(model) or self._like.dtype
         self.time_dtype = torch.float32 if self.dtype in _HALF else self.dtype
         self._prepared, self._numbers = None, {}  # the sampling form, and the number of each time in it
         # Whether it writes to its inputs is seen at its first call. Elsewhere than on the CPU it would have to be
@@ -225,9 +225,10 @@ def _for_solver(velocity, z):
     return velocity if as_it_is else velocity.to(z.dtype)
 
 
-def _weight_type(model):
-    """The type of the model's first floating parameter; None where it has none, or one that no state can be cast to."""
-    if not isinstance(model, nn.Module):
+def weight_type(model):
+    """The type of the model's first floating parameter; None where it has none, or one that no state can be cast to,
+    or where the model says `casts`: it takes a state of any type and casts it itself."""
+    if not isinstance(model, nn.Module) or getattr(type(model), "casts", False):
         return None
     first = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     return first if first in _HALF + _STATE else None

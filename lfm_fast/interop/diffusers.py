@@ -1,20 +1,23 @@
-"""diffusers' DiTTransformer2DModel and our DiT: the same weights, either way.
+"""diffusers' networks as velocity fields; its DiTTransformer2DModel and our DiT, the same weights, either way.
 
-What differs, beside names: diffusers keeps the embedders of time and label in every block (ours are shared), splits qkv
-in three, recomputes the position table instead of storing it, and calls its network with keywords. Two things its
-configuration does not hold have to be set by hand after every load, which `align` does:
+What differs between the two DiTs, beside names: diffusers keeps the embedders of time and label in every block (ours
+are shared), splits qkv in three, recomputes the position table instead of storing it, and calls its network with
+keywords. Two things its configuration does not hold have to be set by hand after every load, which `align` does:
 
 - its time frequencies are 10000^(-i / (half - 1)) where DiT's are 10000^(-i / half) (`downscale_freq_shift`): a network
   converted without this differs by about 2.5e-3;
 - in training mode it drops a tenth of the labels itself (`dropout_prob`), where ours leaves that to the training loop.
 
-Times go in raw: what diffusers calls `timestep` is our t in [0, 1], so its schedulers' timesteps are divided by their
-`num_train_timesteps`.
+Times go into a converted network raw: what diffusers calls `timestep` is our t in [0, 1]. Networks trained by diffusers
+itself take those of a scheduler, which `DiffusersVelocity` makes of t.
 """
 
 import torch
 from torch import Tensor, nn
 
+from lfm_fast.flow.paths import Linear
+from lfm_fast.interop.adapter import Adapter
+from lfm_fast.interop.discrete import DiscretePath
 from lfm_fast.models import DiT
 
 _BLOCK = "transformer_blocks.{}."
@@ -139,23 +142,97 @@ def align(transformer):
     return transformer
 
 
-class DiffusersVelocity(nn.Module):
-    """An aligned `DiTTransformer2DModel`, called as our models are: velocity (B, C, H, W) = model(t, z, y).
+class DiffusersVelocity(Adapter):
+    """A network of diffusers as our velocity field; its scheduler says what it predicts, and at which timesteps.
 
-    t (B,) or () in [0, 1], z (B, C, H, W) in any floating dtype, y (B,) integer labels; y=None means the table's last
-    row, as with ours. `null_label` is the row that means "no label", None for an unlabelled network.
+        u(z, t) = network(z, N t).sample                                    a flow-matching scheduler
+        u from network(z, N t - 1).sample by `path`                         a scheduler of the DDPM family
+        u(z, t) = network(z, t).sample                                      no scheduler: what `to_diffusers` makes
+
+    N is the scheduler's num_train_timesteps. In the DDPM family the network predicts noise, data or v, as its
+    prediction_type says; the path is that of the scheduler's own table, step i at t = (i + 1) / N (see DiscretePath),
+    and `lfm_fast.sample` takes it from here. There the second half of 2 C channels, learned sigmas, is dropped;
+    elsewhere learned_sigma=True drops it. A flow scheduler's `shift` only places its steps: time_grid=("shift",
+    scheduler.config.shift).
+
+    network: a UNet2DModel, DiTTransformer2DModel or any other module called network(z, timestep=..., labels=...,
+    return_dict=False), with further conditions in `model_kwargs` of `lfm_fast.sample`. labels: the keyword that y is
+    given as. null_label: the row that means "no label"; known by itself for a DiTTransformer2DModel.
+
+    Raises ValueError for what cannot be used, before the network is called.
+
+    >>> from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
+    >>> blocks = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    >>> unet = UNet2DModel(sample_size=8, in_channels=4, out_channels=4, norm_num_groups=4, **blocks).eval()
+    >>> field = DiffusersVelocity(unet, FlowMatchEulerDiscreteScheduler())
+    >>> lfm_fast.sample(field, torch.randn(2, 4, 8, 8), method="heun", num_steps=2).shape
+    torch.Size([2, 4, 8, 8])
+
+    Source: diffusers' documentation of these classes; Esser et al., arXiv 2403.03206 (flows); Ho et al., arXiv
+    2006.11239, and Salimans & Ho, arXiv 2202.00512, appendix D (v), for the others.
     """
 
-    def __init__(self, transformer):
-        super().__init__()
-        self.transformer = transformer
-        self.null_label = transformer.config.num_embeds_ada_norm or None
+    def __init__(
+        self,
+        network,
+        scheduler=None,
+        *,
+        labels: str = "class_labels",
+        null_label: int | None = None,
+        learned_sigma: bool | None = None,
+    ):
+        from diffusers import DiTTransformer2DModel
 
-    def forward(self, t: Tensor, z: Tensor, y: Tensor | None = None) -> Tensor:
-        if y is None:
-            y = torch.full((len(z),), self.transformer.config.num_embeds_ada_norm, device=z.device)
-        z, t = z.to(self.transformer.dtype), t.expand(len(z))
-        return self.transformer(z, timestep=t, class_labels=y, return_dict=False)[0]
+        is_dit = isinstance(network, DiTTransformer2DModel)
+        if scheduler is None and not is_dit:
+            raise ValueError(
+                f"a {type(network).__name__} does not tell whether it predicts a velocity, noise or data, nor its "
+                "timesteps; give the scheduler it was trained with, such as FlowMatchEulerDiscreteScheduler()."
+            )
+        predicts, path, scale = _of_scheduler(scheduler)
+        if null_label is None and is_dit:
+            null_label = network.config.num_embeds_ada_norm
+        if learned_sigma is None:
+            learned_sigma = isinstance(path, DiscretePath)
+        super().__init__(network, predicts=predicts, path=path, null_label=null_label, learned_sigma=learned_sigma)
+        self.labels, self.scale = labels, scale
+
+    def their_time(self, t: Tensor) -> Tensor:
+        return self.path.timestep(t) if isinstance(self.path, DiscretePath) else self.scale * t
+
+    def call(self, z: Tensor, time: Tensor, y: Tensor | None, **kwargs):
+        labels = {} if y is None else {self.labels: y}
+        result = self.network(z, timestep=time, **labels, **kwargs)
+        return result[0] if isinstance(result, tuple) else getattr(result, "sample", result)
+
+    def weights(self) -> tuple[dict, int | None]:
+        _check_settings(self.network)
+        config, state = self.network.config, self.network.state_dict()
+        _check_shared(state, config.num_layers)
+        named = {**our_names(state, config.num_layers), _POSITIONS: self.network.pos_embed.pos_embed}
+        return named, config.num_attention_heads
+
+
+_PREDICTIONS = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}  # prediction_type of a scheduler -> ours
+
+
+def _of_scheduler(scheduler):
+    """(what its networks predict, their path, what t is multiplied by)."""
+    if scheduler is None:
+        return "velocity", None, 1
+    kind, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    predicts = config.get("prediction_type")
+    if "FlowMatch" in kind or predicts == "flow_prediction":
+        if config.get("invert_sigmas"):
+            raise ValueError(f"this {kind} has invert_sigmas, time from noise to data; wrap the network in a function.")
+        return "velocity", Linear(), config["num_train_timesteps"]
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if table is None or predicts not in _PREDICTIONS:
+        raise ValueError(
+            f"a {kind} with prediction_type {predicts!r} is none of those known here: a flow-matching scheduler, or "
+            f"one with alphas_cumprod and a prediction_type of {', '.join(_PREDICTIONS)}."
+        )
+    return _PREDICTIONS[predicts], DiscretePath(table), None
 
 
 def their_names(state: dict, depth: int) -> dict:
@@ -219,7 +296,7 @@ def _check_positions(ours: Tensor, transformer) -> None:
         raise ValueError("diffusers' DiT recomputes its sine-cosine position table, and this network's is another one.")
 
 
-def _check_theirs(transformer) -> None:
+def _check_settings(transformer) -> None:
     from diffusers import DiTTransformer2DModel
 
     if not isinstance(transformer, DiTTransformer2DModel):
@@ -228,6 +305,11 @@ def _check_theirs(transformer) -> None:
     for name, value in _FIXED.items():
         if config[name] != value:
             raise ValueError(f"our DiT has {name} {value!r}, but this transformer's is {config[name]!r}.")
+
+
+def _check_theirs(transformer) -> None:
+    _check_settings(transformer)
+    config = transformer.config
     if transformer.out_channels != config.in_channels:
         raise ValueError(
             f"this transformer returns {transformer.out_channels} channels for {config.in_channels} (learned sigmas), "

@@ -1,5 +1,7 @@
 """Which of our networks a state dict without a configuration belongs to, by its keys and shapes."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
@@ -57,6 +59,79 @@ def recognise(shapes: Shapes, hints: dict | None = None) -> nn.Module:
         f"these weights belong to no network known here; the nearest is {name} with {difference}; "
         "give the network they belong to as `model`."
     )
+
+
+@dataclass(frozen=True)
+class DiTShapes:
+    """What keys and shapes of a DiT's weights tell: its configuration but for heads, its label rows, its outputs."""
+
+    config: dict  # but num_heads, num_classes and label_dropout
+    rows: int  # of the label table
+    learned_sigma: bool  # twice as many channels out as in
+
+
+def read_dit_shapes(shapes: Shapes) -> DiTShapes | None:
+    """The sizes of the DiT that has these weights, or None where they are no DiT's."""
+    try:
+        _, tokens, hidden_size = shapes["pos_embed"]
+        _, in_channels, patch_size, _ = shapes["x_embedder.proj.weight"]
+        rows, _ = shapes["y_embedder.embedding_table.weight"]
+        features, _ = shapes["final_layer.linear.weight"]
+        mlp_size, _ = shapes["blocks.0.mlp.fc1.weight"]
+    except (KeyError, ValueError):
+        return None
+    config = {"family": DiT.family, "image_size": round(tokens**0.5) * patch_size, "patch_size": patch_size}
+    config |= {"in_channels": in_channels, "hidden_size": hidden_size, "mlp_ratio": mlp_size / hidden_size}
+    config["depth"] = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
+    config |= {"qk_norm": True} if "blocks.0.attn.q_norm.weight" in shapes else {}
+    return DiTShapes(config, rows, features == 2 * patch_size**2 * in_channels)
+
+
+def dit_from_weights(state_dict: dict, num_heads: int | None = None, num_classes: int | None = None) -> DiT:
+    """Our DiT with a copy of the weights of a DiT of any project, in their dtype and place; learned sigmas are dropped.
+
+    num_heads: not among the weights; None takes that of the published network of this width and depth. num_classes:
+    the label table's rows less one, the last one meaning "no label", unless told otherwise.
+    Raises ValueError, with how they differ, for weights that are not exactly a DiT's.
+    """
+    found = read_dit_shapes(shapes_of(state_dict))
+    if found is None:
+        raise ValueError(f"these weights are no DiT's (their keys begin with {_capped(list(state_dict), 3)}).")
+    config, size = dict(found.config), (found.config["hidden_size"], found.config["depth"])
+    if num_heads is None:
+        num_heads = {(a["hidden_size"], a["depth"]): a["num_heads"] for _, a in NETWORKS.values() if "depth" in a}.get(
+            size
+        )
+    if num_heads is None:
+        raise ValueError(
+            f"a DiT of width {size[0]} and depth {size[1]} is none of the published ones, and the number of heads is "
+            "not among the weights; give num_heads."
+        )
+    rows = found.rows
+    num_classes = rows - 1 if num_classes is None else num_classes
+    if num_classes not in (rows - 1, rows):
+        raise ValueError(
+            f"num_classes is {num_classes}, but the label table has {rows} rows; give {rows - 1} or {rows}."
+        )
+    label_dropout = 0.1 if 0 < num_classes == rows - 1 else 0.0
+    config |= {"num_heads": num_heads, "num_classes": num_classes, "label_dropout": label_dropout}
+    weights = _without_sigmas(state_dict, config) if found.learned_sigma else state_dict
+    with torch.device("meta"):
+        model = from_config(config)
+    difference = differences(shapes_of(model.state_dict()), shapes_of(weights))
+    if difference:
+        raise ValueError(f"these weights are not exactly a DiT's; {difference}.")
+    model.load_state_dict({name: tensor.detach().clone() for name, tensor in weights.items()}, assign=True)
+    model.pos_embed.requires_grad_(False)
+    return model
+
+
+def _without_sigmas(state_dict: dict, config: dict) -> dict:
+    """The read-out's rows stand in order (row, column, channel): the first half of each entry's channels is kept."""
+    channels = config["in_channels"]
+    names = ("final_layer.linear.weight", "final_layer.linear.bias")
+    halves = {name: state_dict[name].unflatten(0, (-1, 2 * channels))[:, :channels].flatten(0, 1) for name in names}
+    return {**state_dict, **halves}
 
 
 def _dit_candidates(shapes: Shapes):

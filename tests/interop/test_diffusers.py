@@ -45,7 +45,7 @@ def test_same_velocity_in_float64():
     model, (t, z, y) = network(**LABELLED), inputs()
     velocity = DiffusersVelocity(to_diffusers(model))
     assert 0 < difference(velocity(t, z, y), model(t, z, y)) < 1e-7  # features rounded to float32: 6e-8 each
-    for block in velocity.transformer.transformer_blocks:
+    for block in velocity.network.transformer_blocks:
         block.norm1.emb.time_proj = OurTimes()
     assert difference(velocity(t, z, y), model(t, z, y)) < 1e-13
     assert difference(velocity(t[2], z), model(t[2], z)) < 1e-13  # one time for all, no labels
