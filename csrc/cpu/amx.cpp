@@ -15,7 +15,7 @@ bool may_use_tiles() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-bf16") &&
-         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+         __builtin_cpu_supports("amx-int8") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #else
 bool may_use_tiles() { return false; }

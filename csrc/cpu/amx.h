@@ -18,7 +18,8 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
-#define LFM_AMX_CODE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")))
+#define LFM_AMX_CODE \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,amx-int8")))
 #define LFM_AMX_INLINE LFM_AMX_CODE __attribute__((always_inline)) inline
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define LFM_UNROLL_16
@@ -86,6 +87,19 @@ class Tiles {
 
 // GCC does not know that a tile is loaded from memory: without this, what was stored there may still be on its way.
 LFM_AMX_INLINE void before_tiles_read() { __asm__ volatile("" ::: "memory"); }
+
+// Whether a product that is finished so is one of int8, four numbers in the place of two, summed in int32.
+template <typename Finish>
+constexpr bool kOfIntegers = false;
+
+// Tile `to` of the result, plus tiles a and b multiplied.
+#define LFM_TILE_PRODUCT(to, a, b)       \
+  do {                                   \
+    if constexpr (kOfIntegers<Finish>)   \
+      _tile_dpbssd(to, a, b);            \
+    else                                 \
+      _tile_dpbf16ps(to, a, b);          \
+  } while (false)
 
 // The first `count` lanes; all where there are more, none where there are fewer than one.
 LFM_AMX_INLINE __mmask32 first_of_32(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; }

@@ -263,13 +263,13 @@ LFM_AMX_INLINE void multiply(Strip strip, const Bf16* panel, int64_t steps, bool
   for (int64_t step = 0; step < steps; ++step) {
     _tile_loadd(4, strip.upper, strip.stride);
     _tile_stream_loadd(6, panel, 64);
-    _tile_dpbf16ps(0, 4, 6);
+    LFM_TILE_PRODUCT(0, 4, 6);
     _tile_loadd(5, strip.lower, strip.stride);
-    _tile_dpbf16ps(2, 5, 6);
+    LFM_TILE_PRODUCT(2, 5, 6);
     if (wide) {
       _tile_stream_loadd(7, panel + kTile16, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
+      LFM_TILE_PRODUCT(1, 4, 7);
+      LFM_TILE_PRODUCT(3, 5, 7);
     }
     strip.upper += strip.step, strip.lower += strip.step, panel += 2 * kTile16;
     last.four();
@@ -311,7 +311,7 @@ template <typename Left, typename Finish>
 LFM_AMX_CODE void run_products(const Sizes& sizes, const Left& left, const Bf16* right, const Finish& finish,
                                int64_t begin, int64_t end) {
   const int64_t size = 2 * kTile16 * sizes.steps(), together = sizes.panels_together();
-  const int64_t copied = std::is_same_v<Left, LeftRows> ? size * sizes.block : 0;
+  const int64_t copied = std::is_same_v<Left, LeftTiles> ? 0 : size * sizes.block;
   Workspace memory({2 * copied, 4 * kSquare * (sizes.in_one() ? 1 : together * sizes.block)});
   Bf16* const copies = memory.take<Bf16>(copied);
   float* const results = memory.take<float>(0);

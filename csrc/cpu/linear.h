@@ -51,12 +51,13 @@ inline std::vector<float> bias_of(const std::optional<Tensor>& bias, const char*
   check_on_cpu(*bias, name);
   check_float_or_bf16(*bias, name);
   check_table(*bias, name, bias->scalar_type(), {outer});
+  // asked once: each question crosses the library's border
   const int64_t stride = bias->stride(0);
+  const void* const data = bias->const_data_ptr();
+  const bool is_float = bias->scalar_type() == ScalarType::Float;
   for (int64_t n = 0; n < outer; ++n)
-    values[static_cast<size_t>(n)] =
-        bias->scalar_type() == ScalarType::Float
-            ? static_cast<const float*>(bias->const_data_ptr())[n * stride]
-            : bfloat16_to_float(static_cast<const uint16_t*>(bias->const_data_ptr())[n * stride]);
+    values[static_cast<size_t>(n)] = is_float ? static_cast<const float*>(data)[n * stride]
+                                              : bfloat16_to_float(static_cast<const uint16_t*>(data)[n * stride]);
   return values;
 }
 

@@ -7,11 +7,10 @@ from torch import Tensor, nn
 
 from lfm_fast import _library
 from lfm_fast.models.dit import DiT
-from lfm_fast.models.layers import Mlp
-from lfm_fast.models.packed import PackedLinear, PackedMlp
+from lfm_fast.models.packed import PackedLinear, PackedLinearInt8, PackedMlp
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_PRECISIONS = {"inference": ("bf16", "fp32", "fp16"), "training": ("bf16", "fp32")}
+_PRECISIONS = {"inference": ("bf16", "fp32", "fp16", "int8"), "training": ("bf16", "fp32")}
 
 
 def optimize(model: nn.Module, precision: str = "bf16", mode: str = "inference") -> nn.Module:
@@ -21,8 +20,9 @@ def optimize(model: nn.Module, precision: str = "bf16", mode: str = "inference")
 
     Args:
         model: a network of `lfm_fast.create_model`; it is left as it is.
-        precision: of the matrix products: "bf16", "fp32" or, in inference, "fp16". On a CPU with matrix tiles (AMX),
-            bf16 multiplies packed weights with bias and GELU in one pass.
+        precision: of the matrix products: "bf16", "fp32" or, in inference, "fp16" or "int8". On a CPU with matrix tiles
+            (AMX), bf16 multiplies packed weights with bias and GELU in one pass; int8, which is for such CPUs alone,
+            multiplies whole numbers in the layers that see every token, with a scale for every token and output.
         mode: "inference": a copy that holds the weights in that precision, frozen and in eval mode; once the original
             has been trained on, call `optimize` again. "training": a network on the original's own Parameters, float32,
             that computes under autocast; an optimizer of either trains both.
@@ -31,7 +31,7 @@ def optimize(model: nn.Module, precision: str = "bf16", mode: str = "inference")
         A network that `lfm_fast.sample` takes like any other. Its state dict has the original's names and shapes.
 
     Raises:
-        ValueError: another network than ours, or an unknown precision or mode.
+        ValueError: another network than ours, an unknown precision or mode, or one that the device does not have.
 
     Example:
         >>> import torch, lfm_fast
@@ -50,27 +50,56 @@ def optimize(model: nn.Module, precision: str = "bf16", mode: str = "inference")
         raise ValueError(f"mode is {mode!r}, expected {' or '.join(_PRECISIONS)}.")
     known = _PRECISIONS[mode]
     if not isinstance(precision, str) or precision not in known:
-        raise ValueError(f"precision is {precision!r}, expected {' or '.join(known)} in {mode}.")
+        raise ValueError(f"precision is {precision!r}, expected {_listed(known)} in {mode}.")
     return _for_training(model, precision) if mode == "training" else _for_inference(model, precision)
 
 
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:-1]) + " or " + names[-1]
+
+
 def _for_inference(model: DiT, precision: str) -> DiT:
-    fast = copy.deepcopy(model).eval().requires_grad_(False).to(_DTYPES[precision])
-    device = next(fast.parameters()).device
+    device = next(model.parameters()).device
+    if precision == "int8":
+        _refuse_int8(device)
+        return _packed(model, PackedLinearInt8)
     if precision == "bf16" and device.type == "cpu" and _library.why_no_tiles() is None:
-        _pack(fast)
+        return _packed(model, PackedLinear)
+    return _frozen(model, _DTYPES[precision])
+
+
+def _refuse_int8(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise ValueError(f"precision int8 is for inference on a CPU, but the network is on {device}: use bf16.")
+    reason = _library.why_no_tiles()
+    if reason is not None:
+        raise ValueError(f"precision int8 needs a CPU with matrix tiles, but {reason}: use fp32.")
+
+
+def _frozen(model: DiT, dtype: torch.dtype) -> DiT:
+    return copy.deepcopy(model).eval().requires_grad_(False).to(dtype)
+
+
+def _packed(model: DiT, layer: type[PackedLinear]) -> DiT:
+    """The network in bfloat16 with its linear layers packed, those that see every token as `layer`.
+
+    The others, of time, label and read-out, are a hundredth of the work, and all tokens hang on them: bfloat16.
+    """
+    fast = _frozen(model, torch.bfloat16)
+    for block, original in zip(fast.blocks, model.blocks):
+        _pack(block.attn, original.attn, layer)
+        block.mlp = PackedMlp(original.mlp, layer)
+    _pack(fast, model, PackedLinear)
     return fast
 
 
-def _pack(module: nn.Module) -> None:
-    """Replace the linear layers below, in place."""
+def _pack(module: nn.Module, original: nn.Module, layer: type[PackedLinear]) -> None:
+    """Replace the linear layers below, in place, by packed ones of the original's weights."""
     for name, child in module.named_children():
-        if isinstance(child, Mlp):
-            setattr(module, name, PackedMlp(child))
-        elif isinstance(child, nn.Linear):
-            setattr(module, name, PackedLinear(child))
+        if isinstance(child, nn.Linear):
+            setattr(module, name, layer(getattr(original, name)))
         else:
-            _pack(child)
+            _pack(child, getattr(original, name), layer)
 
 
 class AutocastDiT(DiT):

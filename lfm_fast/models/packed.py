@@ -1,10 +1,12 @@
-"""Layers of a network that is only sampled from any more: weights in bfloat16, packed for the processor's tiles."""
+"""Layers of a network that is only sampled from any more: weights packed for the processor's tiles."""
 
 import torch
 from torch import Tensor, nn
 
 from lfm_fast import ops
 from lfm_fast.ops.packed_linear import pack, unpack
+from lfm_fast.ops.packed_linear_int8 import pack as pack_int8
+from lfm_fast.ops.packed_linear_int8 import unpack as unpack_int8
 
 _BF16 = torch.bfloat16
 
@@ -18,8 +20,18 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, gelu: bool = False):
         super().__init__()
         self.in_features, self.out_features, self.gelu = linear.in_features, linear.out_features, gelu
-        self.register_buffer("weight", pack(linear.weight))
+        for name, tensor in self.pack(linear.weight).items():
+            self.register_buffer(name, tensor, persistent=name == "weight")
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(_BF16).clone())
+
+    @staticmethod
+    def pack(weight: Tensor) -> dict[str, Tensor]:
+        """The buffers that hold a weight (N, K)."""
+        return {"weight": pack(weight)}
+
+    def unpacked(self) -> Tensor:
+        """The weight (N, K) as it was rounded."""
+        return unpack(self.weight, self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.packed_linear(x.to(_BF16), self.weight, self.bias, self.out_features, self.gelu)
@@ -29,23 +41,42 @@ class PackedLinear(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = unpack(self.weight, self.out_features, self.in_features)
+        destination[prefix + "weight"] = self.unpacked()
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         name = prefix + "weight"
         plain = state_dict.get(name)
         if plain is not None and plain.shape == (self.out_features, self.in_features):
-            state_dict = {**state_dict, name: pack(plain)}
+            packed = self.pack(plain)
+            state_dict = {**state_dict, name: packed.pop("weight")}
+            for other, tensor in packed.items():
+                getattr(self, other).copy_(tensor)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class PackedLinearInt8(PackedLinear):
+    """The same with products of int8 (`ops.packed_linear_int8`); its weights come out as float32."""
+
+    @staticmethod
+    def pack(weight: Tensor) -> dict[str, Tensor]:
+        packed, scale = pack_int8(weight)
+        return {"weight": packed, "scale": scale}
+
+    def unpacked(self) -> Tensor:
+        return unpack_int8(self.weight, self.scale, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self.weight, self.scale, self.bias
+        return ops.packed_linear_int8(x.to(_BF16), *packed, self.out_features, self.gelu)
 
 
 class PackedMlp(nn.Module):
     """`layers.Mlp` on packed weights, its GELU part of the first product."""
 
-    def __init__(self, mlp: nn.Module):
+    def __init__(self, mlp: nn.Module, layer: type[PackedLinear] = PackedLinear):
         super().__init__()
-        self.fc1 = PackedLinear(mlp.fc1, gelu=True)
-        self.fc2 = PackedLinear(mlp.fc2)
+        self.fc1 = layer(mlp.fc1, gelu=True)
+        self.fc2 = layer(mlp.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.fc1(x))

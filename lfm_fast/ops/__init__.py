@@ -15,6 +15,7 @@ from lfm_fast.ops.linear import linear
 from lfm_fast.ops.mlp import mlp
 from lfm_fast.ops.modulated_layer_norm import modulated_layer_norm
 from lfm_fast.ops.packed_linear import packed_linear
+from lfm_fast.ops.packed_linear_int8 import packed_linear_int8
 from lfm_fast.ops.philox_normal import philox_normal, philox_uniform
 from lfm_fast.ops.self_attention import self_attention
 from lfm_fast.ops.velocity_loss import velocity_loss
@@ -32,6 +33,7 @@ __all__ = [
     "mlp",
     "modulated_layer_norm",
     "packed_linear",
+    "packed_linear_int8",
     "philox_normal",
     "philox_uniform",
     "self_attention",

@@ -39,26 +39,35 @@ def reference(x, weight, bias, out_features, gelu=False):
     return (F.gelu(y, approximate="tanh") if gelu else y).to(x.dtype)
 
 
-def _check(x, weight, bias, out_features, gelu=False) -> None:
+def check_packed(x, weight, tiles, by, out_features, vectors) -> None:
+    """x (..., K) in bfloat16, `weight` in tiles of such a dtype, inner numbers of a step and last shape, which `by`
+    makes, and vectors {name: (vector or None, dtypes)}, a number for each output."""
+    dtype, step, tile = tiles
     check_tensor("x", x, (BF16,))
     if x.dim() < 1:
         raise ValueError("x is a scalar, expected (..., in_features).")
     if isinstance(out_features, bool) or not isinstance(out_features, (int, torch.SymInt)) or out_features < 0:
         raise ValueError(f"out_features is {out_features!r}, expected a whole number from 0 on.")
-    check_tensor("weight", weight, (BF16,))
-    expected = (-(-out_features // PANEL), -(-x.shape[-1] // STEP), 2, 16, 16, 2)
+    check_tensor("weight", weight, (dtype,))
+    expected = (-(-out_features // PANEL), -(-x.shape[-1] // step), 2, *tile)
     if tuple(weight.shape) != expected:
         raise ValueError(
-            f"weight is {tuple(weight.shape)}, expected {expected}, which packed_linear.pack makes for {x.shape[-1]} "
-            f"inputs and {out_features} outputs."
+            f"weight is {tuple(weight.shape)}, expected {expected}, which {by}.pack makes for {x.shape[-1]} inputs and "
+            f"{out_features} outputs."
         )
-    if bias is not None:
-        check_tensor("bias", bias, (BF16,))
-        if bias.shape != (out_features,):
-            raise ValueError(f"bias is {tuple(bias.shape)}, expected ({out_features},), one for each output.")
-    for name, other in (("weight", weight), ("bias", bias)):
-        if other is not None and other.device != x.device:
+    present = {name: vector for name, (vector, _) in vectors.items() if vector is not None}
+    for name, vector in present.items():
+        check_tensor(name, vector, vectors[name][1])
+        if vector.shape != (out_features,):
+            raise ValueError(f"{name} is {tuple(vector.shape)}, expected ({out_features},), one for each output.")
+    for name, other in {"weight": weight, **present}.items():
+        if other.device != x.device:
             raise ValueError(f"{name} is on {other.device} but x is on {x.device}: move one of them.")
+
+
+def _check(x, weight, bias, out_features, gelu=False) -> None:
+    tiles = BF16, STEP, (16, 16, 2)
+    check_packed(x, weight, tiles, "packed_linear", out_features, {"bias": (bias, (BF16,))})
 
 
 def _arguments(*, shape, outputs, bias=True, gelu=False, device="cpu", dtype=BF16, layout="contiguous") -> dict:
@@ -70,19 +79,32 @@ def _arguments(*, shape, outputs, bias=True, gelu=False, device="cpu", dtype=BF1
     return {"x": x, "weight": weight, "bias": shift, "out_features": outputs, "gelu": gelu}
 
 
-def _cost(x, weight, bias, out_features, gelu=False) -> tuple[int, int]:
+def packed_cost(x, weight, out_features, gelu) -> tuple[int, int]:
     rows = x.numel() // max(x.shape[-1], 1)
-    moved = 2 * (x.numel() + rows * out_features + weight.numel())
+    moved = 2 * (x.numel() + rows * out_features) + weight.numel() * weight.element_size()
     return moved, 2 * x.numel() * out_features + (26 * rows * out_features if gelu else 0)
 
 
-_SIZES = tuple(
+SIZES = tuple(
     {"shape": (batch, 256, inner), "outputs": outer, "gelu": gelu}
     for batch in (4, 16)
     for inner, outer, gelu in ((384, 1152, False), (384, 384, False), (384, 1536, True), (1536, 384, False))
 ) + tuple(
     {"shape": (4, 256, inner), "outputs": outer, "gelu": gelu}
     for inner, outer, gelu in ((1024, 3072, False), (1024, 4096, True), (4096, 1024, False))
+)
+
+CASES = (
+    {"shape": (3, 5, 40), "outputs": 50},
+    {"shape": (3, 40), "outputs": 7, "gelu": True},
+    {"shape": (33, 33), "outputs": 33, "bias": False},
+    *({"shape": s, "outputs": 8} for s in ((0, 3, 8), (2, 0, 8), (2, 3, 0), (1, 1))),
+    {"shape": (2, 3), "outputs": 0},
+    {"shape": (2, 1), "outputs": 1},
+    {"shape": (3, 70, 600), "outputs": 100, "gelu": True},
+    {"shape": (2, 31, 1100), "outputs": 40, "layout": "transposed"},
+    {"shape": (3, 4, 64), "outputs": 96, "layout": "sliced"},
+    {"shape": (3, 4, 64), "outputs": 48, "layout": "expanded"},
 )
 
 _row = register(
@@ -100,20 +122,9 @@ _row = register(
             ),
         ),
         arguments=_arguments,
-        cases=(
-            {"shape": (3, 5, 40), "outputs": 50},
-            {"shape": (3, 40), "outputs": 7, "gelu": True},
-            {"shape": (33, 33), "outputs": 33, "bias": False},
-            *({"shape": s, "outputs": 8} for s in ((0, 3, 8), (2, 0, 8), (2, 3, 0), (1, 1))),
-            {"shape": (2, 3), "outputs": 0},
-            {"shape": (2, 1), "outputs": 1},
-            {"shape": (3, 70, 600), "outputs": 100, "gelu": True},
-            {"shape": (2, 31, 1100), "outputs": 40, "layout": "transposed"},
-            {"shape": (3, 4, 64), "outputs": 96, "layout": "sliced"},
-            {"shape": (3, 4, 64), "outputs": 48, "layout": "expanded"},
-        ),
-        sizes=_SIZES,
-        cost=_cost,
+        cases=CASES,
+        sizes=SIZES,
+        cost=lambda x, weight, bias, out_features, gelu=False: packed_cost(x, weight, out_features, gelu),
         tolerance=Tolerance(
             absolute=1e-5,
             relative=1e-5,

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 import lfm_fast
-from lfm_fast import ops
-from lfm_fast.models.packed import PackedLinear
+from lfm_fast import _library, ops
+from lfm_fast.models.packed import PackedLinear, PackedLinearInt8
+
+NO_TILES = _library.why_no_tiles()
+with_tiles = pytest.mark.skipif(NO_TILES is not None, reason=str(NO_TILES))
 
 
 def network(**arguments):
@@ -101,11 +104,60 @@ def test_sampling_takes_it():
     assert error(got, want) < 1.5 * error(plain, want)
 
 
-@pytest.mark.skipif(ops.explain("packed_linear").backend != "cpp", reason="no matrix tiles here")
+@with_tiles
 def test_every_linear_layer_is_packed_where_there_are_tiles():
     fast = lfm_fast.optimize(network())
     assert not any(isinstance(module, torch.nn.Linear) for module in fast.modules())
     assert sum(isinstance(module, PackedLinear) for module in fast.modules()) == 2 + 5 * 5 + 2
+
+
+@with_tiles
+def test_int8_is_in_the_layers_that_see_every_token():
+    fast = lfm_fast.optimize(network(), "int8")
+    assert sum(isinstance(module, PackedLinearInt8) for module in fast.modules()) == 5 * 4
+    assert sum(type(module) is PackedLinear for module in fast.modules()) == 2 + 5 + 2
+
+
+@with_tiles
+def test_int8_gives_the_velocity_up_to_its_rounding():
+    """A network that was trained (the embedded one): 8 bits with a sign for tokens and weights instead of 8 bits for
+    each number make three times bfloat16's error, not ten. Where the whole numbers come from does not matter."""
+    model = lfm_fast.LatentFlow.from_pretrained("embedded").model
+    z = lfm_fast.noise(4, (4, 16, 16), seed=0)
+    t, y = torch.linspace(0.1, 0.9, 4), torch.arange(4)
+    want, fast = exact(model, t, z, y), lfm_fast.optimize(model, "int8")
+    off = error(fast(t, z, y), want)
+    assert error(lfm_fast.optimize(model, "bf16")(t, z, y), want) < off < 0.05
+    with ops.use_backend("reference"):
+        assert abs(error(fast(t, z, y), want) / off - 1.0) < 0.2
+
+
+@with_tiles
+def test_the_state_dict_of_int8_is_the_originals_up_to_half_a_step():
+    model = network()
+    fast = lfm_fast.optimize(model, "int8")
+    state, original = fast.state_dict(), model.state_dict()
+    assert {name: value.shape for name, value in state.items()} == {n: v.shape for n, v in original.items()}
+    for name, module in fast.named_modules():
+        if isinstance(module, PackedLinearInt8):
+            weight = original[name + ".weight"]
+            step = weight.abs().amax(1, keepdim=True) / 127
+            assert ((state[name + ".weight"] - weight).abs() <= 0.5001 * step).all()
+    other = lfm_fast.optimize(network(), "int8")
+    with torch.no_grad():
+        for buffer in other.buffers():
+            buffer.zero_()
+    other.load_state_dict(state)
+    t, z, y = inputs()
+    assert torch.equal(other(t, z, y), fast(t, z, y))
+
+
+def test_int8_without_tiles_is_refused(monkeypatch):
+    monkeypatch.setattr(_library, "why_no_tiles", lambda: "it has none")
+    with pytest.raises(ValueError, match="int8 needs a CPU with matrix tiles, but it has none: use fp32"):
+        lfm_fast.optimize(network(), "int8")
+    with pytest.raises(ValueError, match="int8 is for inference on a CPU, but the network is on meta"):
+        lfm_fast.optimize(network().to("meta"), "int8")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -131,7 +183,7 @@ def test_what_it_does_not_know_is_refused():
     model = network()
     with pytest.raises(ValueError, match=r"takes a network of lfm_fast\.create_model"):
         lfm_fast.optimize(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="precision is 'fp7', expected bf16 or fp32 or fp16 in inference"):
+    with pytest.raises(ValueError, match="precision is 'fp7', expected bf16, fp32, fp16 or int8 in inference"):
         lfm_fast.optimize(model, "fp7")
     with pytest.raises(ValueError, match="mode is 'fast', expected inference or training"):
         lfm_fast.optimize(model, mode="fast")

@@ -17,7 +17,7 @@ from lfm_fast import _library
 LEVELS = ("baseline", "avx2", "avx512")
 COMPILED = {name: row for name, row in ROWS.items() if any(b.name == "cpp" for b in row.compiled)}
 # one level has them, and their threads and batches are in tests of their own
-TILES_ALONE = {"attention", "attention_with_lse", "attention_backward", "packed_linear"}
+TILES_ALONE = {"attention", "attention_with_lse", "attention_backward", "packed_linear", "packed_linear_int8"}
 TILES_ALONE |= {"tile_linear", "tile_linear_backward", "tile_mlp", "tile_mlp_backward"}
 SAME_AT_ALL = {name: row for name, row in COMPILED.items() if name not in TILES_ALONE}
 ROOT = Path(__file__).resolve().parents[2]
