@@ -106,7 +106,7 @@ class LatentFlow:
                 raise ValueError(
                     f"{name} is for lfm_fast.sample on latents; here the flow's own path leads from noise to images"
                 )
-        arguments = {**self._defaults(y), **sampling, "path": self.path, "seed": seed}
+        arguments = {**self.defaults(y), **sampling, "path": self.path, "seed": seed}
         scale = arguments.get("guidance_scale")
         one_each = isinstance(scale, torch.Tensor) and scale.shape == (num_images,)
         labels = self.labels(y, num_images)
@@ -122,8 +122,8 @@ class LatentFlow:
             images.append((self.autoencoder.decode(z_0).cpu() + 1) / 2)
         return torch.cat(images)
 
-    def _defaults(self, y):
-        """This network's own sampling arguments; without labels there is nothing to guide towards."""
+    def defaults(self, y):
+        """The arguments of `lfm_fast.sample` that suit this network; without labels y there is no guidance."""
         null_label = self.model.null_label if y is not None else None
         defaults = {"null_label": null_label, **self.sampling}
         if y is None or null_label is None:
