@@ -82,7 +82,7 @@ def tune_grid(
         method, num_steps: of the table; any fixed-step method that is deterministic.
         labels: None, or labels that the samples take in turn.
         num_samples, num_held_out: samples to fit, of `seed`; samples only to measure on, of seed + 1.
-        rounds: Gauss-Newton steps at most.
+        rounds: Gauss-Newton steps at most; 0 only chooses among a few grids that have names.
         path: of the model, None being Linear().
         device: where the noise is made; None is the CPU.
         on_round: called as on_round(number, mean error) after each round.
@@ -194,12 +194,14 @@ def _times(unknowns, start):
 def _check(method, num_steps, num_samples, num_held_out, rounds, fine_steps, sampling):
     solver = get_solver(method)
     if solver.adaptive:
-        raise ValueError(f"{method} chooses its own steps; tune_grid is for fixed-step methods.")
+        raise ValueError(f"{solver.name} chooses its own steps; tune_grid is for fixed-step methods.")
+    if solver.stochastic:
+        raise ValueError(f"{solver.name} draws noise of its own; tune_grid is for methods that follow the flow.")
     if solver.equidistant:
-        raise ValueError(f"{method} needs equidistant times, so there are none to tune.")
+        raise ValueError(f"{solver.name} needs equidistant times, so there are none to tune.")
     counts = {"num_samples": num_samples, "num_held_out": num_held_out, "rounds": rounds, "fine_steps": fine_steps}
     for name, value in ({"num_steps": num_steps} | counts).items():
-        least = 2 if name == "num_steps" else 1
+        least = {"num_steps": 2, "rounds": 0}.get(name, 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} is {value!r}, expected a whole number from {least} on.")
     for name in sampling:
@@ -218,4 +220,4 @@ def _described(method, num_steps, labels, path, sampling):
         named = describe(path)
     except ValueError:  # a path of the user's own
         named = {"name": type(path).__name__}
-    return {"method": method, "num_steps": num_steps, "labels": labels, "path": named, **plain}
+    return {"method": get_solver(method).name, "num_steps": num_steps, "labels": labels, "path": named, **plain}

@@ -19,7 +19,7 @@ from lfm_fast.solvers import external, fixed, tableaus
 from lfm_fast.solvers.multistep import AdamsBashforth, DPMSolverPP2M, UniPC
 from lfm_fast.solvers.runge_kutta import RungeKutta
 from lfm_fast.solvers.solution import Settings, Solution
-from lfm_fast.solvers.stochastic import EulerMaruyama, SDEHeun
+from lfm_fast.solvers.stochastic import EulerMaruyama, SDEHeun, Stochastic
 
 __all__ = [
     "METHODS",
@@ -50,10 +50,17 @@ class Solver:
     evaluations: Callable[[int], int] | None = None
     equidistant: bool = False  # its formula holds on equidistant times only
     stops: bool = True  # can stop at a budget of evaluations, keeping the last state
+    stochastic: bool = False  # draws noise on the way, so that finer steps do not come nearer to one result
 
 
 def _fixed(formula):
-    return Solver(formula.name, partial(fixed.integrate, formula), formula.order, evaluations=formula.evaluations)
+    return Solver(
+        formula.name,
+        partial(fixed.integrate, formula),
+        formula.order,
+        evaluations=formula.evaluations,
+        stochastic=isinstance(formula, Stochastic),
+    )
 
 
 def _torchdiffeq(name, row):
