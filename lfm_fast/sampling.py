@@ -130,10 +130,10 @@ def sample(
     solver = get_solver(method)
     path = _choose_path(model, path)
     times = _times(solver, time_grid, num_steps, t_start, t_end, path, compat)
-    _check_budget(solver, max_nfe, len(times) - 1, trajectory)
-
     if hasattr(guidance, "begin"):
         guidance = guidance.begin(_run(solver, model, z1, y, null_label, path))
+    grid, times = times, _after_zero_steps(guidance, times)
+    _check_budget(solver, max_nfe, len(times) - 1, trajectory)
 
     started = time.perf_counter()
     with torch.no_grad(), _Progress(progress, None if solver.adaptive else len(times) - 1, callback) as watch:
@@ -152,7 +152,8 @@ def sample(
             index=indices,
         )
         solution = solver.integrate(field, z, times, settings)
-        result = torch.stack(solution.states) if trajectory else solution.z
+        left_out = [z] * (len(grid) - len(times))
+        result = torch.stack(left_out + solution.states) if trajectory else solution.z
     if not solution.cancelled and not bool(solution.reached.all()):
         _warn_of_budget(method, max_nfe, solution, times[-1])
     return (result, _stats(solution, field, z.device, started)) if return_stats else result
@@ -168,6 +169,14 @@ def _run(solver, model, z1, y, null_label, path):
         method=solver.name,
         adaptive=solver.adaptive,
     )
+
+
+def _after_zero_steps(guidance, times):
+    """The times that are left when the state stays as it is in the guidance's `zero_steps`."""
+    count, num_steps = getattr(guidance, "zero_steps", 0), len(times) - 1
+    if count >= num_steps:
+        raise ValueError(f"guidance leaves out the first {count} of {num_steps} steps (zero_steps): none is left.")
+    return times[count:]
 
 
 def _warn_of_budget(method, max_nfe, solution, t_end):

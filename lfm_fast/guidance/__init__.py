@@ -7,6 +7,10 @@ guidance_scale:
 
     LinearGuidance         the blend; scale by sample, or by time; an interval of times
     Rescale                the blend with the spread of the conditional velocity (Lin et al., arXiv 2305.08891)
+    APG                    without the part of the push that only strengthens (Sadat et al., arXiv 2410.02416)
+    CFGZeroStar            with a fitted unconditional velocity, and without the first steps (Fan et al., 2503.18886)
+    Autoguidance           away from a weaker network instead of the unconditional one (Karras et al., 2406.02507)
+    ClassifierGuidance     by the gradient of a classifier of noisy latents (Dhariwal and Nichol, arXiv 2105.05233)
 
 A guidance object is anything called
 
@@ -24,10 +28,26 @@ What it may have besides:
     prepare(network, times)    all times of a method that knows them beforehand; without it the network prepares both
                                velocities, or the conditional one where a `guided` of the object is false
     stepped()                  called after each step of the solver
+    zero_steps                 how many steps of the time grid are left out first, the state staying as it is
 """
 
+from lfm_fast.guidance.autoguidance import Autoguidance
+from lfm_fast.guidance.classifier import ClassifierGuidance
 from lfm_fast.guidance.field import GuidedField, Run
-from lfm_fast.guidance.linear import LinearGuidance, Rescale
+from lfm_fast.guidance.linear import LinearGuidance
 from lfm_fast.guidance.network import Network, Rows
+from lfm_fast.guidance.projected import APG
+from lfm_fast.guidance.shaped import CFGZeroStar, Rescale
 
-__all__ = ["GuidedField", "LinearGuidance", "Network", "Rescale", "Rows", "Run"]
+__all__ = [
+    "APG",
+    "Autoguidance",
+    "CFGZeroStar",
+    "ClassifierGuidance",
+    "GuidedField",
+    "LinearGuidance",
+    "Network",
+    "Rescale",
+    "Rows",
+    "Run",
+]

@@ -2,9 +2,7 @@
 
 import copy
 
-import torch
-
-from lfm_fast.guidance.scale import Scale, is_finite
+from lfm_fast.guidance.scale import Scale
 
 
 class LinearGuidance:
@@ -89,49 +87,3 @@ def check_labels_given(run):
         raise ValueError(
             "guidance_scale is not 1 but there are no labels y to be guided by; give y, or leave guidance_scale at 1."
         )
-
-
-class Rescale(LinearGuidance):
-    """Classifier-free guidance whose velocity keeps the spread of the conditional one, which large scales blow up.
-
-        v = (phi std(v_cond) / std(v_cfg) + 1 - phi) v_cfg,    v_cfg = scale v_cond + (1 - scale) v_uncond
-
-    std is over the elements of a sample. The paper rescales what the network puts out, and so does this: the velocity.
-
-    Args:
-        scale, interval, joint: as of LinearGuidance.
-        factor: phi in [0, 1]; 0 is LinearGuidance, 1 gives v the spread of v_cond. The paper uses 0.7.
-
-    Raises ValueError as LinearGuidance does, and for a factor outside [0, 1].
-
-    >>> import torch, lfm_fast
-    >>> model = lambda t, z, y=None: z if y is None else z * y[:, None]
-    >>> guidance = lfm_fast.guidance.Rescale(4.0, factor=1.0)
-    >>> z1, y = torch.tensor([[1.0, -1.0]]), torch.tensor([2])
-    >>> z0 = lfm_fast.sample(model, z1, y=y, guidance=guidance, method="euler", num_steps=1)
-    >>> torch.allclose(z0, -z1)  # as without guidance, whose velocity is 2 z; that of plain guidance is 5 z
-    True
-
-    Source: Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv 2305.08891, eqs. 14-17.
-    """
-
-    def __init__(self, scale, factor=0.7, interval=(0.0, 1.0), joint=None):
-        super().__init__(scale, interval, joint)
-        if not is_finite(factor) or not 0.0 <= factor <= 1.0:
-            raise ValueError(f"factor is {factor!r}, expected a number in [0, 1].")
-        self.factor = factor
-
-    def __call__(self, network, t, z, time=None):
-        velocity, unconditional, scale = super().__call__(network, t, z, time)
-        if unconditional is None:
-            return velocity, None, None
-        velocity, unconditional = velocity.to(z.dtype), unconditional.to(z.dtype)
-        guided = torch.lerp(unconditional, velocity, per_sample(scale, z))
-        spreads = [v.flatten(1).std(1, correction=0) for v in (velocity, guided)]
-        ratio = torch.where(spreads[1] > 0, spreads[0] / spreads[1], 1.0)
-        return guided * per_sample(1.0 + self.factor * (ratio - 1.0), z), None, None
-
-
-def per_sample(values, z):
-    """(B,) as a factor of z (B, ...)."""
-    return values.to(z.dtype).reshape(-1, *[1] * (z.ndim - 1))

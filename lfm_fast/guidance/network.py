@@ -63,7 +63,7 @@ class Network:
         self._like = z.new_empty(1)  # the state's type and device
         self._null_labels = None  # (B, rows, null labels, samples) of the last evaluation of both
         self.joins = {}  # what joining_pays found, by kind of evaluation
-        self._others = {}  # networks of other models beside this one, by the model's id
+        self._others = {}  # networks of other models beside this one, by the model's id and the samples
         self._take(model)
 
     def _take(self, model):
@@ -77,12 +77,13 @@ class Network:
 
     def beside(self, model):
         """The network of another model under the same labels, counted together with this one; made once."""
-        if id(model) not in self._others:
+        key = (id(model), self.samples)
+        if key not in self._others:
             other = copy.copy(self)
-            other.joins, other._others = {}, {}
+            other.joins = {}
             other._take(model)
-            self._others[id(model)] = other
-        return self._others[id(model)]
+            self._others[key] = other
+        return self._others[key]
 
     @property
     def calls(self):

@@ -112,6 +112,18 @@ def _check_interval(interval):
         raise ValueError(f"guidance_interval is {interval!r}, expected (low, high) in t with 0 <= low <= high <= 1.")
 
 
+def sums(x):
+    """Of all elements of each sample, (B,): to the last bit the same whoever else is in the batch, on a CPU."""
+    flat = x.flatten(1)
+    # one row alone would be shared out among threads, and be summed in another order than beside others
+    return flat.sum(1) if len(flat) > 1 else flat.expand(2, -1).sum(1)[:1]
+
+
+def per_sample(values, z):
+    """(B,) as a factor of z (B, ...)."""
+    return values.to(z.dtype).reshape(-1, *[1] * (z.ndim - 1))
+
+
 def is_finite(value):
     """Whether it is a number, and not infinite, NaN, True or False."""
     return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
@@ -164,7 +176,7 @@ class _Table:
         times, scales = self._tensors[t.device]
         if len(times) == 1:
             return scales[0].expand(t.shape)
-        after = torch.searchsorted(times, t).clamp(1, len(times) - 1)
+        after = torch.searchsorted(times, t.contiguous()).clamp(1, len(times) - 1)
         share = ((t - times[after - 1]) / (times[after] - times[after - 1])).clamp(0, 1)
         return torch.lerp(scales[after - 1], scales[after], share)
 

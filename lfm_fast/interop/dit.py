@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lfm_fast.guidance import LinearGuidance
-from lfm_fast.guidance.linear import per_sample
+from lfm_fast.guidance.scale import per_sample
 from lfm_fast.interop.adapter import Adapter
 from lfm_fast.interop.discrete import DiscretePath, linear_betas
 
