@@ -112,7 +112,7 @@ class Op:
         self.check(*args)
         # PyTorch gives a custom op a ZERO tangent without a word, and has no batching rule for it: under a transform
         # the reference runs, whose every operation is PyTorch's own.
-        if _inside_transform():
+        if inside_transform():
             return self.reference(*args)
         if self.composite and not torch.compiler.is_compiling():
             return self._run(self.choose(args), args)
@@ -251,7 +251,7 @@ def _compiled_kernel(backend: Backend, name: str) -> Callable:
     return lambda *args: (backend.with_gradient if needs_gradient(*args) else operator)(*args)
 
 
-def _inside_transform() -> bool:
+def inside_transform() -> bool:
     """Inside forward-mode AD (dual levels, torch.func.jvp), or vmap, grad and the other torch.func transforms."""
     return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
 

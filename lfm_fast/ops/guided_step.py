@@ -1,6 +1,7 @@
 """guided_step: guidance blend and any linear stage combination of a solver, in one pass over the state."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from lfm_fast.ops._checks import (
     flat,
     numel_per_sample,
     refuse_float64,
+    unwatched,
 )
-from lfm_fast.ops._registry import Backend, Op, Tolerance, cuda_backend, register
+from lfm_fast.ops._registry import Backend, Op, Tolerance, cuda_backend, inside_transform, register
 from lfm_fast.ops._triton import triton_backend
 from lfm_fast.ops.philox_normal import reference as normal_reference
 from lfm_fast.ops.streams import STREAM_SDE
@@ -259,3 +261,32 @@ def guided_step(
         z, velocity, unconditional, scale, stored, weights, error_weights, atol, rtol, noise_scale, index, seed, offset,
         keep,
     )  # fmt: skip
+
+
+class GuidedSteps:
+    """guided_step for a loop: called with all its arguments, by position. What was checked and chosen for velocities of
+    one kind holds for the next ones of that kind; everything else is the loop's own."""
+
+    def __init__(self):
+        self._kind = self._kernel = None
+
+    def __call__(self, z, velocity, unconditional, scale, *others):
+        if unconditional is None:
+            scale, tensors = None, (velocity,)
+        else:
+            tensors = (velocity, unconditional, scale)
+        kind = [(type(x), x.dtype, x.shape) for x in tensors if isinstance(x, Tensor)]
+        if kind == self._kind:
+            return self._kernel(z, velocity, unconditional, scale, *others)
+        result = guided_step(z, velocity, unconditional, scale, *others)
+        self._kind, self._kernel = kind, _settled((z, velocity, unconditional, scale, *others))
+        return result
+
+
+def _settled(args: tuple) -> Callable:
+    """The kernel that a call with such arguments comes to where nobody but it would see the call, else guided_step."""
+    seen = torch.is_grad_enabled() or inside_transform() or torch.compiler.is_compiling() or not unwatched(args)
+    name = None if seen else _row.choose(args)
+    if name in _row.compiled_names:
+        return _row.kernels[name]
+    return partial(_row._run, name) if name == "reference" else guided_step

@@ -8,8 +8,8 @@ import math
 
 import torch
 
-from lfm_fast import ops
-from lfm_fast.solvers.schedule import compile_moves
+from lfm_fast.ops.guided_step import GuidedSteps
+from lfm_fast.solvers.schedule import compile_schedule
 from lfm_fast.solvers.solution import Solution
 
 
@@ -33,39 +33,38 @@ class Run:
     """A method compiled for one field, state and grid. Calling it integrates, without reading anything back."""
 
     def __init__(self, formula, field, z, times, settings):
-        moves = formula.schedule(times, settings.path)
+        self.program = compile_schedule(formula, times, settings.path)
         if hasattr(field, "prepare"):
-            field.prepare([move.time for move in moves])
+            field.prepare(list(self.program.moments))
         field_at = getattr(field, "at", lambda time: field)
-        self.fields = [field_at(move.time) for move in moves]
+        fields = [field_at(time) for time in self.program.moments]
+        self.moves = list(zip(fields, *self.program.numbers(z), self.program.instructions))
+        self.blocks = (z[0].numel() + 3) // 4  # of the counter, that one normal takes
         self.z, self.times, self.settings = z, times, settings
-        self.instructions, self.num_places = compile_moves(moves, z)
-        self.index = settings.index
-        if self.index is None and any(move.noise for move in moves):
-            self.index = torch.arange(z.shape[0])
-        if self.index is not None:
-            self.index = self.index.to(z.device)
+        self.index = None
+        if self.program.noise is not None:
+            index = torch.arange(z.shape[0]) if settings.index is None else settings.index
+            self.index = index.to(z.device)
 
     def __call__(self, on_step=None, watched=False):
-        z, seed, index, steps, nfe = self.z, self.settings.seed, self.index, 0, 0
+        z, seed, steps, nfe, guided_step = self.z, self.settings.seed, 0, 0, GuidedSteps()
         states = [z] if self.settings.trajectory else None
-        store = [None] * self.num_places
+        store = [None] * self.program.num_places
         store[0] = z
-        for evaluate, move in zip(self.fields, self.instructions):
-            t, base, stored, weights, noise_scale, offset, keep, keep_point, arrives = move
-            velocity, unconditional, scale = evaluate(t, z)
-            z, blended, _ = ops.guided_step(
+        for evaluate, t, weights, noise, (base, stored, noisy, draw, keep, keep_point, arrives) in self.moves:
+            z, blended, _ = guided_step(
                 store[base],
-                velocity,
-                unconditional,
-                scale,
+                *evaluate(t, z),
                 [store[place] for place in stored],
                 weights,
-                noise_scale=noise_scale,
-                index=None if noise_scale is None else index,
-                seed=seed,
-                offset=offset,
-                keep=keep is not None,
+                None,  # no estimate of an error
+                0.0,
+                0.0,
+                noise,
+                self.index if noisy else None,
+                seed,
+                draw * self.blocks,
+                keep is not None,
             )
             nfe += 1
             if keep is not None:

@@ -76,6 +76,7 @@ class _Grid:
     def __init__(self, times, path):
         self.at = marginals(path, times)
         self.lambdas = [_log(at.alpha) - _log(at.sigma) for at in self.at]
+        self.data = [at.data(i) for i, at in enumerate(self.at)]
 
     def order(self, i, most):
         """How many data predictions the step from time i may use: not across a jump of the signal-to-noise ratio, of
@@ -88,7 +89,7 @@ class _Grid:
 
     def first_order(self, i):
         """Point i + 1 where data and noise stay as they are at time i."""
-        return self.at[i + 1].alpha * self.at[i].data(i) + self.at[i + 1].sigma * self.at[i].noise(i)
+        return self.at[i + 1].alpha * self.data[i] + self.at[i + 1].sigma * self.at[i].noise(i)
 
     def weight(self, i):
         """alpha_t (1 - e^-h) of the step from time i, infinite where sigma is 0 there."""
@@ -107,11 +108,11 @@ class _Grid:
         h = lambdas[i + 1] - lambdas[i]
         if len(nodes) == 2:
             ahead = 0.5 if known_after else 0.5 * h / (lambdas[i] - lambdas[i - 1])
-            return (weight * ahead) * (self.at[nodes[1]].data(nodes[1]) - self.at[nodes[0]].data(nodes[0]))
+            return (weight * ahead) * (self.data[nodes[1]] - self.data[nodes[0]])
         weights = lagrange_weights([(lambdas[j] - lambdas[i]) / h for j in nodes], _moments(h, len(nodes)))
-        total = -weight * self.at[i].data(i)
+        total = -weight * self.data[i]
         for j, own in zip(nodes, weights):
-            total += (self.at[i + 1].alpha * own) * self.at[j].data(j)
+            total += (self.at[i + 1].alpha * own) * self.data[j]
         return total
 
 
@@ -121,13 +122,16 @@ def _log(x):
 
 def _moments(h, count):
     """h times the integral of e^(-h (1 - s)) s^m over s in [0, 1], for m < count."""
-    if abs(h) < 1.0:  # the recurrence below would divide rounding errors by h, again and again
-        return [
-            sum(h * (-h) ** k * math.factorial(m) / math.factorial(m + k + 1) for k in range(20)) for m in range(count)
-        ]
     moments = [-math.expm1(-h)]
     for m in range(1, count):
-        moments.append(1.0 - m / h * moments[-1])
+        if abs(h) > 1.0:
+            moments.append(1.0 - m / h * moments[-1])
+        else:  # there the recurrence loses all digits; the series is h m! sum_k (-h)^k / (m + k + 1)!
+            term = total = h / (m + 1)
+            for k in range(m + 2, m + 18):
+                term *= -h / k
+                total += term
+            moments.append(total)
     return moments
 
 

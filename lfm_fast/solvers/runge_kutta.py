@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lfm_fast.solvers.schedule import Move, point, velocity
+from lfm_fast.solvers.schedule import Combination, Move, point
 from lfm_fast.solvers.tableaus import Tableau
 
 
@@ -45,9 +45,8 @@ class RungeKutta:
         dt, rows = after - before, [*self.tableau.a[1:], self.tableau.b]
         moves = []
         for c, row in zip(self.tableau.c, rows):
-            target = point(first)
-            for j, weight in enumerate(row):
-                target += (dt * weight) * velocity(first + j)
+            weights = {("velocity", first + j): dt * weight for j, weight in enumerate(row)}
             # where two steps meet, their times are one number
-            moves.append(Move(after if c == 1 else before + c * dt, target, arrives=row is rows[-1]))
+            time = after if c == 1 else before + c * dt
+            moves.append(Move(time, point(first) + Combination(weights), arrives=row is rows[-1]))
         return moves

@@ -13,7 +13,8 @@ anything is evaluated, are all that a method has to say. One that says it is a f
 `path` gives alpha, sigma and their derivatives to those that need them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -32,8 +33,10 @@ class Combination:
         self.weights = weights
 
     def __add__(self, other):
-        names = {**self.weights, **other.weights}
-        return Combination({name: self.weights.get(name, 0.0) + other.weights.get(name, 0.0) for name in names})
+        weights = self.weights.copy()
+        for name, weight in other.weights.items():
+            weights[name] = weights.get(name, 0.0) + weight
+        return Combination(weights)
 
     def __rmul__(self, factor):
         return Combination({name: factor * weight for name, weight in self.weights.items()})
@@ -68,50 +71,93 @@ class Move:
 
 
 class Instruction(NamedTuple):
-    """A move with its numbers on the device, and points and velocities by their places in a store."""
+    """What a move reads and keeps: points and velocities by their places in a store."""
 
-    t: torch.Tensor  # (B,)
     base: int  # guided_step's z
     stored: list[int]
-    weights: torch.Tensor  # (B, 2 + K)
-    noise_scale: torch.Tensor | None  # (B,)
-    offset: int  # of the noise, in blocks of the counter
+    noisy: bool
+    draw: int
     keep_velocity: int | None  # where it goes, None where no later move reads it
     keep_point: int | None
     arrives: bool
 
 
-def compile_moves(moves, z):
-    """(instructions, number of places) of a schedule for states like z (B, ...); point 0 goes to place 0."""
-    terms = [_terms(i, move.target) for i, move in enumerate(moves)]
-    places = _places(terms)
-    times = _moved([move.time for move in moves], z)[:, None].repeat(1, z.shape[0]).unbind(0)
-    rows = [[move.target.weights.get(name, 0.0) for name in names] for move, names in zip(moves, terms)]
-    weights = _moved([number for row in rows for number in row], z).split([len(row) for row in rows])
-    noise = _moved([move.noise for move in moves], z).split(1)
-    blocks = (z[0].numel() + 3) // 4
+@dataclass(frozen=True)
+class Program:
+    """A schedule as the executor runs it, for any state; its numbers are float64 on the host."""
+
+    instructions: list[Instruction]
+    num_places: int  # in the store; point 0 goes to place 0
+    moments: list[float]  # of the evaluations
+    weights: torch.Tensor  # guided_step's, of all moves one after the other,
+    sizes: list[int]  # so many for each
+    noise: torch.Tensor | None
+
+    def numbers(self, z):
+        """What each move needs for states like z (B, ...), moved to its device at once: t (B,), weights (B, 2 + K) and
+        the factor of noise (B,) or None."""
+        batch_size = z.shape[0]
+        times = torch.tensor(self.moments, dtype=torch.float64).to(z).repeat_interleave(batch_size).split(batch_size)
+        weights = self.weights.to(z).expand(batch_size, -1).split(self.sizes, dim=1)
+        if self.noise is None:
+            return times, weights, [None] * len(self.moments)
+        noise = self.noise.to(z)[:, None].expand(-1, batch_size).unbind(0)
+        return times, weights, [own if move.noisy else None for own, move in zip(noise, self.instructions)]
+
+
+_LONGEST_KEPT = 1000
+
+
+def compile_schedule(formula, times, path):
+    """The Program of a formula on a grid. Those of frozen dataclasses, which cannot change, are remembered."""
+    fixed = len(times) <= _LONGEST_KEPT and _frozen(formula) and _frozen(path)
+    return (_remembered if fixed else _compile)(formula, tuple(times), path)
+
+
+def _frozen(value):
+    try:
+        hash(value)  # a list inside has none
+    except TypeError:
+        return False
+    return is_dataclass(value) and value.__dataclass_params__.frozen
+
+
+def _compile(formula, times, path):
+    moves = formula.schedule(list(times), path)
+    terms = [_terms(i, move.target.weights) for i, move in enumerate(moves)]
+    places, count = _places(terms)
     instructions = [
         Instruction(
-            t=times[i],
-            base=places[names[0]],
-            stored=[places[name] for name in names[2:]],
-            weights=weights[i].expand(z.shape[0], -1),
-            noise_scale=noise[i].expand(z.shape[0]) if move.noise else None,
-            offset=move.draw * blocks,
+            base=places[base],
+            stored=[places[name] for name in others],
+            noisy=move.noise != 0.0,
+            draw=move.draw,
             keep_velocity=places.get(("velocity", i)),
             keep_point=places.get(("point", i + 1)),
             arrives=move.arrives,
         )
-        for i, (move, names) in enumerate(zip(moves, terms))
+        for i, (move, (base, _, *others)) in enumerate(zip(moves, terms))
     ]
-    return instructions, 1 + max(places.values())
+    weights = [move.target.weights.get(name, 0.0) for move, names in zip(moves, terms) for name in names]
+    noise = [move.noise for move in moves]
+    return Program(
+        instructions,
+        count,
+        [move.time for move in moves],
+        torch.tensor(weights, dtype=torch.float64),
+        [len(names) for names in terms],
+        torch.tensor(noise, dtype=torch.float64) if any(noise) else None,
+    )
 
 
-def _terms(i, target):
+_remembered = lru_cache(maxsize=16)(_compile)
+
+
+def _terms(i, weights):
     """What move i sums, in guided_step's order: a point, the new velocity, then all others."""
-    new, names = ("velocity", i), sorted(name for name, weight in target.weights.items() if weight != 0.0)
-    base = next((name for name in names if name[0] == "point"), ("point", i))
-    return [base, new, *(name for name in names if name not in (base, new))]
+    new, names = ("velocity", i), sorted([name for name, weight in weights.items() if weight != 0.0])
+    base = names[0] if names and names[0][0] == "point" else ("point", i)
+    return [base, new, *[name for name in names if name not in (base, new)]]
 
 
 def _places(terms):
@@ -128,8 +174,4 @@ def _places(terms):
                 if not free:
                     free, count = [count], count + 1
                 places[name] = free.pop()
-    return places
-
-
-def _moved(numbers, z):
-    return torch.tensor(numbers, dtype=torch.float64).to(z)
+    return places, count
