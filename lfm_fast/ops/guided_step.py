@@ -1,7 +1,6 @@
 """guided_step: guidance blend and any linear stage combination of a solver, in one pass over the state."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -289,4 +288,4 @@ def _settled(args: tuple) -> Callable:
     name = None if seen else _row.choose(args)
     if name in _row.compiled_names:
         return _row.kernels[name]
-    return partial(_row._run, name) if name == "reference" else guided_step
+    return reference if name == "reference" and not torch._C._is_any_autocast_enabled() else guided_step
