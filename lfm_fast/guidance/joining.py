@@ -11,12 +11,10 @@ _CLEARLY = 0.95  # the times of two runs of one thing differ by this much
 def joining_pays(network, z, rows, runs):
     """Whether one forward of all rows is the faster way; both give the same velocities up to rounding.
 
-    runs: "joint" and "apart", functions of nothing. It is, but where they were timed and "apart" clearly wins. Only
-    networks that have a sampling form are timed, once for a kind of call, and remembered: a further call of any other
-    model might change what it computes next. `lfm_fast.ops._measured` says when: by default on CUDA only.
+    runs: "joint" and "apart", functions of nothing. It is, but where they were timed and "apart" clearly wins. They are
+    timed once for a kind of call, and remembered; `lfm_fast.ops._measured` says when: by default on CUDA only. Ask only
+    for a network that has a sampling form: a further call of another model might change what it computes next.
     """
-    if not network.prepares:
-        return True
     key = (z.shape, z.device, None if rows is None else len(rows.numbers))
     if key not in network.joins:
         network.joins[key] = _measured_choice(network, z, key[-1], runs)

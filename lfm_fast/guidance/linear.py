@@ -35,11 +35,7 @@ class LinearGuidance:
         if joint is not None and not isinstance(joint, bool):
             raise ValueError(f"joint is {joint!r}, expected True, False, or None to choose what is faster.")
         self.scale, self.joint = Scale(scale, interval, self.none), joint
-
-    @property
-    def guided(self):
-        """Whether any sample is, at any time."""
-        return not self.scale.trivial
+        self.guided = not self.scale.trivial  # whether any sample is, at any time
 
     def begin(self, run):
         """This guidance for one integration, a `Run`, with a state of its own; ValueError where it cannot guide it."""
@@ -61,6 +57,7 @@ class LinearGuidance:
         """The same guidance for some of the samples, (R,) int64."""
         other = copy.copy(self)
         other.scale = self.scale.part(rows)
+        other.guided = not other.scale.trivial
         return other
 
     def prepare(self, network, times):
@@ -68,7 +65,7 @@ class LinearGuidance:
         network.prepare(times, self.guided)
 
     def __call__(self, network, t, z, time=None):
-        scale, rows = self.scale(network.samples, t, z, time)
+        scale, rows = self.scale(network.samples, t, z, time) if self.guided else (None, None)
         if scale is None:
             return network.conditional(t, z, time), None, None
         if rows is None or not network.selects:

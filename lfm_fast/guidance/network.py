@@ -141,20 +141,20 @@ class Network:
         self.count.add(self.samples, rows)
         if self.null_label is None or self.y is None or not self.selects:
             return self._apart(t, z, rows, time)
-        if joint is None:
+        if joint is None and self.prepares:
             runs = {"joint": lambda: self._together(t, z, rows, time), "apart": lambda: self._apart(t, z, rows, time)}
             joint = joining_pays(self, z, rows, runs)
-        return (self._together if joint else self._apart)(t, z, rows, time)
+        return (self._apart if joint is False else self._together)(t, z, rows, time)
 
     def _conditional(self, t, z, time, rows=None):
         y = self.y if rows is None or self.y is None else self.y[rows.index]
         if time in self._numbers:
             return self._read(time, z, y)
-        return self._call(t, z) if y is None else self._call(t, z, y=y)
+        return self._call(t, z, {} if y is None else {"y": y})
 
     def _unconditional(self, t, z, time):
         y = None if self.null_label is None else self._null(z)
-        return self._read(time, z, y) if time in self._numbers else self._call(t, z, y=y)
+        return self._read(time, z, y) if time in self._numbers else self._call(t, z, {"y": y})
 
     def _apart(self, t, z, rows, time):
         velocity = self._conditional(t, z, time).clone()  # the model may write the next one to the same memory
@@ -169,16 +169,15 @@ class Network:
         else:
             # what is put together is nobody else's: the model may write to it
             chosen = (t, z) if rows is None else (t[rows.index], z[rows.index])
-            t, z_in = torch.cat([t, chosen[0]]), torch.cat([z, chosen[1]])
-            velocity = self._velocity(t.to(self.time_dtype), z_in.to(self.dtype), z_in, {"y": labels})
+            velocity = self._velocity(torch.cat([t, chosen[0]]), torch.cat([z, chosen[1]]), {"y": labels})
         return velocity[: z.shape[0]], velocity[z.shape[0] :]
 
     def _joined(self, z, rows):
         """The null labels (R,) of `rows`, and the sample (B + R,) of each row of both evaluations."""
-        if self._null_labels is None or self._null_labels[:2] != (len(z), rows):
-            samples = torch.arange(len(z), device=z.device)
+        if self._null_labels is None or self._null_labels[:2] != (z.shape[0], rows):
+            samples = torch.arange(z.shape[0], device=z.device)
             chosen = samples if rows is None else rows.index
-            self._null_labels = (len(z), rows, self._null(chosen), torch.cat([samples, chosen]))
+            self._null_labels = (z.shape[0], rows, self._null(chosen), torch.cat([samples, chosen]))
         return self._null_labels[2:]
 
     def _read(self, time, z, y, samples=None):
@@ -190,32 +189,37 @@ class Network:
         dtype = torch.int64 if self.y is None else self.y.dtype
         return torch.full((z.shape[0],), self.null_label, dtype=dtype, device=z.device)
 
-    def _call(self, t, z, **labels):
+    def _call(self, t, z, labels):
         """The model's velocity. A model that writes to its inputs gets copies of them.
 
         Its first call shows whether it does. One that does not is given t, z and y as they are: a copy of them at every
-        evaluation is most of what a solver's step costs beside the model.
+        evaluation is most of what it costs beside the model.
         """
-        t_in, z_in = t.to(self.time_dtype).contiguous(), z.to(self.dtype)
-        given = (t_in, z_in, *(y for y in labels.values() if y is not None))
+        y = labels.get("y")
         if self._writes is False:
-            before = [x._version for x in given]
-            velocity = self._velocity(t_in, z_in, z, labels)
-            if before != [x._version for x in given]:
+            before = t._version + z._version + (0 if y is None else y._version)
+            velocity = self._velocity(t, z, labels)
+            if before != t._version + z._version + (0 if y is None else y._version):
                 raise RuntimeError(
                     "The model wrote to one of its inputs t, z, y, and had not done so at its first call, so that the "
                     "state is lost: let it write to a copy of its own, as in z = z.clone()."
                 )
             return velocity
+        given = [x for x in (t, z, y) if x is not None]
         copies = [x.clone() for x in given]
-        velocity = self._velocity(*copies[:2], z, {name: y if y is None else copies[2] for name, y in labels.items()})
+        versions = [] if self._writes else [x._version for x in copies]
+        velocity = self._velocity(*copies[:2], dict.fromkeys(labels, None if y is None else copies[2]))
         if self._writes is None:
-            self._writes = any(copy._version or not torch.equal(copy, x) for copy, x in zip(copies, given))
+            unwritten = versions == [x._version for x in copies]
+            self._writes = not (unwritten and all(torch.equal(copy, x) for copy, x in zip(copies, given)))
         return velocity
 
-    def _velocity(self, t, z_in, z, labels):
+    def _velocity(self, t, z, labels):
+        """The model at t and z, which it may write to."""
         self.count.calls += 1
-        velocity = self.model(t, z_in, **labels, **self.kwargs)
+        if t.dtype != self.time_dtype or not t.is_contiguous():
+            t = t.to(self.time_dtype).contiguous()
+        velocity = self.model(t, z if z.dtype == self.dtype else z.to(self.dtype), **labels, **self.kwargs)
         check_velocity(velocity, z)
         return _for_solver(velocity, z)
 

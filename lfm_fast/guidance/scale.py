@@ -58,7 +58,7 @@ class Scale:
         if self.schedule is not None:
             return self._scheduled(inside, t, z, time)
         # the same objects again while nothing changes, so that what is made of them is kept too
-        key, known = (samples, inside, len(z), z.dtype, z.device), self._known
+        key, known = (samples, inside, z.shape[0], z.dtype, z.device), self._known
         if known is None or known[0] != key:
             self._known = known = (key, self._fixed(samples, inside, z))
         return known[1]
