@@ -52,6 +52,7 @@ def _train(arguments):
     return train(parse_args(arguments, prog="lfm-fast train"))
 
 
+_GUIDANCE = {"plain": "LinearGuidance", "rescale": "Rescale", "apg": "APG", "cfg-zero": "CFGZeroStar"}
 _GRIDS = "uniform, quadratic, karras, karras:RHO, shift:S, lfm or a .json file that tune-grid wrote"
 
 
@@ -65,6 +66,8 @@ def _add_sample(commands):
     add("--num-images", type=int, default=16, help="how many (default: %(default)s)")
     add("--class", dest="label", metavar="NAME_OR_INDEX", help="label of all images; default: unconditional")
     add("--guidance-scale", type=float, help="towards the class; 1 is none; default: what suits the model")
+    add("--guidance", choices=_GUIDANCE, help="what is made of the scale: plain (default), rescale, apg or cfg-zero")
+    add("--guidance-interval", nargs=2, type=float, metavar=("LOW", "HIGH"), help="times in which there is guidance")
     add("--method", help="solver: euler, midpoint, heun, rk4, dopri5, ... (default: what suits the model, or dopri5)")
     add("--num-steps", type=int, help="steps of a fixed-step solver")
     add("--time-grid", metavar="GRID", help="times of a fixed-step solver: " + _GRIDS)
@@ -82,11 +85,12 @@ def _sample(args):
 
     output = Path(args.output)
     as_grid = _prepared(output)
-    if args.label is None and args.guidance_scale not in (None, 1):
-        raise ValueError("--guidance-scale guides towards a class; give --class too, or leave it out")
+    for name in ("guidance_scale", "guidance", "guidance_interval"):
+        if args.label is None and getattr(args, name) not in (None, 1):
+            raise ValueError(f"--{name.replace('_', '-')} guides towards a class; give --class too, or leave it out")
     flow = LatentFlow.from_pretrained(args.model, args.autoencoder, device=_device(args.device))
     _require_its_own(args, args.method or flow.sampling.get("method", "dopri5"))
-    chosen = {name: getattr(args, name) for name in ("guidance_scale", "method", "num_steps")}
+    chosen = _guidance(args, flow) | {name: getattr(args, name) for name in ("method", "num_steps")}
     chosen["time_grid"] = None if args.time_grid is None else from_text(args.time_grid)
     chosen |= {"atol": args.tolerance, "rtol": args.tolerance, "progress": sys.stderr.isatty()}
     sampling = {name: value for name, value in chosen.items() if value is not None}
@@ -97,6 +101,17 @@ def _sample(args):
         for number, image in enumerate(images):
             save(grid(image[None], padding=0), output / f"{number:06d}.png")
     print(f"wrote {len(images)} images to {output}")
+
+
+def _guidance(args, flow):
+    """The arguments of sampling that say how to guide."""
+    from lfm_fast import guidance
+
+    if args.guidance is None and args.guidance_interval is None:
+        return {"guidance_scale": args.guidance_scale}
+    scale = flow.sampling.get("guidance_scale", 1.0) if args.guidance_scale is None else args.guidance_scale
+    kind = getattr(guidance, _GUIDANCE[args.guidance or "plain"])
+    return {"guidance": kind(scale, interval=args.guidance_interval or (0.0, 1.0))}
 
 
 def _require_its_own(args, method):

@@ -21,6 +21,7 @@ from lfm_fast.checkpoint import (
 from lfm_fast.flow.noise import noise
 from lfm_fast.flow.paths import Linear, describe, make_path
 from lfm_fast.flow.paths import Path as ProbabilityPath
+from lfm_fast.guidance import ClassifierGuidance
 from lfm_fast.models import from_config
 from lfm_fast.sampling import sample
 
@@ -94,7 +95,8 @@ class LatentFlow:
             batch_size: images integrated and decoded at a time; None makes it 64.
             indices: (num_images,) int64 sample numbers instead of 0, 1, ...
             sampling: arguments of `lfm_fast.sample` (method, num_steps, guidance_scale, t_end, ...); path is this
-                flow's own, and t_start is 1. A guidance_scale of shape (num_images,) goes image by image.
+                flow's own, and t_start is 1. A guidance_scale of shape (num_images,), of a guidance object too, goes
+                image by image. A guidance object takes the place of this flow's own guidance_scale.
 
         Raises ValueError for a count below 1, unknown labels, and whatever `lfm_fast.sample` refuses.
         """
@@ -106,10 +108,11 @@ class LatentFlow:
                 raise ValueError(
                     f"{name} is for lfm_fast.sample on latents; here the flow's own path leads from noise to images"
                 )
-        arguments = {**self.defaults(y), **sampling, "path": self.path, "seed": seed}
+        guidance = sampling.get("guidance")
+        arguments = {**self.defaults(y, guidance), **sampling, "path": self.path, "seed": seed}
         scale = arguments.get("guidance_scale")
         one_each = isinstance(scale, torch.Tensor) and scale.shape == (num_images,)
-        labels = self.labels(y, num_images)
+        labels = self.labels(y, num_images, of_classifier=isinstance(guidance, ClassifierGuidance))
         indices = _sample_numbers(indices, num_images)
         self.model.eval()
         images = []
@@ -118,25 +121,33 @@ class LatentFlow:
             part_y = None if labels is None else labels[part].to(self.device)
             if one_each:
                 arguments["guidance_scale"] = scale[part].to(self.device)
+            if getattr(guidance, "num_samples", None) == num_images:
+                arguments["guidance"] = guidance.part(part)
             z_0 = sample(self.model, self.path.prior(z_1), y=part_y, indices=indices[part], **arguments)
             images.append((self.autoencoder.decode(z_0).cpu() + 1) / 2)
         return torch.cat(images)
 
-    def defaults(self, y):
-        """The arguments of `lfm_fast.sample` that suit this network; without labels y there is no guidance."""
+    def defaults(self, y, guidance=None):
+        """The arguments of `lfm_fast.sample` that suit this network; without labels y there is no guidance, and a
+        guidance object has its own scale."""
         null_label = self.model.null_label if y is not None else None
         defaults = {"null_label": null_label, **self.sampling}
-        if y is None or null_label is None:
+        if y is None or null_label is None or guidance is not None:
             defaults.pop("guidance_scale", None)
+            defaults.pop("guidance_interval", None)
         return defaults
 
-    def labels(self, y, num_images):
-        """Names or indices, one or many -> (num_images,) int64; None stays None. Raises ValueError for unknown ones."""
+    def labels(self, y, num_images, of_classifier=False):
+        """Names or indices, one or many -> (num_images,) int64; None stays None. Raises ValueError for unknown ones.
+
+        of_classifier: they are a classifier's, of which a network trained without labels need know none.
+        """
         if y is None:
             return None
         count = self.model.config["num_classes"]
-        if not count:
+        if not count and not of_classifier:
             raise ValueError("this network was trained without labels; leave y out")
+        count = count or torch.iinfo(torch.int64).max
         given = y.tolist() if hasattr(y, "tolist") else y  # of PyTorch or NumPy
         given = list(given) if isinstance(given, (list, tuple)) else [given] * num_images
         if len(given) != num_images:

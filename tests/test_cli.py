@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import lfm_fast
-from lfm_fast import __version__
+from lfm_fast import __version__, pictures
 from lfm_fast.cli import main
 from lfm_fast.data.latents import LatentCache
 
@@ -34,6 +34,25 @@ def test_sample_writes_a_folder_and_the_seed_decides(tmp_path):
     assert len(files["a"]) == 3
     assert Image.open(tmp_path / "a" / "000000.png").size == (64, 64)
     assert files["a"] == files["b"] != files["c"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "guidance"),
+    [
+        (["--guidance", "apg", "--guidance-scale", "3"], lambda: lfm_fast.guidance.APG(3.0)),
+        (["--guidance", "cfg-zero"], lambda: lfm_fast.guidance.CFGZeroStar(2.0)),  # the flow's own scale
+        (["--guidance-interval", "0.2", "0.6"], lambda: lfm_fast.guidance.LinearGuidance(2.0, (0.2, 0.6))),
+    ],
+)
+def test_sample_with_guidance_by_name(arguments, guidance, tmp_path):
+    more = ["--num-images", "2", "--num-steps", "4", "--class", "0", "--output", str(tmp_path / "grid.png")]
+    assert main(["sample", *more, *arguments]) == 0
+    flow = lfm_fast.LatentFlow.from_pretrained("embedded")
+    expected = flow.sample(2, y=0, num_steps=4, guidance=guidance())
+    pictures.save(pictures.grid(expected), tmp_path / "expected.png")
+    assert (tmp_path / "grid.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
+    pictures.save(pictures.grid(flow.sample(2, y=0, num_steps=4)), tmp_path / "plain.png")
+    assert (tmp_path / "grid.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
 
 
 def test_a_solver_that_cannot_go_on_ends_with_one_sentence(capsys, tmp_path):
@@ -110,6 +129,8 @@ def test_train_takes_the_same_flags(capsys):
         (["encode", "--data", "embedded", "--output", "cache", "--autoencoder", "nope"], "'nope' does not exist"),
         (["sample", "--method", "newton"], "method is 'newton'"),
         (["sample", "--guidance-scale", "2"], "give --class too"),
+        (["sample", "--guidance", "apg"], "--guidance guides towards a class; give --class too"),
+        (["sample", "--class", "0", "--guidance-interval", "0.8", "0.2"], "with 0 <= low <= high <= 1"),
         (["sample", "--tolerance", "0.1"], "heun takes fixed steps; give --num-steps"),
         (["sample", "--method", "dopri5", "--num-steps", "4"], "dopri5 chooses its own; give --tolerance"),
         (["sample", "--method", "dopri5", "--time-grid", "karras"], "--time-grid is for fixed-step solvers"),

@@ -179,6 +179,37 @@ def test_labels_and_scales_of_numpy_and_one_each(flow):
     assert not torch.allclose(together[2], flow.sample(3, y=y, guidance_scale=2.0)[2], atol=1e-4)
 
 
+def test_a_guidance_object_takes_the_place_of_the_flows_scale_and_goes_image_by_image(flow):
+    y, scales = np.array([2, 0, 1]), torch.tensor([1.0, 2.0, 3.0])
+    linear = lfm_fast.guidance.LinearGuidance(2.0)
+    assert torch.equal(flow.sample(3, y=y, guidance=linear), flow.sample(3, y=y))  # whose scale is 2
+    together = flow.sample(3, y=y, guidance=lfm_fast.guidance.APG(scales))
+    parts = flow.sample(3, y=y, guidance=lfm_fast.guidance.APG(scales), batch_size=2)
+    torch.testing.assert_close(parts, together, atol=1e-4, rtol=0)
+    for i in (0, 2):
+        one = flow.sample(3, y=y, guidance=lfm_fast.guidance.APG(float(scales[i])))
+        torch.testing.assert_close(one[i], together[i], atol=1e-4, rtol=0)
+        assert not torch.allclose(one[1], together[1], atol=1e-4)
+    with pytest.raises(ValueError, match="Both guidance and guidance_scale"):
+        flow.sample(3, y=y, guidance=linear, guidance_scale=2.0)
+    with pytest.raises(ValueError, match=r"guidance_scale is \(2,\)"):
+        flow.sample(3, y=y, guidance=lfm_fast.guidance.Rescale(scales[:2]))
+
+
+def test_a_classifier_guides_a_flow_that_was_trained_without_labels():
+    flow = tiny_flow(num_classes=0, label_dropout=0.0, sampling={"method": "heun", "num_steps": 5})
+    lead = torch.zeros(9, 4, 8, 8)
+    lead[7], lead[8] = 0.02, -0.02
+    guidance = lfm_fast.guidance.ClassifierGuidance(lambda t, z: z.flatten(1) @ lead.flatten(1).T, 5.0)
+    images = flow.sample(3, y=[7, 8, 0], guidance=guidance, batch_size=2)
+    plain = flow.sample(3)
+    changes = [(a - b).abs().max() for a, b in zip(images, plain)]
+    assert changes[0] > 1e-3
+    assert changes[1] > 1e-3
+    with pytest.raises(ValueError, match="was trained without labels"):
+        flow.sample(3, y=[7, 8, 0])
+
+
 def files(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

@@ -53,6 +53,11 @@ class LinearGuidance:
                 "velocity to guide by; leave guidance_scale at 1."
             )
 
+    @property
+    def num_samples(self):
+        """How many samples it is for, None being any number."""
+        return None if self.scale.values is None else len(self.scale.values)
+
     def part(self, rows):
         """The same guidance for some of the samples, (R,) int64."""
         other = copy.copy(self)
