@@ -13,6 +13,7 @@ from lfm_fast.flow.noise import check_indices, check_seed
 from lfm_fast.flow.paths import Linear, Path
 from lfm_fast.guidance import GuidedField, LinearGuidance, Network, Run
 from lfm_fast.solvers import Settings, get_solver
+from lfm_fast.solvers.external import EXTERNALS
 from lfm_fast.solvers.grids import is_number
 from lfm_fast.solvers.grids import time_grid as make_grid
 
@@ -82,29 +83,31 @@ def sample(
             Without it the unconditional velocity is model(t, z, y=None), a forward of its own.
         guidance_interval: (low, high) in t; outside it the unconditional forward is skipped.
         method: euler, midpoint, heun, rk4 (fixed); ab2, ab3, dpmpp_2m, unipc (fixed, one evaluation a step);
-            euler_maruyama, sde_heun (fixed, stochastic); dopri5, dopri8, bosh3, fehlberg2, adaptive_heun (adaptive);
-            any of torchdiffeq's as "torchdiffeq:NAME"; or an object such as lfm_fast.solvers.UniPC(solver_order=3) or
-            EulerMaruyama(diffusion="path"). The adaptive ones are torchdiffeq's: one step size for the whole batch.
+            euler_maruyama, sde_heun (fixed, stochastic); dopri5, dopri8, bosh3, adaptive_heun, tsit5 (adaptive, each
+            sample with its own steps, so that it does not depend on which others are in the batch); any of
+            torchdiffeq's as "torchdiffeq:NAME" (its adaptive ones have one step size for the whole batch); or an object
+            such as lfm_fast.solvers.UniPC(solver_order=3) or EulerMaruyama(diffusion="path").
         num_steps: solver steps N of a fixed method; of an adaptive one only the N + 1 times of a trajectory.
         time_grid: None or "uniform"; "lfm" (N points over [1, 1e-5], so N - 1 steps); ("shift", s), that is
             t' = s t / (1 + (s - 1) t); "quadratic"; "karras" or ("karras", rho), even in (sigma / alpha)^(1 / rho); a
             1-D tensor of strictly monotone times, or a .json file of them (as `tune_grid` writes it), instead of
             num_steps.
         atol, rtol: tolerances of adaptive methods.
-        max_nfe: evaluations at most. A fixed method that needs more is refused. An adaptive one stops where it is,
-            warns, returns the state of its last accepted step and says reached = False in the stats.
+        max_nfe: evaluations at most, of each sample. A fixed method that needs more is refused. An adaptive one stops
+            where it is, warns, returns the state of its last accepted step and says reached = False in the stats.
         t_start, t_end: in [0, 1], in either order. Moved inside [path.t_min, path.t_max].
         path: the path the model was trained on; None takes what the model says (`path` of the adapters of
             lfm_fast.interop), or Linear().
         guidance: an object of the protocol of lfm_fast.guidance, instead of guidance_scale and guidance_interval.
         seed, indices: the noise of stochastic methods, that of sample number indices[i] (None being i) of the seed.
-        compat: "lfm" integrates as LFM does: grid "lfm" for fixed methods, and torchdiffeq's adaptive methods step
-            past t_end.
+        compat: "lfm" integrates as LFM does: grid "lfm" for fixed methods, and the adaptive ones that torchdiffeq has
+            are torchdiffeq's, which step past t_end.
         model_kwargs: further keyword arguments of the model; it is then called on the whole batch only.
         trajectory: return (K, B, ...) states at every time of the grid, both ends included, instead of the last.
         return_stats: return (z0, SampleStats).
-        callback: called as callback(step, t, z) after each accepted step, step counting from 1, z being the state at t.
-            Where it returns exactly False, the integration ends there, with reached = False in the stats.
+        callback: called as callback(step, t, z) after each accepted step, step counting from 1, z being the state at
+            t; of an adaptive method of ours after each round of attempts, with t (B,) the time of each sample. Where it
+            returns exactly False, the integration ends there, with reached = False in the stats.
         progress: show a progress bar (tqdm).
 
     Returns: (B, ...) latents on the device of z1, float32 (float64 for a float64 z1).
@@ -112,7 +115,7 @@ def sample(
     Raises:
         ValueError: any argument that cannot be used, before the model is called; a result of the model that is no
             velocity of the shape of z.
-        RuntimeError: a velocity is not finite; torchdiffeq cannot go on.
+        RuntimeError: a velocity is not finite (the sentence names sample and time); steps get too small.
 
     >>> import torch, lfm_fast
     >>> z1 = lfm_fast.noise(4, (4, 8, 8), seed=0)
@@ -127,7 +130,7 @@ def sample(
     if null_label is not None:
         _check_null_label(null_label, torch.int64 if y is None else y.dtype)
     guidance = _choose_guidance(guidance, guidance_scale, guidance_interval)
-    solver = get_solver(method)
+    solver = get_solver(_of_torchdiffeq(method) if compat == "lfm" else method)
     path = _choose_path(model, path)
     times = _times(solver, time_grid, num_steps, t_start, t_end, path, compat)
     if hasattr(guidance, "begin"):
@@ -177,6 +180,12 @@ def _after_zero_steps(guidance, times):
     if count >= num_steps:
         raise ValueError(f"guidance leaves out the first {count} of {num_steps} steps (zero_steps): none is left.")
     return times[count:]
+
+
+def _of_torchdiffeq(method):
+    """An adaptive method's name where torchdiffeq has it: the one that LFM runs, with one step size for the batch."""
+    theirs = EXTERNALS.get(method) if isinstance(method, str) else None
+    return method if theirs is None or theirs.kind != "adaptive" else f"torchdiffeq:{method}"
 
 
 def _warn_of_budget(method, max_nfe, solution, t_end):

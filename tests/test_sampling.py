@@ -162,7 +162,7 @@ def test_trajectory_holds_both_ends(method):
     torch.testing.assert_close(growth, torch.full((8,), math.exp(1 / 8)), rtol=0.01, atol=0)
 
 
-@pytest.mark.parametrize("method", ["heun", "dopri5", "torchdiffeq:rk4"])
+@pytest.mark.parametrize("method", ["heun", "torchdiffeq:dopri5", "torchdiffeq:rk4"])
 def test_callback_is_told_every_step_and_progress_draws_a_bar(method, capsys):
     seen = []
     z0, stats = lfm_fast.sample(
@@ -177,7 +177,7 @@ def test_callback_is_told_every_step_and_progress_draws_a_bar(method, capsys):
     assert torch.equal(seen[-1][2], z0)
     bar = capsys.readouterr().err
     assert "sampling" in bar
-    assert ("5/5" in bar) == (method != "dopri5"), "full at the end, where the number of steps is known"
+    assert ("5/5" in bar) == (method != "torchdiffeq:dopri5"), "full at the end, where the number of steps is known"
 
 
 def test_grids_reach_the_solver():
@@ -220,7 +220,7 @@ def test_max_nfe_stops_an_adaptive_method_where_it_is():
     with pytest.warns(UserWarning, match=r"dopri5 used its max_nfe = 15 evaluations before t = 0: 3 of 3"):
         z, stats = lfm_fast.sample(Counting(), z1(), atol=1e-9, rtol=1e-9, max_nfe=15, return_stats=True)
     assert stats.reached.tolist() == [False] * 3
-    assert stats.nfe.tolist() == [15] * 3
+    assert stats.nfe.tolist() == [14] * 3  # another attempt would be 6 more
     assert 1.0 < (z / z1()).mean().item() < math.e
     _, stats = lfm_fast.sample(Counting(), z1(), method="rk4", num_steps=10, max_nfe=40, return_stats=True)
     assert stats.reached.all()

@@ -1,10 +1,13 @@
 """The field that a solver integrates: a network under a guidance object."""
 
+import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+
+from lfm_fast.guidance.network import Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +27,29 @@ class GuidedField:
     """The field (see lfm_fast.solvers) of a network under a guidance object; counts its evaluations in `nfe`."""
 
     def __init__(self, network, guidance):
-        self.network, self.guidance, self.nfe = network, guidance, 0
+        self.network, self.guidance = network, guidance
 
     def __call__(self, t, z):
         return self._evaluate(t, z)
+
+    @property
+    def nfe(self):
+        """Evaluations so far, of the whole batch or of some of its samples."""
+        return self.network.count.nfe
+
+    @property
+    def selects(self):
+        """Whether `select` will do: not where the model takes further arguments, which are of the whole batch."""
+        return self.network.selects
+
+    def select(self, numbers, index):
+        """The field of some samples of the whole batch, by their numbers on the host and (R,) int64 on the device.
+
+        t and z hold these samples only then. What it costs is counted together with the whole.
+        """
+        part = copy.copy(self)
+        part.network = self.network.select(Rows(numbers, index))
+        return part
 
     def prepare(self, times):
         """Announce the times that `at` will be asked for, floats in order."""
@@ -55,5 +77,5 @@ class GuidedField:
         return both
 
     def _evaluate(self, t, z, time=None):
-        self.nfe += 1
+        self.network.count.nfe += 1
         return self.guidance(self.network, t, z, time=time)

@@ -23,10 +23,11 @@ class Rows:
 
 
 class Count:
-    """What the networks of one integration cost together: `calls` of a model, and rows by sample of the whole batch."""
+    """What the networks of one integration cost together: evaluations of the field, `nfe`; `calls` of a model; and rows
+    by sample of the whole batch."""
 
     def __init__(self, batch_size):
-        self.calls, self.batch_size = 0, batch_size
+        self.nfe, self.calls, self.batch_size = 0, 0, batch_size
         self._evaluations = Counter()  # by (the samples that a network holds, those of them it computed); None is all
 
     def add(self, samples, rows):
@@ -84,6 +85,14 @@ class Network:
             other._take(model)
             self._others[key] = other
         return self._others[key]
+
+    def select(self, rows):
+        """The network of some samples of the whole batch, Rows; counted together with it."""
+        assert self.samples is None
+        part = copy.copy(self)
+        part.samples, part.y = rows, None if self.y is None else self.y[rows.index]
+        part._null_labels, part._others = None, {}
+        return part
 
     @property
     def calls(self):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from lfm_fast.solvers import external, fixed, tableaus
+from lfm_fast.solvers import adaptive, embedded, external, fixed, tableaus
 from lfm_fast.solvers.multistep import AdamsBashforth, DPMSolverPP2M, UniPC
 from lfm_fast.solvers.runge_kutta import RungeKutta
 from lfm_fast.solvers.solution import Settings, Solution
@@ -63,6 +63,10 @@ def _fixed(formula):
     )
 
 
+def _embedded(name, pair):
+    return Solver(name, partial(adaptive.integrate, pair), pair.order, adaptive=True)
+
+
 def _torchdiffeq(name, row):
     return Solver(
         name,
@@ -88,7 +92,11 @@ METHODS = {
         _fixed(UniPC()),
         _fixed(EulerMaruyama()),
         _fixed(SDEHeun()),
-        *(_torchdiffeq(name, row) for name, row in external.EXTERNALS.items() if row.kind == "adaptive"),
+        _embedded("dopri5", embedded.DOPRI5),
+        _embedded("dopri8", embedded.DOPRI8),
+        _embedded("bosh3", embedded.BOSH3),
+        _embedded("adaptive_heun", embedded.ADAPTIVE_HEUN),
+        _embedded("tsit5", embedded.TSIT5),
     )
 }
 

@@ -15,8 +15,9 @@ class Settings:
     rtol: float = 1e-5
     max_nfe: int | None = None  # evaluations after which the integration stops where it is
     trajectory: bool = False  # keep the state at every time of the grid
-    # (steps done, t, z) after each accepted step; exactly False ends the integration there
-    on_step: Callable[[int, float, torch.Tensor], bool | None] | None = None
+    # (steps done, t, z) after each accepted step, or, where samples step on their own, after each round of attempts,
+    # with t (B,) float64; exactly False ends the integration there
+    on_step: Callable[[int, float | torch.Tensor, torch.Tensor], bool | None] | None = None
     inside: bool = True  # never evaluate outside the grid's times; False leaves torchdiffeq to step past the end
     path: Any = None  # alpha, sigma and their derivatives, for methods that predict data or need the score
     seed: int = 0  # of the noise of stochastic methods,

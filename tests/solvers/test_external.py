@@ -5,7 +5,7 @@ import torch
 from problems import PROBLEMS, Counting
 from torchdiffeq import odeint
 
-from lfm_fast.solvers import METHODS, Settings, get_solver
+from lfm_fast.solvers import Settings, get_solver
 from lfm_fast.solvers.external import EXTERNALS
 from lfm_fast.solvers.grids import time_grid
 
@@ -16,7 +16,7 @@ DOWN = [1.0, 0.0]
 
 def solve(name, problem, times, **settings):
     field = Counting(problem.velocity)
-    return get_solver(name).integrate(field, problem.start, times, Settings(**settings)), field
+    return get_solver(f"torchdiffeq:{name}").integrate(field, problem.start, times, Settings(**settings)), field
 
 
 def theirs(name, problem, times, **arguments):
@@ -30,7 +30,6 @@ def test_every_method_of_torchdiffeq_has_a_row():
     from torchdiffeq._impl.odeint import SOLVERS
 
     assert set(EXTERNALS) == set(SOLVERS)
-    assert set(ADAPTIVE) <= set(METHODS)
 
 
 @pytest.mark.parametrize("name", EXTERNALS)
@@ -40,7 +39,7 @@ def test_every_method_finds_the_solution(name, problem, start, end):
     # explicit_adams raises its order with the steps made, to 12, which is stable for the smallest steps only
     num_steps = {"euler": 400, "explicit_adams": 10}.get(name, 100)
     times = time_grid(None, num_steps, start, end)
-    solution, field = solve(f"torchdiffeq:{name}", problem, times, atol=1e-6, rtol=1e-6)
+    solution, field = solve(name, problem, times, atol=1e-6, rtol=1e-6)
     exact = problem.exact(problem.start, start, end)
     # fehlberg2 controls a first-order error only; the others keep well below their tolerance or step
     torch.testing.assert_close(solution.z, exact, rtol=0.03, atol=0.03)
@@ -54,7 +53,7 @@ def test_every_method_finds_the_solution(name, problem, start, end):
 def test_fixed_methods_step_through_our_grid(name):
     """num_steps means num_steps: torchdiffeq given all N + 1 times makes the same numbers and evaluations."""
     times, seen = time_grid(None, 20), []
-    solution, field = solve(f"torchdiffeq:{name}", PROBLEMS[1], times, on_step=lambda *step: seen.append(step))
+    solution, field = solve(name, PROBLEMS[1], times, on_step=lambda *step: seen.append(step))
     states, evaluations = theirs(name, PROBLEMS[1], times, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(solution.z, states[-1], rtol=0, atol=0)
     assert field.nfe == evaluations
@@ -94,7 +93,7 @@ def test_the_last_step_ends_on_the_last_time():
 
 def test_the_first_guess_of_a_step_does_not_look_beyond_the_grid():
     field = Counting(lambda t, z: 1e-3 * z)  # so slow that torchdiffeq's first guess is a step of 10
-    get_solver("dopri5").integrate(field, PROBLEMS[0].start, DOWN, Settings())
+    get_solver("torchdiffeq:dopri5").integrate(field, PROBLEMS[0].start, DOWN, Settings())
     assert min(float(t.min()) for t in field.times) >= 0.0
 
 
@@ -111,7 +110,7 @@ def test_rejected_steps_are_counted_and_tolerance_buys_accuracy():
         return torch.where(t[:, None] > 0.4, z, -20 * z)
 
     def solve_at(tolerance):
-        return get_solver("dopri5").integrate(
+        return get_solver("torchdiffeq:dopri5").integrate(
             Counting(velocity), PROBLEMS[0].start, DOWN, Settings(atol=tolerance, rtol=tolerance)
         )
 
@@ -134,7 +133,7 @@ def test_trajectory_and_callback_of_an_adaptive_method():
     assert seen[-1][1] == 0.0
 
 
-@pytest.mark.parametrize("name", ["dopri5", "dopri8", "torchdiffeq:implicit_adams"])
+@pytest.mark.parametrize("name", ["dopri5", "dopri8", "implicit_adams"])
 @pytest.mark.parametrize("budget", [1, 2, 17])
 def test_a_spent_budget_returns_the_last_accepted_state(name, budget):
     problem = PROBLEMS[0]
@@ -175,10 +174,10 @@ def test_guidance_is_blended_per_sample():
 def test_velocities_that_are_not_finite_end_in_a_sentence():
     field = Counting(lambda t, z: z * float("nan"))
     with pytest.raises(RuntimeError, match="dopri5 gave up after t = 1"):
-        get_solver("dopri5").integrate(field, PROBLEMS[0].start, DOWN, Settings())
+        get_solver("torchdiffeq:dopri5").integrate(field, PROBLEMS[0].start, DOWN, Settings())
 
 
-@pytest.mark.parametrize("name", ["torchdiffeq:rk4", "torchdiffeq:explicit_adams", "dopri5", "heun", "rk4"])
+@pytest.mark.parametrize("name", ["rk4", "explicit_adams", "dopri5"])
 def test_a_field_may_return_the_same_memory_every_time(name):
     problem, times = PROBLEMS[2], time_grid(None, 10, 0.0, 1.0)  # downwards torchdiffeq negates, which copies
     buffer = torch.empty_like(problem.start)
@@ -187,4 +186,4 @@ def test_a_field_may_return_the_same_memory_every_time(name):
         return buffer.copy_(problem.velocity(t, z)), None, None
 
     fresh, _ = solve(name, problem, times)
-    assert torch.equal(get_solver(name).integrate(static, problem.start, times, Settings()).z, fresh.z)
+    assert torch.equal(get_solver(f"torchdiffeq:{name}").integrate(static, problem.start, times, Settings()).z, fresh.z)
