@@ -140,7 +140,7 @@ def test_every_sample_keeps_the_tolerance_where_one_error_for_the_batch_does_not
 @pytest.mark.parametrize(("start", "end"), [(1.0, 0.0), (0.1, 0.8)])
 def test_a_trajectory_is_read_off_inside_the_steps(name, problem, start, end):
     times = time_grid(("shift", 2.0), 23, start, end)
-    tolerances = {"atol": near(name, 1e-6), "rtol": near(name, 1e-6)}
+    tolerances, bound = {"atol": near(name, 1e-6), "rtol": near(name, 1e-6)}, 0.03 if name == "adaptive_heun" else 1e-3
     solution, field = solve(name, problem, times, trajectory=True, **tolerances)
     plain, _ = solve(name, problem, [start, end], **tolerances)
     assert torch.equal(solution.z, plain.z)  # it changes no step
@@ -149,7 +149,7 @@ def test_a_trajectory_is_read_off_inside_the_steps(name, problem, start, end):
     assert len(solution.states) == 24
     for t, state in zip(times, solution.states, strict=True):
         # the same bound as at the end; inside, dopri5 and tsit5 are of the fourth order and dopri8 of the seventh
-        torch.testing.assert_close(state, problem.exact(problem.start, start, t), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(state, problem.exact(problem.start, start, t), rtol=bound, atol=bound)
     extra = solution.nfe - plain.nfe
     if name == "dopri8":  # three evaluations in each step that goes over a time of the grid
         assert (extra > 0).all()
@@ -175,7 +175,7 @@ def test_the_solution_inside_a_step_is_as_good_as_its_order(name):
 @each_pair
 def test_a_spent_budget_returns_the_last_accepted_state_of_each_sample(name):
     problem, per_attempt = PROBLEMS[0], PAIRS[name].evaluations
-    tolerances = {"atol": near(name, 1e-6), "rtol": near(name, 1e-6)}
+    tolerances, bound = {"atol": near(name, 1e-6), "rtol": near(name, 1e-6)}, 0.03 if name == "adaptive_heun" else 1e-3
     free, _ = solve(name, problem, DOWN, **tolerances)
     for budget in (1, 2 + per_attempt, 2 + 4 * per_attempt, int(free.nfe.max()) - 1, int(free.nfe.max())):
         solution, field = solve(name, problem, DOWN, max_nfe=budget, **tolerances)
@@ -188,7 +188,7 @@ def test_a_spent_budget_returns_the_last_accepted_state_of_each_sample(name):
         assert (solution.time[late] > 0.0).all()
         assert torch.equal(solution.time < 1.0, solution.accepted > 0)
         for z, start, time in zip(solution.z[late], problem.start[late], solution.time[late].tolist()):
-            torch.testing.assert_close(z, problem.exact(start, 1.0, time), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(z, problem.exact(start, 1.0, time), rtol=bound, atol=bound)
         assert not solution.cancelled
 
 
