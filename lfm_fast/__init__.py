@@ -25,6 +25,7 @@ _EXPORTS = {
 _MODULES = {
     "autoencoder": "lfm_fast.autoencoder",
     "guidance": "lfm_fast.guidance",
+    "interop": "lfm_fast.interop",
     "models": "lfm_fast.models",
     "ops": "lfm_fast.ops",
     "paths": "lfm_fast.flow.paths",

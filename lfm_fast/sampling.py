@@ -89,9 +89,9 @@ def sample(
             such as lfm_fast.solvers.UniPC(solver_order=3) or EulerMaruyama(diffusion="path").
         num_steps: solver steps N of a fixed method; of an adaptive one only the N + 1 times of a trajectory.
         time_grid: None or "uniform"; "lfm" (N points over [1, 1e-5], so N - 1 steps); ("shift", s), that is
-            t' = s t / (1 + (s - 1) t); "quadratic"; "karras" or ("karras", rho), even in (sigma / alpha)^(1 / rho); a
-            1-D tensor of strictly monotone times, or a .json file of them (as `tune_grid` writes it), instead of
-            num_steps.
+            t' = s t / (1 + (s - 1) t); "quadratic"; "karras" or ("karras", rho), even in (sigma / alpha)^(1 / rho);
+            ("step", h), a 1-D tensor of strictly monotone times, or a .json file of them (as `tune_grid` writes it),
+            instead of num_steps.
         atol, rtol: tolerances of adaptive methods.
         max_nfe: evaluations at most, of each sample. A fixed method that needs more is refused. An adaptive one stops
             where it is, warns, returns the state of its last accepted step and says reached = False in the stats.
@@ -101,7 +101,8 @@ def sample(
         guidance: an object of the protocol of lfm_fast.guidance, instead of guidance_scale and guidance_interval.
         seed, indices: the noise of stochastic methods, that of sample number indices[i] (None being i) of the seed.
         compat: "lfm" integrates as LFM does: grid "lfm" for fixed methods, and the adaptive ones that torchdiffeq has
-            are torchdiffeq's, which step past t_end.
+            are torchdiffeq's, which step past t_end. Its Heun, which goes on as Euler after 39 steps, is
+            method="lfm:heun40".
         model_kwargs: further keyword arguments of the model; it is then called on the whole batch only.
         trajectory: return (K, B, ...) states at every time of the grid, both ends included, instead of the last.
         return_stats: return (z0, SampleStats).

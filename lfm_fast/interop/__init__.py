@@ -1,1 +1,13 @@
-"""Other projects' networks: the same weights in their classes and in ours."""
+"""Other projects' networks as velocity fields that `lfm_fast.sample` takes, and their weights in our networks.
+
+    lfm             sample_from_model, LFM's own signature; its networks need no adapter
+    sit             SiTVelocity
+    dit             DiTVelocity, ThreeChannelGuidance
+    flow_matching   FlowMatchingVelocity
+    torchcfm        TorchCFMVelocity
+    diffusers       DiffusersVelocity; to_diffusers and from_diffusers, the same weights either way
+    recognise       recognise, from_state_dict: whose weights these are, where that is certain
+
+A field is a network in an adapter, which says how its time runs, in which order it takes its arguments and what it
+predicts; nothing of that is guessed.
+"""

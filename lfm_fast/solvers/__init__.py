@@ -17,7 +17,7 @@ from functools import partial
 
 from lfm_fast.solvers import adaptive, embedded, external, fixed, tableaus
 from lfm_fast.solvers.multistep import AdamsBashforth, DPMSolverPP2M, UniPC
-from lfm_fast.solvers.runge_kutta import RungeKutta
+from lfm_fast.solvers.runge_kutta import HeunThenEuler, RungeKutta
 from lfm_fast.solvers.solution import Settings, Solution
 from lfm_fast.solvers.stochastic import EulerMaruyama, SDEHeun, Stochastic
 
@@ -101,8 +101,13 @@ METHODS = {
 }
 
 
+# what LFM does otherwise than these methods are defined, for who needs its numbers
+QUIRKS = {formula.name: _fixed(formula) for formula in (HeunThenEuler(),)}
+
+
 def get_solver(method):
-    """The solver of a method: a name of METHODS, "torchdiffeq:NAME", a formula (lfm_fast.solvers.schedule) or a Solver.
+    """The solver of a method: a name of METHODS or QUIRKS, "torchdiffeq:NAME", a formula (lfm_fast.solvers.schedule) or
+    a Solver.
 
     Raises ValueError, with the nearest names and all there are, for anything else.
 
@@ -118,15 +123,17 @@ def get_solver(method):
     prefix, _, rest = method.partition(":") if isinstance(method, str) else ("", "", "")
     if prefix in METHODS and method == prefix:
         return METHODS[method]
+    if prefix == "lfm" and method in QUIRKS:
+        return QUIRKS[method]
     if prefix == "torchdiffeq" and rest in external.EXTERNALS:
         return _torchdiffeq(method, external.EXTERNALS[rest])
     raise ValueError(
-        f"method is {method!r}{_nearest(method)}; there are {', '.join(METHODS)}, and torchdiffeq:NAME with NAME one "
-        f"of {', '.join(external.EXTERNALS)}."
+        f"method is {method!r}{_nearest(method)}; there are {', '.join([*METHODS, *QUIRKS])}, and torchdiffeq:NAME "
+        f"with NAME one of {', '.join(external.EXTERNALS)}."
     )
 
 
 def _nearest(method):
-    names = [*METHODS, *(f"torchdiffeq:{name}" for name in external.EXTERNALS)]
+    names = [*METHODS, *QUIRKS, *(f"torchdiffeq:{name}" for name in external.EXTERNALS)]
     near = difflib.get_close_matches(method.lower(), names) if isinstance(method, str) else []
     return f" (nearest: {', '.join(near)})" if near else ""

@@ -1,16 +1,19 @@
 """Time grids: the times a solver steps through, as Python floats (float64)."""
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 LFM_LAST_TIME = 1e-5
+_SMALLEST_STEP = 1e-6
 _LARGEST_SHIFT = 1e6  # far beyond, neighbouring times are one number
 # of sigma / alpha, and its exponent: arXiv 2206.00364, table 1; beyond some hundred the spacing is geometric
 _KARRAS_LOW, _KARRAS_HIGH, _KARRAS_RHO, _LARGEST_RHO = 0.002, 80.0, 7.0, 1000.0
-_NUMBERS = {"uniform": (0,), "lfm": (0,), "quadratic": (0,), "karras": (0, 1), "shift": (1,)}  # after each name
+# how many numbers stand after each name
+_NUMBERS = {"uniform": (0,), "lfm": (0,), "quadratic": (0,), "karras": (0, 1), "shift": (1,), "step": (1,)}
 
 
 def time_grid(kind, num_steps, t_start=1.0, t_end=0.0, path=None):
@@ -20,6 +23,7 @@ def time_grid(kind, num_steps, t_start=1.0, t_end=0.0, path=None):
         None or "uniform": equidistant times;
         "lfm": the grid of LFM, N points and so N - 1 steps, over [1, 1e-5] (both ends raised to 1e-5 at least);
         ("shift", s): s u / (1 + (s - 1) u) of equidistant u, denser near noise for s > 1 (arXiv 2403.03206, eq. 23);
+        ("step", h): steps of h from the start, and a shorter last one, whatever num_steps (torchdiffeq's step_size);
         "quadratic": (sqrt(s) + i/N (sqrt(e) - sqrt(s)))^2, denser near data (arXiv 2010.02502, appendix D.2);
         "karras" or ("karras", rho): the noise per data r = sigma(t) / alpha(t) of the path is
         (r_s^(1/rho) + i/M (r_e^(1/rho) - r_s^(1/rho)))^rho, rho = 7 unless given, much denser near data
@@ -52,6 +56,8 @@ def time_grid(kind, num_steps, t_start=1.0, t_end=0.0, path=None):
         raise ValueError(f"t_start and t_end are both {t_start:g} within [{low:g}, {high:g}]: nothing to integrate.")
     if name in ("uniform", "lfm"):
         return _equidistant(t_start, t_end, num_steps)
+    if name == "step":
+        return _of_step(*arguments, t_start, t_end)
     noisy, clean = max(t_start, t_end), min(t_start, t_end)
     if name == "shift":
         times = _shifted(*arguments, noisy, clean, num_steps)
@@ -106,7 +112,7 @@ def _words(kind):
     if not _named(words) or len(words) - 1 not in _NUMBERS.get(words[0], ()):
         raise ValueError(
             f"time_grid is {kind!r}, expected 'uniform', 'lfm', 'quadratic', 'karras', ('karras', rho), ('shift', s), "
-            "a 1-D tensor of times or a .json file of them."
+            "('step', h), a 1-D tensor of times or a .json file of them."
         )
     return words
 
@@ -126,6 +132,14 @@ def _clamp(t, low, high):
 def _equidistant(t_start, t_end, num_steps):
     # weighted so that (10 - k) / 10 comes out as the literal 0.1, 0.2, ... that an interval's ends are written as
     return [(t_start * (num_steps - k) + t_end * k) / num_steps for k in range(num_steps)] + [t_end]
+
+
+def _of_step(step, t_start, t_end):
+    if not is_number(step) or not _SMALLEST_STEP <= step <= 1.0:
+        raise ValueError(f"time_grid=('step', {step!r}): a step is a number from {_SMALLEST_STEP:g} to 1.")
+    span = t_end - t_start
+    count = math.ceil(abs(span) / step - _SMALLEST_STEP)  # a remainder of mere rounding is no step
+    return [t_start + k * math.copysign(step, span) for k in range(max(count, 1))] + [t_end]
 
 
 def _shifted(shift, t_start, t_end, num_steps):
