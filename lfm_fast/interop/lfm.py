@@ -25,9 +25,10 @@ def sample_from_model(model, x_0: Tensor, model_kwargs: dict, args) -> Tensor:
         model_kwargs: {} or {"y": labels, "cfg_scale": number}, and further arguments of the model. Guidance is over all
             channels. Not doubled, the unconditional velocity is model(t, z, y=None).
         args: an object with `method`; with `atol` and `rtol` for an adaptive one (dopri5, dopri8, bosh3, fehlberg2,
-            adaptive_heun), `step_size` for one of fixed steps (euler, midpoint, rk4, heun2, heun3, explicit_adams,
-            implicit_adams). `cfg_scale` counts where model_kwargs has none. Everything else, `num_steps` and `perturb`
-            among it, is without effect, as num_steps is there; perturb moved times by one unit in their last place.
+            adaptive_heun), `step_size` for one of fixed steps (euler, midpoint, rk4, heun2, heun3), all three for
+            explicit_adams and implicit_adams, whose step_size has to divide 1. `cfg_scale` counts where model_kwargs
+            has none. Everything else, `num_steps` and `perturb` among it, is without effect, as num_steps is there;
+            perturb moved times by one unit in their last place.
 
     Adaptive methods are torchdiffeq's own, one step size for the batch, as in the reference; fixed ones step from 1 by
     step_size, with a shorter last step. LFM's fixed-step sampler (num_steps points over [1, 1e-5]) is another thing:
@@ -64,9 +65,12 @@ def _settings(args) -> dict:
             "sampler is lfm_fast.sample(..., num_steps=N, compat='lfm')."
         )
     name = _OURS.get(method, f"torchdiffeq:{method}")
+    settings = {"method": name}
+    if row.kind != "fixed":  # implicit_adams solves its equation to these
+        settings |= {"atol": _attribute(args, "atol"), "rtol": _attribute(args, "rtol")}
     if row.kind in ("fixed", "adams"):
-        return {"method": name, "time_grid": ("step", _attribute(args, "step_size"))}
-    return {"method": name, "atol": _attribute(args, "atol"), "rtol": _attribute(args, "rtol")}
+        settings["time_grid"] = ("step", _attribute(args, "step_size"))
+    return settings
 
 
 def _attribute(args, name):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lfm_fast import _library
 from lfm_fast.models.dit import DiT
 from lfm_fast.models.packed import PackedLinear, PackedLinearInt8, PackedMlp
+from lfm_fast.models.recognise import read_dit_shapes, same_as, shapes_of
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PRECISIONS = {"inference": ("bf16", "fp32", "fp16", "int8"), "training": ("bf16", "fp32")}
@@ -19,7 +20,9 @@ def optimize(model: nn.Module, precision: str = "bf16", mode: str = "inference")
         optimize(model)(t, z, y) = model(t, z, y) + O(rounding of `precision`)
 
     Args:
-        model: a network of `lfm_fast.create_model`; it is left as it is.
+        model: a network of `lfm_fast.create_model`; it is left as it is. In inference also another project's DiT, in
+            an adapter of `lfm_fast.interop` or called as ours is: one whose weights have exactly the names and shapes,
+            and that is seen to compute the same on a small input.
         precision: of the matrix products: "bf16", "fp32" or, in inference, "fp16" or "int8". On a CPU with matrix tiles
             (AMX), bf16 multiplies packed weights with bias and GELU in one pass; int8, which is for such CPUs alone,
             multiplies whole numbers in the layers that see every token, with a scale for every token and output.
@@ -31,7 +34,7 @@ def optimize(model: nn.Module, precision: str = "bf16", mode: str = "inference")
         A network that `lfm_fast.sample` takes like any other. Its state dict has the original's names and shapes.
 
     Raises:
-        ValueError: another network than ours, an unknown precision or mode, or one that the device does not have.
+        ValueError: another network than these, an unknown precision or mode, or one that the device does not have.
 
     Example:
         >>> import torch, lfm_fast
@@ -42,7 +45,7 @@ def optimize(model: nn.Module, precision: str = "bf16", mode: str = "inference")
 
     Source: Micikevicius et al. 2018, "Mixed precision training" (arXiv 1710.03740), for the float32 copy of weights.
     """
-    if type(model) is not DiT:
+    if type(model) is not DiT and not _may_be_dit(model):
         raise ValueError(
             f"optimize takes a network of lfm_fast.create_model (a DiT), but this is {type(model).__name__}."
         )
@@ -51,7 +54,24 @@ def optimize(model: nn.Module, precision: str = "bf16", mode: str = "inference")
     known = _PRECISIONS[mode]
     if not isinstance(precision, str) or precision not in known:
         raise ValueError(f"precision is {precision!r}, expected {_listed(known)} in {mode}.")
+    if type(model) is not DiT:
+        return _of_another_class(model, precision, mode)
     return _for_training(model, precision) if mode == "training" else _for_inference(model, precision)
+
+
+def _may_be_dit(model) -> bool:
+    if isinstance(model, DiT) or not isinstance(model, nn.Module):
+        return False
+    return hasattr(type(model), "as_dit") or read_dit_shapes(shapes_of(model.state_dict())) is not None
+
+
+def _of_another_class(model: nn.Module, precision: str, mode: str) -> nn.Module:
+    """Ours for another project's network, alone or in an adapter of lfm_fast.interop, that is found to be a DiT."""
+    if mode == "training":
+        raise ValueError(f"training takes a network of lfm_fast.create_model (a DiT), not a {type(model).__name__}.")
+    if hasattr(type(model), "as_dit"):
+        return model.around(_for_inference(model.as_dit(), precision))
+    return _for_inference(same_as(model), precision)
 
 
 def _listed(names: tuple[str, ...]) -> str:

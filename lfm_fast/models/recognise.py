@@ -1,5 +1,6 @@
 """Which of our networks a state dict without a configuration belongs to, by its keys and shapes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,9 @@ from lfm_fast.models.dit import DiT
 from lfm_fast.models.registry import NETWORKS, from_config
 
 Shapes = dict[str, tuple[int, ...]]
+
+# how far two implementations of one network may be apart, each rounding in its own order
+_SAME = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 # rows of the label table -> (num_classes, label_dropout) of the released networks: unlabelled, and ImageNet
 _KNOWN_LABELS = {1: (0, 0.0), 1001: (1000, 0.1)}
@@ -124,6 +128,54 @@ def dit_from_weights(state_dict: dict, num_heads: int | None = None, num_classes
     model.load_state_dict({name: tensor.detach().clone() for name, tensor in weights.items()}, assign=True)
     model.pos_embed.requires_grad_(False)
     return model
+
+
+def same_as(network: nn.Module) -> DiT:
+    """Our DiT with a copy of the weights of a network of another class that is called as ours is, model(t, z, y).
+
+    Raises ValueError unless the weights are exactly a DiT's and both compute the same with them.
+    """
+    heads = getattr(network, "num_heads", None)
+    ours = dit_from_weights(network.state_dict(), heads if isinstance(heads, int) else None)
+
+    def theirs(t, z, y):
+        try:
+            velocity = network(t, z, y)
+        except Exception as error:
+            raise ValueError(f"{_WRAP.format(type(network).__name__)} ({error}).") from error
+        if not isinstance(velocity, torch.Tensor) or velocity.shape != z.shape:
+            raise ValueError(f"{_WRAP.format(type(network).__name__)}.")
+        return velocity
+
+    require_same(ours, network, theirs, ours)
+    return ours
+
+
+_WRAP = "this {} is not called as model(t, z, y), giving a velocity; wrap it in an adapter of lfm_fast.interop"
+
+
+@torch.no_grad()
+def require_same(ours: DiT, network: nn.Module, theirs: Callable, converted: Callable) -> None:
+    """Raise ValueError unless `theirs` and `converted`, functions of (t, z, y), give the same for two samples."""
+    place = {"device": ours.pos_embed.device, "dtype": ours.x_embedder.proj.weight.dtype}
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, ours.in_channels, ours.image_size, ours.image_size, generator=generator).to(**place)
+    t, y = torch.tensor([0.25, 7.0]).to(z), torch.tensor([0, ours.num_labels - 1], device=z.device)
+    training = network.training
+    ours.eval()
+    network.eval()  # in training, networks drop labels
+    try:
+        want, got = theirs(t, z, y).double(), converted(t, z, y).double()
+    finally:
+        network.train(training)
+    if not want.any():
+        raise ValueError("this network returns nothing but zeros, which any network may: give it its weights first.")
+    error = float((got - want).norm() / want.norm())
+    if not error < _SAME[place["dtype"]]:
+        raise ValueError(
+            f"this {type(network).__name__} has the weights of a DiT but computes something else with them (another "
+            f"result by {error:.1e}), so that ours cannot stand for it."
+        )
 
 
 def _without_sigmas(state_dict: dict, config: dict) -> dict:

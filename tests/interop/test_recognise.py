@@ -87,11 +87,11 @@ def test_a_sit_and_a_dit_of_the_same_weights_are_what_their_projects_make_of_the
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [SiTVelocity, DiTVelocity])
 def test_optimize_takes_an_adapter_about_a_network_that_is_a_dit(kind):
-    """float32 on both sides, summed in another order; bfloat16 rounds to 2^-9 in each of some dozen sums."""
+    """float32 rounds angles of 900 by 3e-5, in our time features alone; bfloat16 each of some dozen sums by 2^-9."""
     theirs = plain_dit(dtype=torch.float32)
     field = kind(theirs, null_label=3)
     t, z = T.float(), Z.float()
-    for precision, most in (("fp32", 1e-5), ("bf16", 4e-2)):
+    for precision, most in (("fp32", 1e-4), ("bf16", 4e-2)):
         fast = lfm_fast.optimize(field, precision=precision)
         assert type(fast) is kind
         assert isinstance(fast.network, lfm_fast.DiT)
@@ -105,9 +105,9 @@ def test_optimize_takes_a_dit_of_another_class_that_is_called_as_ours():
     fast = lfm_fast.optimize(theirs, precision="fp32")
     with torch.no_grad():
         torch.testing.assert_close(fast(T.float(), Z.float(), Y), theirs(T.float(), Z.float(), Y), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="wrap it in an adapter of lfm_fast.interop"):
+    with pytest.raises(ValueError, match="wrap it in an adapter"):
         lfm_fast.optimize(plain_dit(sigmas=False, dtype=torch.float32))  # called x, t, y
-    with pytest.raises(ValueError, match="wrap it in an adapter of lfm_fast.interop"):
+    with pytest.raises(ValueError, match="wrap it in an adapter"):
         lfm_fast.optimize(plain_dit(order="t, x, y", dtype=torch.float32))  # with sigmas
     with pytest.raises(ValueError, match="training"):
         lfm_fast.optimize(theirs, mode="training")
@@ -126,9 +126,9 @@ def test_weights_of_a_dit_that_computes_something_else_are_refused():
         lfm_fast.optimize(SiTVelocity(other.eval(), null_label=3))
     with pytest.raises(ValueError, match="nothing but zeros"):
         lfm_fast.optimize(SiTVelocity(silent()))
+    with_more = plain_dit()
+    with_more.extra = torch.nn.Parameter(torch.zeros(1))
     with pytest.raises(ValueError, match="not exactly a DiT's; unexpected: extra"):
-        with_more = plain_dit()
-        with_more.extra = torch.nn.Parameter(torch.zeros(1))
         lfm_fast.optimize(SiTVelocity(with_more))
     with pytest.raises(ValueError, match="a function has no weights"):
         lfm_fast.optimize(SiTVelocity(lambda x, t, y: x))
@@ -173,7 +173,7 @@ def test_the_sampling_form_is_used_and_changes_nothing(kind):
         (lambda: from_state_dict(named(rows=11), "sit"), "has 11 rows, maybe 10 classes"),
         (lambda: from_state_dict(named(rows=11), "sit", num_classes=9), "num_classes is 9, but the label table has 11"),
         (lambda: from_state_dict(plain_dit().state_dict(), "sit", num_classes=3), "give num_heads"),
-        (lambda: recognise({"ema": plain_dit().state_dict(), "args": 3}), "'ema' is no tensor; give one of its entries"),
+        (lambda: recognise({"ema": plain_dit().state_dict(), "args": 3}), "'ema' is no tensor; give one of its"),
         (lambda: recognise([1, 2]), "expected a state dict, names and tensors, but this is a list"),
         (lambda: recognise({"w": torch.zeros(1)}), r"no network known here \(their keys begin with w\)"),
     ],

@@ -176,3 +176,22 @@ def test_errors(arguments, message):
 def test_two_times_beyond_the_path_are_refused():
     with pytest.raises(ValueError, match="more than one time outside"):
         time_grid(torch.tensor([1.0, 1e-6, 0.0]), 3, path=VariancePreserving())
+
+
+@pytest.mark.parametrize(
+    ("step", "ends", "count", "last"),
+    [(0.25, (1.0, 0.0), 4, 0.25), (0.3, (1.0, 0.0), 4, 0.1), (0.1, (1.0, 0.0), 10, 0.1), (1.0, (0.6, 0.1), 1, 0.5),
+     (0.4, (0.0, 1.0), 3, 0.2)],
+)  # fmt: skip
+def test_steps_of_a_size(step, ends, count, last):
+    times = torch.tensor(time_grid(("step", step), 99, *ends), dtype=torch.float64)
+    sizes = times.diff().abs()
+    assert (times[0], times[-1], len(sizes)) == (*ends, count)
+    torch.testing.assert_close(sizes[:-1], torch.full((count - 1,), step, dtype=torch.float64))
+    assert float(sizes[-1]) == pytest.approx(last)
+
+
+@pytest.mark.parametrize("step", [0, -0.1, 2, "0.1", True, float("nan")])
+def test_a_step_that_is_none(step):
+    with pytest.raises(ValueError, match="a step is a number from 1e-06 to 1"):
+        time_grid(("step", step), 10)
