@@ -23,6 +23,7 @@ _EXPORTS = {
     "SmallVAE": "lfm_fast.autoencoder",
 }
 _MODULES = {
+    "approximations": "lfm_fast.approximations",
     "autoencoder": "lfm_fast.autoencoder",
     "guidance": "lfm_fast.guidance",
     "interop": "lfm_fast.interop",

@@ -53,6 +53,7 @@ def _train(arguments):
 
 
 _GUIDANCE = {"plain": "LinearGuidance", "rescale": "Rescale", "apg": "APG", "cfg-zero": "CFGZeroStar"}
+_COMPARED = 4  # images that --reuse solves both ways
 _GRIDS = "uniform, quadratic, karras, karras:RHO, shift:S, lfm or a .json file that tune-grid wrote"
 
 
@@ -72,6 +73,7 @@ def _add_sample(commands):
     add("--num-steps", type=int, help="steps of a fixed-step solver")
     add("--time-grid", metavar="GRID", help="times of a fixed-step solver: " + _GRIDS)
     add("--tolerance", type=float, help="atol and rtol of an adaptive solver")
+    add("--reuse", type=float, metavar="ERROR", help="extrapolate velocities where the relative error is below this")
     add("--seed", type=int, default=0, help="image i depends on the seed and i alone (default: %(default)s)")
     add("--batch-size", type=int, help="images at a time (default: 64)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
@@ -94,6 +96,8 @@ def _sample(args):
     chosen["time_grid"] = None if args.time_grid is None else from_text(args.time_grid)
     chosen |= {"atol": args.tolerance, "rtol": args.tolerance, "progress": sys.stderr.isatty()}
     sampling = {name: value for name, value in chosen.items() if value is not None}
+    if args.reuse is not None:
+        sampling = _reusing(flow, args, sampling)
     images = flow.sample(args.num_images, y=args.label, seed=args.seed, batch_size=args.batch_size, **sampling)
     if as_grid:
         save(grid(images), output)
@@ -112,6 +116,24 @@ def _guidance(args, flow):
     scale = flow.sampling.get("guidance_scale", 1.0) if args.guidance_scale is None else args.guidance_scale
     kind = getattr(guidance, _GUIDANCE[args.guidance or "plain"])
     return {"guidance": kind(scale, interval=args.guidance_interval or (0.0, 1.0))}
+
+
+def _reusing(flow, args, sampling):
+    """The same with velocities reused; solves some of the images both ways, and says what it saves and costs."""
+    from lfm_fast.approximations import Reuse, compare
+    from lfm_fast.flow.noise import noise
+    from lfm_fast.guidance import LinearGuidance
+
+    common = {**flow.defaults(args.label, sampling.get("guidance")), **sampling, "progress": False}
+    scale, interval = common.pop("guidance_scale", 1.0), common.pop("guidance_interval", (0.0, 1.0))
+    guidance = common.pop("guidance", None) or LinearGuidance(scale, interval)
+    reuse, count = Reuse(guidance, args.reuse), min(args.num_images, _COMPARED)
+    z_1 = flow.path.prior(noise(count, flow.latent_shape, seed=args.seed, device=flow.device))
+    y = flow.labels(args.label, count)
+    common |= {"model": flow.model, "y": None if y is None else y.to(flow.device), "path": flow.path}
+    found = compare(z_1, {"guidance": guidance}, {"guidance": reuse}, **common)
+    print(f"--reuse {args.reuse:g}, measured on the first {count}: {found}")
+    return {name: value for name, value in sampling.items() if name != "guidance_scale"} | {"guidance": reuse}
 
 
 def _require_its_own(args, method):

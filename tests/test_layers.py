@@ -14,7 +14,7 @@ PACKAGE = ROOT / "lfm_fast"
 # from the top down; a module may import from rows below its own
 ROWS = (
     {"cli"},
-    {"pipeline", "train", "tuning", "interop", "metrics"},
+    {"pipeline", "train", "tuning", "approximations", "interop", "metrics"},
     {"sampling", "likelihood", "data", "pictures"},
     {"solvers", "guidance", "flow", "autoencoder", "models", "checkpoint"},
     {"ops"},
