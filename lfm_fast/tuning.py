@@ -17,6 +17,7 @@ from lfm_fast.solvers.grids import time_grid
 _STARTS = (None, ("shift", 0.5), ("shift", 2.0), ("shift", 4.0))  # the best of them is where the fit begins
 _NUDGE = 0.05  # of the logarithm of a step, for the differences that stand for derivatives
 _LARGEST_MOVE = 1.0  # of the same, in one round
+_LEAST_ERROR = 1e-12  # of one sample; none counts for more than that
 _TRIALS = 4  # of a shorter and shorter move, in one round
 _OF_THE_FIT = ("time_grid", "t_start", "t_end", "trajectory", "return_stats", "callback", "progress", "seed", "indices")
 
@@ -70,11 +71,12 @@ def tune_grid(
 ):
     """Fit the N + 1 times of a fixed-step method to a model: for `time_grid=` of `sample`.
 
-        minimise over t_1 > ... > t_(N-1)   sum_i ||z_i(times) - z_i*||^2 / ||z_i*||^2
+        minimise over t_1 > ... > t_(N-1)   sum_i log e_i,    e_i = ||z_i(times) - z_i*|| / ||z_i*||
 
-    z_i(times) is `sample`'s result from noise i, z_i* that of `fine_steps` RK4 steps. Gauss-Newton steps (Levenberg,
-    Marquardt) in the logarithms of the step lengths, with differences for derivatives: nothing is asked of the model
-    but to be called. One round costs about N + 1 solves of `num_samples` samples.
+    z_i(times) is `sample`'s result from noise i, z_i* that of `fine_steps` RK4 steps. The geometric mean of the errors:
+    their squares are mostly those of a few samples that lie between two pictures, and what is fitted to them is worse
+    on others. Gauss-Newton steps (Levenberg, Marquardt) in the logarithms of the step lengths, with differences for
+    derivatives: nothing is asked of the model but to be called. A round costs about N + 1 solves of `num_samples`.
 
     Args:
         model: as `sample` takes it.
@@ -108,7 +110,7 @@ def tune_grid(
     fit = _Problem(model, method, num_samples, seed, fine_steps, known, sampling)
     held_out = _Problem(model, method, num_held_out, seed + 1, fine_steps, known, sampling)
     starts = [torch.tensor(time_grid(kind, num_steps, path=path), dtype=torch.float64) for kind in _STARTS]
-    times = min(starts, key=lambda times: float(fit.residual(times).square().sum()))
+    times = min(starts, key=lambda times: _objective(fit.residual(times)))
     times = _fit(fit, times, rounds, on_round).tolist()
     uniform = time_grid(None, num_steps, path=path)
     return TunedGrid(
@@ -166,7 +168,7 @@ def _fit(problem, start, rounds, on_round):
             move = -torch.linalg.solve(normal + damping * scale.diag(), gradient)
             trial = unknowns + move.clamp(-_LARGEST_MOVE, _LARGEST_MOVE)
             found = problem.residual(_times(trial, start))
-            if found.square().sum() < residual.square().sum():
+            if _objective(found) < _objective(residual):
                 break
             damping *= 5
         else:
@@ -177,12 +179,18 @@ def _fit(problem, start, rounds, on_round):
     return times
 
 
+def _objective(residual):
+    """sum_i log e_i."""
+    return float(residual.norm(dim=1).clamp_min(_LEAST_ERROR).log().sum())
+
+
 def _derivatives(problem, unknowns, start, residual):
-    """J^T J (N, N) and J^T r (N,) of the residual's differences J by the unknowns."""
+    """Its J^T J (N, N) and J^T r (N,): J has the residual's differences by the unknowns, all over each sample's e_i."""
     nudges = _NUDGE * torch.eye(len(unknowns), dtype=torch.float64)
-    columns = [(problem.residual(_times(unknowns + nudge, start)) - residual) / _NUDGE for nudge in nudges]
-    jacobian = torch.stack([column.flatten() for column in columns], dim=1)
-    return (jacobian.T @ jacobian).cpu(), (jacobian.T @ residual.flatten()).cpu()
+    error = residual.norm(dim=1, keepdim=True).clamp_min(_LEAST_ERROR)
+    columns = [(problem.residual(_times(unknowns + nudge, start)) - residual) / error for nudge in nudges]
+    jacobian = torch.stack([column.flatten() for column in columns], dim=1) / _NUDGE
+    return (jacobian.T @ jacobian).cpu(), (jacobian.T @ (residual / error).flatten()).cpu()
 
 
 def _times(unknowns, start):
