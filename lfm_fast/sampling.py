@@ -22,9 +22,10 @@ from lfm_fast.solvers.grids import time_grid as make_grid
 class SampleStats:
     """What a call of `sample` cost, sample by sample; all tensors (B,) on the CPU.
 
-    nfe counts evaluations of the velocity field by the solver; forwards the rows that the network computed for them
-    (guidance makes two rows of one evaluation); calls the calls of the model. accepted and rejected count steps (0 for
-    scipy_solver, which does not tell). reached is False where max_nfe ended the integration before t_end. seconds is
+    nfe counts evaluations of the velocity field by the solver until the sample was finished; forwards the rows that the
+    network computed for it (guidance makes two rows of one evaluation, and a finished sample has some more where it
+    rode along with others); calls the calls of the model. accepted and rejected count steps (0 for scipy_solver, which
+    does not tell). reached is False where max_nfe or the callback ended the integration before t_end. seconds is
     wall-clock time.
     """
 

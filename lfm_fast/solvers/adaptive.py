@@ -9,7 +9,7 @@ that is compiled or captured for each size meets few.
 import numpy as np
 import torch
 
-from lfm_fast import ops
+from lfm_fast.ops.guided_step import GuidedSteps
 from lfm_fast.solvers.attempt import Table, inside_weights
 from lfm_fast.solvers.control import StepControl
 from lfm_fast.solvers.solution import Solution
@@ -49,7 +49,8 @@ class _Run:
 
     def __init__(self, pair, field, z, times, settings):
         self.pair, self.times, self.settings = pair, np.array(times), settings
-        self.tolerance = {"atol": max(settings.atol, _ATOL), "rtol": settings.rtol}
+        self.tolerance = (max(settings.atol, _ATOL), settings.rtol)
+        self.after_field, self.after_own = GuidedSteps(), GuidedSteps()  # by whose velocity comes last
         self.whole = self.field = field
         self.selects = getattr(field, "selects", False)
         self.total = self.control = StepControl(
@@ -71,12 +72,12 @@ class _Run:
         here, ratio = torch.cat([one, 0 * one], 1), one
         t = z.new_full(z.shape[:1], self.times[0])
         _, self.first, slope = self._evaluate(t, z, [], here, ratio)
-        scale = ops.guided_step(z, z, None, None, [], here, ratio, **self.tolerance)[2]
+        scale = self._combine(z, [], here, ratio)[2]
         scale, slope = self._read(scale, slope)
         self._refuse_nonfinite(slope, [self.first], [0.0])
         control.probe(scale, slope)
         dt = torch.from_numpy(control.dt).to(z)[:, None]
-        point = ops.guided_step(z, self.first, None, None, [], torch.cat([one, dt], 1))[0]
+        point = self._combine(self.first, [], torch.cat([one, dt], 1))[0]
         t = torch.from_numpy(control.t + control.dt).to(z)
         weights = torch.cat([one, 0 * one, 0 * one], 1)
         _, there, change = self._evaluate(t, point, [self.first], weights, torch.cat([one, -one], 1), base=z)
@@ -92,7 +93,7 @@ class _Run:
         table, velocities = self.table, [self.first]
         after = control.propose()
         table.fill(before, control.dt, after)
-        point = ops.guided_step(z, self.first, None, None, [], table.points[0][1])[0]
+        point = self._combine(self.first, [], table.points[0][1])[0]
         for t, (stored, weights) in zip(table.t, table.points[1:]):
             point, velocity, _ = self._evaluate(t, point, [velocities[j] for j in stored], weights, base=z)
             velocities.append(velocity)
@@ -107,14 +108,16 @@ class _Run:
 
     def _evaluate(self, t, point, stored, weights, error_weights=None, base=None):
         """The blended velocity at (t, point), and what guided_step makes of it: (next point, velocity, error)."""
-        return ops.guided_step(
-            point if base is None else base,
-            *self.field(t, point),
-            stored,
-            weights,
-            error_weights,
-            **self.tolerance,
-            keep=True,
+        base = point if base is None else base
+        velocities = self.field(t, point)
+        return self.after_field(
+            base, *velocities, stored, weights, error_weights, *self.tolerance, None, None, 0, 0, True
+        )
+
+    def _combine(self, velocity, stored, weights, error_weights=None):
+        """guided_step of the states with a velocity that is blended already: (next point, nothing, error)."""
+        return self.after_own(
+            self.z, velocity, None, None, stored, weights, error_weights, *self.tolerance, None, None, 0, 0, False
         )
 
     def _error(self, point, velocities):
@@ -123,10 +126,7 @@ class _Run:
         stored = [velocities[j] for j in table.judged]
         _, last, error = self._evaluate(table.t_last, point, stored, table.state, table.errors[0], base=z)
         velocities.append(last)
-        more = [
-            ops.guided_step(z, last, None, None, stored, table.state, weights, **self.tolerance)[2]
-            for weights in table.errors[1:]
-        ]
+        more = [self._combine(last, stored, table.state, weights)[2] for weights in table.errors[1:]]
         error, *more = self._read(error, *more)
         self._refuse_nonfinite(error, velocities, self.pair.c)
         if more:
@@ -186,7 +186,7 @@ class _Run:
             columns, weights = inside_weights(self.pair, share, control.dt)
             weights = torch.from_numpy(weights).to(self.z)
             one, *others = (velocities[j] for j in columns)
-            value = ops.guided_step(self.z, one, None, None, others, weights)[0]
+            value = self._combine(one, others, weights)[0]
             self._scatter(self.states[1 + number], rows, value)
 
     def _extra(self, velocities):
@@ -194,7 +194,7 @@ class _Run:
         table, found = self.table, []
         for t, (stored, weights) in zip(table.t_extra, table.extra):
             known = [*velocities, *found]
-            point = ops.guided_step(self.z, known[-1], None, None, [known[j] for j in stored], weights)[0]
+            point = self._combine(known[-1], [known[j] for j in stored], weights)[0]
             same = weights[:, :2]
             found.append(self._evaluate(t, point, [], same)[1])
         return found
