@@ -51,7 +51,11 @@ def on_numpy(x):
     x.numpy()[...] = 3
 
 
-@pytest.mark.parametrize("write", [on_tensor, on_a_view, on_detached, on_data, on_numpy])
+def on_nothing_yet(x):
+    x.clamp_(-1000, 1000)  # in place, though nothing changes here
+
+
+@pytest.mark.parametrize("write", [on_tensor, on_a_view, on_detached, on_data, on_numpy, on_nothing_yet])
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_model_that_writes_to_an_input_gets_copies(write, which, mode):
