@@ -99,7 +99,8 @@ def sample(
         t_start, t_end: in [0, 1], in either order. Moved inside [path.t_min, path.t_max].
         path: the path the model was trained on; None takes what the model says (`path` of the adapters of
             lfm_fast.interop), or Linear().
-        guidance: an object of the protocol of lfm_fast.guidance, instead of guidance_scale and guidance_interval.
+        guidance: an object of lfm_fast.guidance instead of guidance_scale and guidance_interval: LinearGuidance,
+            Rescale, APG, CFGZeroStar, Autoguidance, ClassifierGuidance, or your own of their protocol.
         seed, indices: the noise of stochastic methods, that of sample number indices[i] (None being i) of the seed.
         compat: "lfm" integrates as LFM does: grid "lfm" for fixed methods, and the adaptive ones that torchdiffeq has
             are torchdiffeq's, which step past t_end. Its Heun, which goes on as Euler after 39 steps, is

@@ -314,15 +314,17 @@ def test_a_sample_is_guided_as_it_is_alone_whoever_else_is_in_the_batch(guidance
     assert torch.equal(network.forwards, before + before * torch.tensor([2, 3, 4, 2]))
 
 
-@pytest.mark.parametrize("method", ["heun", "ab2"])
+@pytest.mark.parametrize("method", ["heun", "ab2", "dopri5"])
 @pytest.mark.parametrize("guidance", MANY, ids=lambda guidance: type(guidance).__name__)
 def test_a_solve_of_a_batch_is_the_solves_of_its_samples(guidance, method):
-    settings = {"null_label": NULL, "method": method, "num_steps": 4, "atol": 1e-6, "rtol": 1e-6}
-    whole = lfm_fast.sample(model, Z, y=Y, guidance=guidance, **settings)
+    settings = {"null_label": NULL, "method": method, "num_steps": 4, "atol": 1e-6, "rtol": 1e-6, "return_stats": True}
+    whole, stats = lfm_fast.sample(model, Z, y=Y, guidance=guidance, **settings)
     for i in range(B):
         one = torch.tensor([i])
-        alone = lfm_fast.sample(model, Z[one], y=Y[one], guidance=guidance.part(one), **settings)
+        alone, own = lfm_fast.sample(model, Z[one], y=Y[one], guidance=guidance.part(one), **settings)
         assert torch.equal(alone, whole[one])
+        assert torch.equal(own.forwards, stats.forwards[one])
+        assert torch.equal(own.nfe, stats.nfe[one])
 
 
 @pytest.mark.parametrize("kind", [LinearGuidance, Rescale, APG, CFGZeroStar])
