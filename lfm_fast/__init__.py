@@ -30,6 +30,7 @@ _MODULES = {
     "models": "lfm_fast.models",
     "ops": "lfm_fast.ops",
     "paths": "lfm_fast.flow.paths",
+    "solvers": "lfm_fast.solvers",
 }
 
 __all__ = ["__version__", *_EXPORTS, *_MODULES]

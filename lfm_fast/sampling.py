@@ -288,6 +288,8 @@ def _check_tensors(model, z1, y, indices, model_kwargs, callback):
             f"z1 is {describe(z1)}, expected a (B, ...) tensor with at least one sample in float32, float64, float16 "
             "or bfloat16, as lfm_fast.noise makes."
         )
+    if z1.device.type == "cpu" and not bool(z1.isfinite().all()):  # elsewhere it would have to be waited for
+        raise ValueError("z1 holds values that are not finite, expected a state to start from.")
     if y is not None:
         check_labels(y, z1.shape[0])
         if y.device != z1.device:

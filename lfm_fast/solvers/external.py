@@ -41,8 +41,8 @@ EXTERNALS = {
 }
 
 
-class _BudgetSpent(Exception):
-    """max_nfe evaluations are used and one more is asked for."""
+class _Stopped(Exception):
+    """max_nfe evaluations are used and one more is asked for, or on_step returned False."""
 
 
 class _Watched:
@@ -50,13 +50,15 @@ class _Watched:
 
     def __init__(self, field, z, times, settings):
         self.field, self.settings = field, settings
-        self.low, self.high = min(times), max(times)
+        self.low, self.high, self.last = min(times), max(times), times[-1]
         self.state, self.time = z, times[0]  # the last accepted state
         self.nfe = self.accepted = self.rejected = 0
+        self.states = [z] if settings.trajectory else None  # of its own steps, in case it is stopped
+        self.cancelled = False
 
     def __call__(self, t, z):
         if self.nfe == self.settings.max_nfe:
-            raise _BudgetSpent
+            raise _Stopped
         self.nfe += 1
         if self.settings.inside:
             t = t.clamp(self.low, self.high)  # the first guess of a step size may look beyond the end
@@ -73,8 +75,12 @@ class _Watched:
     def _arrived(self, time, z):
         self.state, self.time = z, time
         self.accepted += 1
-        if self.settings.on_step is not None:
-            self.settings.on_step(self.accepted, time, z)
+        if self.states is not None:
+            self.states.append(z)
+        on_step = self.settings.on_step
+        if on_step is not None and on_step(self.accepted, time, z) is False and time != self.last:
+            self.cancelled = True
+            raise _Stopped
 
 
 class _WatchedFixed(_Watched):
@@ -115,8 +121,9 @@ _WATCHED = {"adaptive": _WatchedAdaptive, "fixed": _WatchedFixed, "adams": _Watc
 def integrate(row, field, z, times, settings):
     """dz/dt = field(t, z) from times[0] to times[-1] with torchdiffeq; as fixed.integrate.
 
-    A spent budget (settings.max_nfe) returns the last accepted state with reached=False. Raises RuntimeError where
-    torchdiffeq gives up (steps too small, velocities that are not finite).
+    A spent budget (settings.max_nfe), or on_step returning False, returns the last accepted state with reached=False;
+    a trajectory is then that of the steps made, which those of an adaptive method are not at the grid's times. Raises
+    RuntimeError where torchdiffeq gives up (steps too small, velocities that are not finite).
     """
     from torchdiffeq import odeint
 
@@ -130,8 +137,8 @@ def integrate(row, field, z, times, settings):
         options["step_t"] = grid[-1:]  # else the last step runs past the end and is read off inside
     try:
         states = odeint(watched, z, asked, rtol=settings.rtol, atol=settings.atol, method=row.name, options=options)
-    except _BudgetSpent:
-        return watched.solution(watched.state, reached=False)
+    except _Stopped:
+        return watched.solution(watched.state, reached=False, cancelled=watched.cancelled, states=watched.states)
     except AssertionError as error:  # torchdiffeq's way to say that it cannot go on; its text may print the whole state
         raise RuntimeError(
             f"torchdiffeq's {row.name} gave up after t = {watched.time:g}: {str(error)[:120]}"

@@ -20,13 +20,17 @@ def integrate(formula, field, z, times, settings):
     direction. settings: a Settings. Returns a Solution. Raises RuntimeError for a velocity that is not finite.
     """
     run = Run(formula, field, z, times, settings)
-    # on the CPU the state is looked at after every step, which waits for nothing; elsewhere once, at the end
-    watched = z.device.type == "cpu"
+    watched = _reading_is_free(z)
     solution = run(settings.on_step, watched)
     if not watched and not bool(solution.z.isfinite().all()):
-        run(watched=True)
-        run.check(solution.z, len(times) - 1)  # the second time all went well: it is known where, not when
+        run(watched=True)  # once more, to find out where
+        run.check(solution.z)
     return solution
+
+
+def _reading_is_free(z):
+    """Whether the state may be looked at after every step; else it is once, at the end."""
+    return z.device.type == "cpu"
 
 
 class Run:
@@ -86,13 +90,14 @@ class Run:
             z, time=self.times[steps], nfe=nfe, accepted=steps, reached=reached, cancelled=not reached, states=states
         )
 
-    def check(self, z, step):
-        """Raise RuntimeError if z, which step number `step` made, is not finite."""
+    def check(self, z, step=None):
+        """Raise RuntimeError if z is not finite; step: number of the step that made it so, where that is known."""
         bad = (~z.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
         if not bad:
             return  # the sum overflowed, no element did
+        where = "at some time (a second run went well)"
+        if step is not None:
+            ends = f"from t = {self.times[step - 1]:g} to {self.times[step]:g}"
+            where = f"in step {step} of {len(self.times) - 1}, {ends}"
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise RuntimeError(
-            f"The velocity is not finite, or too large, in step {step} of {len(self.times) - 1}, from "
-            f"t = {self.times[step - 1]:g} to {self.times[step]:g}, in sample {bad[0]}{more} of the batch."
-        )
+        raise RuntimeError(f"The velocity is not finite, or too large, {where}, in sample {bad[0]}{more} of the batch.")

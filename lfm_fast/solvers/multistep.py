@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lfm_fast.solvers.marginals import marginals
+from lfm_fast.solvers.marginals import Marginal, marginals
 from lfm_fast.solvers.runge_kutta import RungeKutta
 from lfm_fast.solvers.schedule import Combination, Move, point, velocity
 from lfm_fast.solvers.tableaus import HEUN
@@ -75,6 +75,8 @@ class _Grid:
 
     def __init__(self, times, path):
         self.at = marginals(path, times)
+        if times[0] < times[-1]:  # the mirror image: noise is predicted, and lambda grows again
+            self.at = [Marginal(at.sigma, at.alpha, at.d_sigma, at.d_alpha) for at in self.at]
         self.lambdas = [_log(at.alpha) - _log(at.sigma) for at in self.at]
         self.data = [at.data(i) for i, at in enumerate(self.at)]
 
@@ -92,9 +94,9 @@ class _Grid:
         return self.at[i + 1].alpha * self.data[i] + self.at[i + 1].sigma * self.at[i].noise(i)
 
     def weight(self, i):
-        """alpha_t (1 - e^-h) of the step from time i, infinite where sigma is 0 there."""
+        """alpha_t (1 - e^-h) of the step from time i."""
         s, t = self.at[i], self.at[i + 1]
-        return math.inf if s.sigma == 0.0 else t.alpha - s.alpha * t.sigma / s.sigma
+        return t.alpha - s.alpha * t.sigma / s.sigma
 
     def further(self, i, order, known_after=False):
         """What predictions of data before time i (order - 1 of them), and after the step, add to the first-order step.
@@ -103,7 +105,7 @@ class _Grid:
         two known values is integrated by its value in the middle, as both papers have it.
         """
         weight, nodes, lambdas = self.weight(i), range(i - order + 1, i + 1 + known_after), self.lambdas
-        if len(nodes) == 1 or math.isinf(weight):
+        if len(nodes) == 1:
             return Combination({})
         h = lambdas[i + 1] - lambdas[i]
         if len(nodes) == 2:
@@ -142,7 +144,9 @@ class DPMSolverPP2M:
         x_t = (sigma_t / sigma_s) x_s + alpha_t (1 - e^-h) (D_s + h / (2 h_before) (D_s - D_before))
 
     The first step, one from alpha = 0 or to sigma = 0, and one more than three times as long in lambda as the step
-    before are of first order. Source: Lu et al., arXiv 2211.01095, algorithm 2, the velocity giving D.
+    before are of first order. From data to noise, noise is predicted in the same way.
+
+    Source: Lu et al., arXiv 2211.01095, algorithm 2, the velocity giving D.
     """
 
     name = "dpmpp_2m"
