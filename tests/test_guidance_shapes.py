@@ -197,6 +197,16 @@ def test_a_momentum_is_of_one_call_in_every_method_of_fixed_steps(method):
     assert not torch.allclose(first, lfm_fast.sample(model, Z, guidance=APG(3.0, 0.5, 2.0), **settings), atol=1e-3)
 
 
+def test_one_object_serves_integrations_that_run_at_once():
+    settings = {"y": Y, "null_label": NULL, "num_steps": 5, "guidance": APG(3.0, 0.5, momentum=-0.5)}
+    expected = lfm_fast.sample(model, Z, method="heun", **settings)
+
+    def another(step, t, z):
+        lfm_fast.sample(model, -z, method="euler", path=VariancePreservingTrig(), **settings)
+
+    assert torch.equal(lfm_fast.sample(model, Z, method="heun", callback=another, **settings), expected)
+
+
 def test_the_momentum_stays_as_it_is_outside_the_interval():
     guidance, seen = begun(APG(3.0, 1.0, None, -0.5, (0.0, 0.6))), []
     field = GuidedField(Network(model, Z, Y, NULL), guidance)
@@ -341,56 +351,3 @@ def test_half_precision_velocities_are_shaped_in_the_type_of_the_state(kind):
     expected = blended(*GuidedField(network, begun(kind(SCALES)))(t.double(), z.double()))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)  # float32's rounding on values of 30
-
-
-def unused(t, z, y=None):
-    raise AssertionError("the model must not be called")
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Rescale(2.0, 1.5), "factor is 1.5"),
-        (lambda: Rescale(2.0, "0.7"), "factor is '0.7'"),
-        (lambda: APG(2.0, float("nan")), "eta is nan"),
-        (lambda: APG(2.0, norm_threshold=0), "norm_threshold is 0"),
-        (lambda: APG(2.0, momentum=-1.0), "momentum is -1.0"),
-        (lambda: CFGZeroStar(2.0, 0.04), "zero_steps is 0.04"),
-        (lambda: CFGZeroStar(2.0, True), "zero_steps is True"),
-        (lambda: Autoguidance(None, 2.0), "expected a module or function"),
-        (lambda: LinearGuidance(2.0, joint="always"), "joint is 'always'"),
-    ],
-)
-def test_what_no_guidance_can_be_made_of_is_refused(make, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        make()
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"guidance": APG(2.0, momentum=-0.5), "method": "dopri5"}, "dopri5 tries its steps"),
-        ({"guidance": APG(2.0, momentum=-0.5), "method": "torchdiffeq:bosh3"}, "torchdiffeq:bosh3 tries its steps"),
-        ({"guidance": CFGZeroStar(2.0, 5), "method": "euler", "num_steps": 5}, "the first 5 of 5 steps"),
-        ({"guidance": Rescale(torch.ones(3)), "method": "euler"}, r"guidance_scale is \(3,\) .* expected .*\(4,\)"),
-        ({"guidance": APG(torch.ones(3)), "guidance_scale": 2.0}, "Both guidance and guidance_scale"),
-        ({"guidance": CFGZeroStar(2.0), "y": None}, "there are no labels y"),
-        ({"guidance": Autoguidance(unused, torch.ones(5))}, r"guidance_scale is \(5,\)"),
-    ],
-)
-def test_what_an_integration_cannot_have_is_refused_before_any_forward(settings, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        lfm_fast.sample(unused, Z, **{"y": Y, "null_label": NULL, **settings})
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("kind", [LinearGuidance, Rescale, APG, CFGZeroStar])
-def test_a_network_without_a_null_label_has_nothing_to_be_guided_by(kind):
-    network = DiT(image_size=4, hidden_size=24, depth=1, num_heads=2, num_classes=5)
-    network.forward = unused
-    z1 = lfm_fast.noise(B, (4, 4, 4))
-    with pytest.raises(ValueError, match="no null label"):
-        lfm_fast.sample(network, z1, y=Y, guidance=kind(2.0), method="euler", num_steps=2)
-    with pytest.raises(ValueError, match="no null label"):
-        lfm_fast.sample(network, z1, y=Y, guidance_scale=2.0, method="euler", num_steps=2)

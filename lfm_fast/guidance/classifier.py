@@ -16,7 +16,9 @@ class ClassifierGuidance(LinearGuidance):
 
         h = sigma sigma' - sigma^2 alpha' / alpha    (t / (1 - t) on the straight path)
 
-    Where alpha = 0, at t = 1 of most paths, h has no bound: there z_t tells nothing of the label, and the term is 0.
+    Where alpha = 0, at t = 1 of most paths, z_t tells nothing of the label, and the term is 0. (h grows as the gradient
+    falls, and their product has a limit, E[z_0] - E[z_0 | y] on the straight path; but no gradient of 0 tells it. An
+    integration from t = 1 makes its first evaluation without.)
     v_uncond is model(t, z, null_label), or model(t, z, y=None) without one; a network trained without labels will do.
     With the exact classifier scale=1 gives the conditional velocity. The model makes one forward per evaluation;
     forwards of the classifier are not counted.
