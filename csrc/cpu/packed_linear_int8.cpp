@@ -22,6 +22,7 @@ inline float load_shared(float& from) { return std::atomic_ref<float>(from).load
 
 // The factor (rows x inner) of a product as its rows lie in memory, to be made int8.
 struct LeftQuantised {
+  static constexpr int kParts = 1;
   const Bf16* data;
   int64_t inner;  // numbers in a row
   float* scales;  // of the rows, found when a strip is made
@@ -58,31 +59,32 @@ LFM_AMX_INLINE __m512i step_of(__m512i a, __m512i b, __m512 factor) {
   return _mm512_mask_blend_epi16(0xaaaaaaaa, quantised(a, factor), _mm512_slli_epi32(quantised(b, factor), 16));
 }
 
-// Rows from `first` on, in tiles.
-LFM_AMX_INLINE Strip strip_at(const LeftQuantised& left, const Sizes& sizes, int64_t first, Bf16* copy) {
+// The rows of a section in tiles, scaled by the largest number of the whole row.
+LFM_AMX_INLINE Strip strip_at(const LeftQuantised& left, const Sizes& sizes, const Section& at) {
+  const int64_t begin = at.step * kStep, end = begin + at.steps * kStep;
   for (int64_t i = 0; i < kStrip; ++i) {
-    const bool present = first + i < sizes.rows;
-    const Bf16* const row = left.data + (present ? (first + i) * left.inner : 0);
+    const bool present = at.row + i < sizes.rows;
+    const Bf16* const row = left.data + (present ? (at.row + i) * left.inner : 0);
     const int64_t inner = present ? left.inner : 0;
     const uint32_t bits = largest_of(row, inner);
     const float largest = bfloat16_to_float(static_cast<uint16_t>(bits));
     const bool counts = largest >= kLeastRow, finite = bits < 0x7f80;
     const __m512 factor = _mm512_set1_ps(counts && finite ? kLargest / largest : 0.0f);
     if (present)
-      store_shared(left.scales[first + i], !finite ? std::numeric_limits<float>::quiet_NaN()
-                                           : counts ? largest / kLargest
-                                                    : 0.0f);
-    Bf16* to = copy + i / 16 * kTile16 + i % 16 * 32;
-    int64_t k = 0;
-    for (; k + kStep <= inner; k += kStep, to += 2 * kTile16)
+      store_shared(left.scales[at.row + i], !finite ? std::numeric_limits<float>::quiet_NaN()
+                                            : counts ? largest / kLargest
+                                                     : 0.0f);
+    Bf16* to = at.copy + i / 16 * kTile16 + i % 16 * 32;
+    int64_t k = begin;
+    for (; k < end && k + kStep <= inner; k += kStep, to += 2 * kTile16)
       _mm512_store_si512(to, step_of(_mm512_loadu_si512(row + k), _mm512_loadu_si512(row + k + 32), factor));
-    for (; k < left.inner; k += kStep, to += 2 * kTile16) {
+    for (; k < end; k += kStep, to += 2 * kTile16) {
       const __m512i a = load_32(row + (k < inner ? k : 0), first_of_32(inner - k));
       const __m512i b = load_32(row + (k + 32 < inner ? k + 32 : 0), first_of_32(inner - k - 32));
       _mm512_store_si512(to, step_of(a, b, factor));
     }
   }
-  return {copy, copy + kTile16, 64, 2 * kTile16};
+  return {at.copy, at.copy + kTile16, 64, 2 * kTile16};
 }
 
 // y = product (row's scale) (column's scale) + bias in bfloat16, or GELU of that.
@@ -106,7 +108,7 @@ struct FinishQuantised {
     high = _mm512_mul_ps(_mm512_cvtepi32_ps(reinterpret_cast<__m512i>(high)), scale);
     low = _mm512_fmadd_ps(low, low_scale, low_bias), high = _mm512_fmadd_ps(high, high_scale, high_bias);
     if (gelu) low = _mm512_mul_ps(low, gelu_logistic(low)), high = _mm512_mul_ps(high, gelu_logistic(high));
-    store_bf16(y + at, inside, low, high);
+    store(y + at, inside, low, high);
     at += stride, ++row;
   }
 };

@@ -32,7 +32,7 @@ struct FinishSlope {
     const Bf16* const from = before + at;
     low = _mm512_mul_ps(low, gelu_slope(load_floats(from, static_cast<__mmask16>(inside))));
     high = _mm512_mul_ps(high, gelu_slope(load_floats(from + 16, static_cast<__mmask16>(inside >> 16))));
-    store_bf16(y + at, inside, low, high);
+    store(y + at, inside, low, high);
     at += stride;
   }
 };

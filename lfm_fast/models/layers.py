@@ -30,7 +30,7 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
-        dtype = self.mlp[0].weight.dtype
+        dtype = self.mlp[0].bias.dtype  # packed weights are bfloat16 whatever they compute in
         features = time_features(t, self.width, torch.promote_types(dtype, torch.float32))
         return self.mlp(features.to(dtype))
 

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from lfm_fast import _library
 from lfm_fast.models.dit import DiT
-from lfm_fast.models.packed import PackedLinear, PackedLinearInt8, PackedMlp
+from lfm_fast.models.packed import PackedLinear, PackedLinearFloat, PackedLinearInt8, PackedMlp
 from lfm_fast.models.recognise import read_dit_shapes, same_as, shapes_of
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PACKED = {"bf16": PackedLinear, "fp32": PackedLinearFloat}
 _PRECISIONS = {"inference": ("bf16", "fp32", "fp16", "int8"), "training": ("bf16", "fp32")}
 
 
@@ -24,8 +25,9 @@ def optimize(model: nn.Module, precision: str = "bf16", mode: str = "inference")
             an adapter of `lfm_fast.interop` or called as ours is: one whose weights have exactly the names and shapes,
             and that is seen to compute the same on a small input.
         precision: of the matrix products: "bf16", "fp32" or, in inference, "fp16" or "int8". On a CPU with matrix tiles
-            (AMX), bf16 multiplies packed weights with bias and GELU in one pass; int8, which is for such CPUs alone,
-            multiplies whole numbers in the layers that see every token, with a scale for every token and output.
+            (AMX), bf16 and fp32 multiply packed weights with bias and GELU in one pass; in fp32 a number is the sum of
+            three bfloat16, which loses nothing. int8, which is for such CPUs alone, multiplies whole numbers in the
+            layers that see every token, with a scale for every token and output.
         mode: "inference": a copy that holds the weights in that precision, frozen and in eval mode; once the original
             has been trained on, call `optimize` again. "training": a network on the original's own Parameters, float32,
             that computes under autocast; an optimizer of either trains both.
@@ -82,9 +84,9 @@ def _for_inference(model: DiT, precision: str) -> DiT:
     device = next(model.parameters()).device
     if precision == "int8":
         _refuse_int8(device)
-        return _packed(model, PackedLinearInt8)
-    if precision == "bf16" and device.type == "cpu" and _library.why_no_tiles() is None:
-        return _packed(model, PackedLinear)
+        return _packed(model, PackedLinearInt8, PackedLinear)
+    if precision in _PACKED and device.type == "cpu" and _library.why_no_tiles() is None:
+        return _packed(model, _PACKED[precision], _PACKED[precision])
     return _frozen(model, _DTYPES[precision])
 
 
@@ -100,16 +102,16 @@ def _frozen(model: DiT, dtype: torch.dtype) -> DiT:
     return copy.deepcopy(model).eval().requires_grad_(False).to(dtype)
 
 
-def _packed(model: DiT, layer: type[PackedLinear]) -> DiT:
-    """The network in bfloat16 with its linear layers packed, those that see every token as `layer`.
+def _packed(model: DiT, layer: type[PackedLinear], other: type[PackedLinear]) -> DiT:
+    """The network with its linear layers packed, those that see every token as `layer`.
 
-    The others, of time, label and read-out, are a hundredth of the work, and all tokens hang on them: bfloat16.
+    The others, of time, label and read-out, are a hundredth of the work, and all tokens hang on them.
     """
-    fast = _frozen(model, torch.bfloat16)
+    fast = _frozen(model, other.dtype)
     for block, original in zip(fast.blocks, model.blocks):
         _pack(block.attn, original.attn, layer)
         block.mlp = PackedMlp(original.mlp, layer)
-    _pack(fast, model, PackedLinear)
+    _pack(fast, model, other)
     return fast
 
 

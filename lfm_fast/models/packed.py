@@ -8,21 +8,21 @@ from lfm_fast.ops.packed_linear import pack, unpack
 from lfm_fast.ops.packed_linear_int8 import pack as pack_int8
 from lfm_fast.ops.packed_linear_int8 import unpack as unpack_int8
 
-_BF16 = torch.bfloat16
-
 
 class PackedLinear(nn.Module):
-    """What an nn.Linear computes, in bfloat16 (`ops.packed_linear`), with the GELU after it where `gelu` says so.
+    """What an nn.Linear computes (`ops.packed_linear`), with the GELU after it where `gelu` says so.
 
     It has that layer's state dict: weights come out as they went in, rounded, and are packed when they are loaded.
     """
+
+    dtype = torch.bfloat16  # that it computes in
 
     def __init__(self, linear: nn.Linear, gelu: bool = False):
         super().__init__()
         self.in_features, self.out_features, self.gelu = linear.in_features, linear.out_features, gelu
         for name, tensor in self.pack(linear.weight).items():
             self.register_buffer(name, tensor, persistent=name == "weight")
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(_BF16).clone())
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(self.dtype).clone())
 
     @staticmethod
     def pack(weight: Tensor) -> dict[str, Tensor]:
@@ -34,7 +34,7 @@ class PackedLinear(nn.Module):
         return unpack(self.weight, self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.packed_linear(x.to(_BF16), self.weight, self.bias, self.out_features, self.gelu)
+        return ops.packed_linear(x.to(self.dtype), self.weight, self.bias, self.out_features, self.gelu)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, gelu={self.gelu}"
@@ -54,6 +54,16 @@ class PackedLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
+class PackedLinearFloat(PackedLinear):
+    """The same in float32: every weight is held as the three bfloat16 that it is the sum of, and not rounded."""
+
+    dtype = torch.float32
+
+    @staticmethod
+    def pack(weight: Tensor) -> dict[str, Tensor]:
+        return {"weight": pack(weight, parts=3)}
+
+
 class PackedLinearInt8(PackedLinear):
     """The same with products of int8 (`ops.packed_linear_int8`); its weights come out as float32."""
 
@@ -67,7 +77,7 @@ class PackedLinearInt8(PackedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self.weight, self.scale, self.bias
-        return ops.packed_linear_int8(x.to(_BF16), *packed, self.out_features, self.gelu)
+        return ops.packed_linear_int8(x.to(self.dtype), *packed, self.out_features, self.gelu)
 
 
 class PackedMlp(nn.Module):

@@ -68,7 +68,7 @@ def reference(x, weight, scale, bias, out_features, gelu=False):
 
 def _check(x, weight, scale, bias, out_features, gelu=False) -> None:
     vectors = {"scale": (scale, (F32,)), "bias": (bias, (BF16, F32))}
-    check_packed(x, weight, (INT8, STEP, (16, 16, 4)), "packed_linear_int8", out_features, vectors)
+    check_packed(x, (BF16,), weight, (INT8, STEP, [(2, 16, 16, 4)]), "packed_linear_int8", out_features, vectors)
 
 
 def _arguments(*, shape, outputs, bias=True, gelu=False, device="cpu", dtype=BF16, layout="contiguous") -> dict:

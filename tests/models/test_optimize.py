@@ -64,6 +64,12 @@ def test_the_original_is_left_alone():
     assert not any(p.requires_grad for p in fast.parameters())
 
 
+def test_the_state_dict_in_fp32_is_the_originals():
+    model = network()
+    state = lfm_fast.optimize(model, "fp32").state_dict()
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
 def test_the_state_dict_is_the_originals_rounded():
     model = network()
     fast = lfm_fast.optimize(model)

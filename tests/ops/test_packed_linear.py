@@ -9,7 +9,7 @@ from compare import assert_close, assert_same_bits
 from row_cases import ROWS
 
 from lfm_fast import ops
-from lfm_fast.ops.packed_linear import pack, unpack
+from lfm_fast.ops.packed_linear import pack, parts_of, unpack
 
 ROW = ROWS["packed_linear"]
 TILES = ROW.named("cpp").available()  # why there are none
@@ -40,7 +40,7 @@ def test_a_tile_holds_pairs_of_inputs_of_sixteen_outputs():
         range(2), range(2), range(2), (0, 7, 15), (0, 15), range(2)
     ):
         want = weight[32 * panel + 16 * half + column, 32 * step + 2 * pair + i]
-        assert packed[panel, step, half, pair, column, i] == want
+        assert packed[panel, step, 0, half, pair, column, i] == want
 
 
 # (rows, inputs, outputs): whole and cut tiles, strips and panels; several blocks, groups of panels and parts of a sum
@@ -70,11 +70,66 @@ def test_is_right(rows, inner, outer, gelu):
     assert_close(got, want, absolute=2e-4 if gelu else 2e-5, relative=2.0**-8, what=f"{rows} {inner} {outer}")
 
 
+def float_layer(rows, inner, outer, seed=0):
+    """Rows of very different size, so that none hides behind another."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, inner, generator=generator) * torch.logspace(-3, 3, rows)[:, None]
+    weight = torch.randn(outer, inner, generator=generator) / max(inner, 1) ** 0.5
+    return x, weight, torch.randn(outer, generator=generator)
+
+
+def test_three_parts_are_the_number_itself():
+    """24 bits are three times 8, at any size that leaves the last part a normal number."""
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-25, 30, 1000)
+    assert_same_bits(sum(part.float() for part in reversed(parts_of(x, 3))), x)
+    two = sum(part.double() for part in parts_of(x, 2))
+    assert ((two - x).abs() <= x.double().abs() * 2.0**-17).all()
+    assert_same_bits(unpack(pack(x.view(20, 50), 3), 20, 50), x.view(20, 50))
+
+
+@with_tiles
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize(("rows", "inner", "outer"), SIZES)
+def test_float32_is_right_row_by_row(rows, inner, outer, parts, gelu):
+    """Of |x| |W|: sums of `inner` products in float32, the products that three or two parts leave out (three of 2^-24
+    or one of 2^-18, and with two parts what both factors lose), GELU, whose slope is at most 1.13, and its rounding."""
+    x, weight, bias = float_layer(rows, inner, outer)
+    with ops.use_backend("cpp", ops="packed_linear"):
+        got = ops.packed_linear(x, pack(weight, parts), bias, outer, gelu)
+    want = F.linear(x.double(), weight.double(), bias.double())
+    want = F.gelu(want, approximate="tanh") if gelu else want
+    size = F.linear(x.double().abs(), weight.double().abs(), bias.double().abs())
+    bound = {3: 4 + inner**0.5, 2: 3 * 2**7}[parts] * 2.0**-24 * size
+    assert ((got - want).abs() <= bound).all(), float(((got - want).abs() / bound).max())
+
+
+@with_tiles
+def test_float32_is_as_exact_as_pytorchs_own():
+    x, weight, bias = float_layer(300, 384, 200)
+    want = F.linear(x.double(), weight.double(), bias.double())
+    ours = (ROW.kernels["cpp"](x, pack(weight, 3), bias, 200, False) - want).norm(dim=1)
+    plain = (F.linear(x, weight, bias) - want).norm(dim=1)
+    assert (ours < 2 * plain).double().mean() > 0.95
+
+
+@with_tiles
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_stays_so_in_float32(value):
+    x, weight, bias = float_layer(5, 40, 8)
+    clean = ROW.kernels["cpp"](x, pack(weight, 3), bias, 8, False)
+    x[2, 7] = value
+    got = ROW.kernels["cpp"](x, pack(weight, 3), bias, 8, False)
+    assert not got[2].isfinite().any()
+    assert_same_bits(got[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
+
+
 @with_tiles
 @pytest.mark.parametrize(("rows", "inner", "outer"), [(300, 96, 200), (40, 1100, 100), (3, 2080, 40)])
-def test_threads_do_not_change_a_bit(rows, inner, outer):
-    x, weight, bias = layer(rows, inner, outer)
-    packed, before, results = pack(weight), torch.get_num_threads(), []
+@pytest.mark.parametrize("parts", [1, 3])
+def test_threads_do_not_change_a_bit(rows, inner, outer, parts):
+    x, weight, bias = layer(rows, inner, outer) if parts == 1 else float_layer(rows, inner, outer)
+    packed, before, results = pack(weight, parts), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
@@ -116,8 +171,10 @@ def test_a_gradient_is_refused():
 
 def test_weights_of_another_layer_are_refused():
     x, weight, bias = layer(2, 40, 3)
-    with pytest.raises(ValueError, match=r"weight is \(1, 2, 2, 16, 16, 2\), expected \(2, 2"):
+    with pytest.raises(ValueError, match=r"weight is \(1, 2, 1, 2, 16, 16, 2\), expected \(2, 2"):
         ops.packed_linear(x, pack(weight), None, 33)
+    with pytest.raises(ValueError, match=r"expected \(1, 2, 2, 2, 16, 16, 2\) or \(1, 2, 3, 2, 16, 16, 2\)"):
+        ops.packed_linear(x.float(), pack(weight), None, 3)
     with pytest.raises(ValueError, match=r"which packed_linear\.pack makes"):
         ops.packed_linear(x, weight, None, 3)
     with pytest.raises(ValueError, match=r"bias is \(3,\), expected \(4,\)"):
