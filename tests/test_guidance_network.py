@@ -31,6 +31,23 @@ def test_a_model_that_leaves_its_inputs_alone_is_given_them_as_they_are():
     assert seen[1:] == [own, own]
 
 
+@pytest.mark.parametrize("method", ["rk4", "ab3", "unipc", "sde_heun", "dopri5", "bosh3", "torchdiffeq:rk4"])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_what_a_model_was_given_it_may_keep(method, scale):
+    kept = []
+
+    def model(t, z, y=None):
+        kept.append([(x, x.clone()) for x in (t, z, y) if x is not None])
+        return torch.sin(5 * z) * t[:, None, None]
+
+    settings = {"y": Y, "guidance_scale": scale, "method": method, "num_steps": 5, "trajectory": True}
+    lfm_fast.sample(model, Z, **settings)
+    assert len(kept) > 4
+    for inputs in kept:
+        for x, as_it_was in inputs:
+            assert torch.equal(x, as_it_was)
+
+
 def on_tensor(x):
     x.mul_(2)
 

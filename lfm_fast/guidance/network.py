@@ -202,7 +202,8 @@ class Network:
         """The model's velocity. A model that writes to its inputs gets copies of them.
 
         Its first call shows whether it does. One that does not is given t, z and y as they are: a copy of them at every
-        evaluation is most of what it costs beside the model.
+        evaluation is most of what it costs beside the model. Solvers leave what they have handed out as it is, because
+        the model may keep it.
         """
         y = labels.get("y")
         if self._writes is False:
