@@ -28,7 +28,8 @@ class Stochastic:
     marginals the path has (of VariancePreserving, beta); or a function g of a float t. scale: a factor of g^2; 0 leaves
     the flow. last_step: "ode" makes the last step without noise, which would stay in the result; "sde" with it.
 
-    A step that would need g where it is infinite, or a score where sigma = 0, follows the flow as well.
+    A step follows the flow as well where the score's pull would overshoot, g^2 |dt| > 4 sigma^2 (explicit methods are
+    unstable from there on): so where g is infinite, and at sigma = 0, where the score is.
     """
 
     diffusion: str | Callable[[float], float] = "sigma"
@@ -54,9 +55,9 @@ class Stochastic:
         squares = [self._square(t, at) for t, at in zip(times, known)]
         for n, (before, after) in enumerate(pairwise(times)):
             ends = slice(n, n + self.flow.tableau.num_stages)  # where this method evaluates in a step: start, and end
-            stochastic = min(at.sigma for at in known[ends]) > 0.0 and max(squares[ends]) < math.inf
-            if max(squares[ends]) == 0.0 or (n == len(times) - 2 and self.last_step == "ode"):
-                stochastic = False
+            stochastic = max(squares[ends]) > 0.0 and (n < len(times) - 2 or self.last_step == "sde")
+            for at, square in zip(known[ends], squares[ends]):
+                stochastic = stochastic and square * abs(after - before) <= 4.0 * at.sigma**2 > 0.0
             first = len(moves)
             if stochastic:
                 moves += self._step(first, n, before, after, known[ends], squares[ends])
