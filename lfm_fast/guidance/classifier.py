@@ -66,7 +66,7 @@ class ClassifierGuidance(LinearGuidance):
         network.prepare(times, labelled=False)
 
     def __call__(self, network, t, z, time=None):
-        scale, rows = self.scale(network.samples, t, z, time)
+        scale, rows = self.scale(network.samples, t, z, time, network.times)
         push = None if scale is None else self._push(network, t, z, rows, scale)
         velocity = network.unconditional(t, z, time=time)
         if push is None:

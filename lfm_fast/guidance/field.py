@@ -63,6 +63,10 @@ class GuidedField:
         """The field at one time of the whole batch, known on the host."""
         return partial(self._evaluate, time=time)
 
+    def at_each(self, times):
+        """The field where every sample has a time of its own and the host knows them, (B,) float64 of NumPy."""
+        return partial(self._evaluate, times=times)
+
     def watching(self, on_step):
         """on_step(step, t, z), or None, for the solver to call after each step: a guidance that counts steps learns of
         them too."""
@@ -76,6 +80,7 @@ class GuidedField:
 
         return both
 
-    def _evaluate(self, t, z, time=None):
+    def _evaluate(self, t, z, time=None, times=None):
+        self.network.times = times
         self.network.count.nfe += 1
         return self.guidance(self.network, t, z, time=time)

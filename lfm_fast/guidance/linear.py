@@ -70,7 +70,7 @@ class LinearGuidance:
         network.prepare(times, self.guided)
 
     def __call__(self, network, t, z, time=None):
-        scale, rows = self.scale(network.samples, t, z, time) if self.guided else (None, None)
+        scale, rows = self.scale(network.samples, t, z, time, network.times) if self.guided else (None, None)
         if scale is None:
             return network.conditional(t, z, time), None, None
         if rows is None or not network.selects:

@@ -57,6 +57,7 @@ class Network:
     """
 
     samples = None
+    times = None  # (B,) the times of the evaluation under way, on the host, where the solver knows them
 
     def __init__(self, model, z, y=None, null_label=None, model_kwargs=None):
         self.y, self.null_label, self.kwargs = y, null_label, model_kwargs or {}

@@ -46,13 +46,14 @@ class Scale:
         """The same for some of the samples, (R,) int64, where it holds one number for each."""
         return self if self.values is None else Scale(self.value[rows.to(self.value.device)], self.interval, self.none)
 
-    def __call__(self, samples, t, z, time=None):
+    def __call__(self, samples, t, z, time=None, times=None):
         """(gamma (B,) in the type of z, Rows that are guided); (None, None) where none is, rows None where all are.
 
         samples: the Rows of the whole batch that z holds, None being all; t (B,); time: t as a float where all share
-        one that the host knows. t is read back only for an interval at unknown time.
+        one that the host knows, times: (B,) on the host where it knows each. t is read back only for an interval at
+        unknown time.
         """
-        inside = self._inside(t, time)
+        inside = self._inside(t, time, times)
         if inside is not None and not inside:
             return None, None
         if self.schedule is not None:
@@ -63,7 +64,7 @@ class Scale:
             self._known = known = (key, self._fixed(samples, inside, z))
         return known[1]
 
-    def _inside(self, t, time):
+    def _inside(self, t, time, times):
         """The rows whose time is inside the interval, None being all."""
         low, high = self.interval
         if low <= 0.0 and high >= 1.0:
@@ -71,7 +72,7 @@ class Scale:
         low, high = low - _SLACK, high + _SLACK
         if time is not None:
             return None if low <= time <= high else []
-        times = t.tolist()
+        times = (t if times is None else times).tolist()
         rows = [row for row, time in enumerate(times) if low <= time <= high]
         return None if len(rows) == len(times) else rows
 

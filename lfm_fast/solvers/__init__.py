@@ -4,7 +4,8 @@ A field is called field(t, z) with t (B,) and z (B, ...) and returns (velocity, 
 the velocities are NOT yet blended, because v = scale velocity + (1 - scale) unconditional happens inside the solver's
 fused step; scale is (B,). A field may have a method `at(time)` that returns the field for a time known on the host,
 common to all samples, so that it can decide without reading t back from the device, and a method `prepare(times)`,
-called before the first evaluation with all these times in their order. Where its `selects` is true, its method
+called before the first evaluation with all these times in their order; `at_each(times)` is for the times of each
+sample, (B,) float64 of NumPy. Where its `selects` is true, its method
 `select(numbers, index)` returns the field of some of the samples, by their numbers on the host and (R,) int64 on the
 device, for a solver that lets finished ones go.
 

@@ -70,15 +70,14 @@ class _Run:
             return
         one = z.new_ones(z.shape[0], 1)
         here, ratio = torch.cat([one, 0 * one], 1), one
-        t = z.new_full(z.shape[:1], self.times[0])
-        _, self.first, slope = self._evaluate(t, z, [], here, ratio)
+        _, self.first, slope = self._evaluate(self._on_device(control.t), z, [], here, ratio)
         scale = self._combine(z, [], here, ratio)[2]
         scale, slope = self._read(scale, slope)
         self._refuse_nonfinite(slope, [self.first], [0.0])
         control.probe(scale, slope)
-        dt = torch.from_numpy(control.dt).to(z)[:, None]
-        point = self._combine(self.first, [], torch.cat([one, dt], 1))[0]
-        t = torch.from_numpy(control.t + control.dt).to(z)
+        dt, _ = self._on_device(control.dt)
+        point = self._combine(self.first, [], torch.cat([one, dt[:, None]], 1))[0]
+        t = self._on_device(control.t + control.dt)
         weights = torch.cat([one, 0 * one, 0 * one], 1)
         _, there, change = self._evaluate(t, point, [self.first], weights, torch.cat([one, -one], 1), base=z)
         (change,) = self._read(change)
@@ -107,12 +106,20 @@ class _Run:
         self._refuse_stuck()
 
     def _evaluate(self, t, point, stored, weights, error_weights=None, base=None):
-        """The blended velocity at (t, point), and what guided_step makes of it: (next point, velocity, error)."""
+        """The blended velocity at (t, point), and what guided_step makes of it: (next point, velocity, error).
+
+        t: (R,) on the device and the same on the host."""
         base = point if base is None else base
-        velocities = self.field(t, point)
+        t, known = t
+        at_each = getattr(self.field, "at_each", None)
+        velocities = (self.field if at_each is None else at_each(known))(t, point)
         return self.after_field(
             base, *velocities, stored, weights, error_weights, *self.tolerance, None, None, 0, 0, True
         )
+
+    def _on_device(self, values):
+        """(R,) of the host in the type of the state, and as they are."""
+        return torch.tensor(values, dtype=self.z.dtype, device=self.z.device), values
 
     def _combine(self, velocity, stored, weights, error_weights=None):
         """guided_step of the states with a velocity that is blended already: (next point, nothing, error)."""
@@ -227,7 +234,7 @@ class _Run:
     def _read(*values):
         """(R,) of the device as float64 on the host, all at once: the one place that waits for the device."""
         values = values[0][None] if len(values) == 1 else torch.stack(values)
-        return values.double().cpu().numpy()
+        return values.cpu().double().numpy()
 
     def _refuse_nonfinite(self, error, velocities, shares):
         bad = ~np.isfinite(error) & self.control.active

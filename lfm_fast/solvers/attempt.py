@@ -9,7 +9,8 @@ class Table:
 
     Every entry is its factor times dt, and t more where it is a time; the weight of the state itself is 1.
 
-    t: (R,) for each stage after the first and before the last. t_last, t_extra: the rest. points: after each stage
+    t: for each stage after the first and before the last, its times (R,) and the same on the host. t_last, t_extra: of
+    the last stage and of each extra one. points: after each stage
     (numbers of the stored velocities with a weight, weights (R, 2 + K)); extra: before each extra stage, likewise.
     judged: the stored velocities that make the new state or its errors; state and errors, the weights of both.
     """
@@ -62,6 +63,7 @@ class Table:
         if self.device is not self.host:
             self.device.copy_(self.host, non_blocking=True)
         t = self.device[self.times].clone().unbind(0)  # the model may keep what it is given
+        t = list(zip(t, self.exact[: self.num_times]))
         self.t, self.t_last, self.t_extra = t[: self.last - 1], t[self.last - 1], t[self.last :]
 
 
