@@ -1,5 +1,6 @@
 """DiT with adaLN-Zero: "Scalable Diffusion Models with Transformers" (arXiv 2212.09748), section 3."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -88,6 +89,7 @@ class DiT(nn.Module):
 
     family = "dit"
     activation_checkpointing = "none"  # or another of checkpointing.MODES: what training keeps for its backward pass
+    products = contextlib.nullcontext  # what the products of a forward run in (models/precision.py)
     _compiled_velocity = _compiled_block = _compiled_region = None
 
     def __init__(
@@ -155,11 +157,12 @@ class DiT(nn.Module):
         if y is None:
             y = torch.full((z.shape[0],), self.num_labels - 1, device=z.device)
         t = t.expand(z.shape[0])
-        if self._compiled_velocity is None:
-            return self.velocity(t, z, y)
-        # in one layout and in tensors of our own: a graph is made for strides, and marks those it is called with
-        t, z, y = (x.contiguous().view(x.shape) for x in (t, z, y.long()))
-        return self._compiled_velocity(self, t, z, y)
+        with self.products():
+            if self._compiled_velocity is None:
+                return self.velocity(t, z, y)
+            # in one layout and in tensors of our own: a graph is made for strides, and marks those it is called with
+            t, z, y = (x.contiguous().view(x.shape) for x in (t, z, y.long()))
+            return self._compiled_velocity(self, t, z, y)
 
     def compile(self, part: str = "velocity", **options) -> None:
         """Compile in place, with torch.compile's options: "block" makes one small graph that all blocks share,

@@ -1,18 +1,22 @@
 """`lfm_fast.optimize`: the same network, called the same way, on its fastest path."""
 
 import copy
+import functools
 
 import torch
 from torch import Tensor, nn
 
 from lfm_fast import _library
+from lfm_fast.models import fp8
 from lfm_fast.models.dit import DiT
 from lfm_fast.models.packed import PackedLinear, PackedLinearFloat, PackedLinearInt8, PackedMlp
+from lfm_fast.models.precision import float32_products, why_not
 from lfm_fast.models.recognise import read_dit_shapes, same_as, shapes_of
+from lfm_fast.ops import _registry
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PACKED = {"bf16": PackedLinear, "fp32": PackedLinearFloat}
-_PRECISIONS = {"inference": ("bf16", "fp32", "fp16", "int8"), "training": ("bf16", "fp32")}
+_PRECISIONS = {"inference": ("bf16", "fp32", "tf32", "fp16", "fp8", "int8"), "training": ("bf16", "fp32", "fp8")}
 
 
 def optimize(model: nn.Module, precision: str = "bf16", mode: str = "inference") -> nn.Module:
@@ -24,10 +28,13 @@ def optimize(model: nn.Module, precision: str = "bf16", mode: str = "inference")
         model: a network of `lfm_fast.create_model`; it is left as it is. In inference also another project's DiT, in
             an adapter of `lfm_fast.interop` or called as ours is: one whose weights have exactly the names and shapes,
             and that is seen to compute the same on a small input.
-        precision: of the matrix products: "bf16", "fp32" or, in inference, "fp16" or "int8". On a CPU with matrix tiles
-            (AMX), bf16 and fp32 multiply packed weights with bias and GELU in one pass; in fp32 a number is the sum of
-            three bfloat16, which loses nothing. int8, which is for such CPUs alone, multiplies whole numbers in the
-            layers that see every token, with a scale for every token and output.
+        precision: of the matrix products: "bf16", "fp32", "fp8" or, in inference, "tf32", "fp16" or "int8".
+            On CPUs with matrix tiles (AMX), bf16 and fp32 multiply packed weights with bias and GELU in one pass; in
+            fp32 a number is the sum of three bfloat16, which loses nothing. int8, which is for such CPUs alone,
+            multiplies whole numbers in the layers that see every token, with a scale for every token and output.
+            fp8, on GPUs that multiply it, is e4m3 in the same layers, gradients e5m2, with a scale for every row of a
+            factor; the rest is bf16. tf32, on CUDA, is float32 with products of TF32 (for training,
+            `lfm_fast.models.precision.float32_products` goes around forward and backward pass).
         mode: "inference": a copy that holds the weights in that precision, frozen and in eval mode; once the original
             has been trained on, call `optimize` again. "training": a network on the original's own Parameters, float32,
             that computes under autocast; an optimizer of either trains both.
@@ -80,38 +87,51 @@ def _listed(names: tuple[str, ...]) -> str:
     return ", ".join(names[:-1]) + " or " + names[-1]
 
 
-def _for_inference(model: DiT, precision: str) -> DiT:
-    device = next(model.parameters()).device
+def _why_not(model: DiT, precision: str) -> str | None:
+    device = model.pos_embed.device
+    if precision == "int8" and device.type != "cpu":
+        return f"precision int8 is for inference on a CPU, but the network is on {device}; use bf16"
     if precision == "int8":
-        _refuse_int8(device)
-        return _packed(model, PackedLinearInt8, PackedLinear)
-    if precision in _PACKED and device.type == "cpu" and _library.why_no_tiles() is None:
-        return _packed(model, _PACKED[precision], _PACKED[precision])
-    return _frozen(model, _DTYPES[precision])
+        reason = _registry.row("packed_linear_int8").named("cpp").available()
+        return reason and f"precision int8 needs a CPU with matrix tiles, but {reason}; use fp32"
+    return why_not(precision, device) or (fp8.why_not_sizes(model) if precision == "fp8" else None)
 
 
-def _refuse_int8(device: torch.device) -> None:
-    if device.type != "cpu":
-        raise ValueError(f"precision int8 is for inference on a CPU, but the network is on {device}: use bf16.")
-    reason = _library.why_no_tiles()
+def _refuse(model: DiT, precision: str) -> None:
+    reason = _why_not(model, precision)
     if reason is not None:
-        raise ValueError(f"precision int8 needs a CPU with matrix tiles, but {reason}: use fp32.")
+        raise ValueError(f"{reason}.")
+
+
+def _for_inference(model: DiT, precision: str) -> DiT:
+    _refuse(model, precision)
+    if precision == "int8":
+        return _packed(model, PackedLinearInt8, PackedLinear)
+    if precision == "fp8":
+        return _packed(model, fp8.PackedLinearFp8)
+    if precision in _PACKED and model.pos_embed.device.type == "cpu" and _library.why_no_tiles() is None:
+        return _packed(model, _PACKED[precision], _PACKED[precision])
+    fast = _frozen(model, _DTYPES[precision])
+    if precision == "tf32":
+        fast.products = functools.partial(float32_products, True)
+    return fast
 
 
 def _frozen(model: DiT, dtype: torch.dtype) -> DiT:
     return copy.deepcopy(model).eval().requires_grad_(False).to(dtype)
 
 
-def _packed(model: DiT, layer: type[PackedLinear], other: type[PackedLinear]) -> DiT:
+def _packed(model: DiT, layer: type[PackedLinear], other: type[PackedLinear] | None = None) -> DiT:
     """The network with its linear layers packed, those that see every token as `layer`.
 
     The others, of time, label and read-out, are a hundredth of the work, and all tokens hang on them.
     """
-    fast = _frozen(model, other.dtype)
+    fast = _frozen(model, layer.dtype if other is None else other.dtype)
     for block, original in zip(fast.blocks, model.blocks):
         _pack(block.attn, original.attn, layer)
         block.mlp = PackedMlp(original.mlp, layer)
-    _pack(fast, model, other)
+    if other is not None:
+        _pack(fast, model, other)
     return fast
 
 
@@ -133,8 +153,11 @@ class AutocastDiT(DiT):
 
 
 def _for_training(model: DiT, precision: str) -> DiT:
+    _refuse(model, precision)
     shared = {id(parameter): parameter for parameter in model.parameters()}
     fast = copy.deepcopy(model, shared)
-    if precision == "bf16":
+    if precision != "fp32":
         fast.__class__ = AutocastDiT
+    if precision == "fp8":
+        fp8.train_in_fp8(fast)
     return fast

@@ -42,12 +42,13 @@ class Prepared:
         if not 0 <= k < len(self.times):
             raise ValueError(f"k is {k}, but {len(self.times)} times were prepared: give 0 to {len(self.times) - 1}.")
         places = self._places(y, len(z) if samples is None else len(samples))
-        x = self.model.tokens(z)
-        if samples is not None:
-            x = x.index_select(0, samples)
-        # one look-up for all parts, each of which comes out contiguous, as the model's own would be
-        modulations = F.embedding(self.parts_start + places, self._at(k))  # (parts, R, 6 D)
-        return self.model.trunk(x, list(modulations.unbind(0)))
+        with self.model.products():
+            x = self.model.tokens(z)
+            if samples is not None:
+                x = x.index_select(0, samples)
+            # one look-up for all parts, each of which comes out contiguous, as the model's own would be
+            modulations = F.embedding(self.parts_start + places, self._at(k))  # (parts, R, 6 D)
+            return self.model.trunk(x, list(modulations.unbind(0)))
 
     def _places(self, y: Tensor | None, count: int) -> Tensor:
         """Where the labels stand among the distinct ones, (R,)."""

@@ -13,6 +13,8 @@ from lfm_fast.checkpoint import check_output
 from lfm_fast.flow import paths
 from lfm_fast.models import create_model, num_parameters
 from lfm_fast.models.checkpointing import set_mode
+from lfm_fast.models.fp8 import train_in_fp8, why_not_sizes
+from lfm_fast.models.precision import why_not
 from lfm_fast.train import report, resume
 from lfm_fast.train.compiling import compile_network
 from lfm_fast.train.ema import EMA
@@ -87,9 +89,10 @@ def _check_outputs(config):
 
 
 def resolve_precision(precision, device):
-    """What "auto" means on `device`. Raises ValueError for tf32 away from CUDA."""
-    if precision == "tf32" and device.type != "cuda":
-        raise ValueError("precision tf32 exists on CUDA devices only; use fp32 or bf16 on a CPU")
+    """What "auto" means on `device`. Raises ValueError for a precision that it does not compute in."""
+    reason = why_not(precision, device)
+    if reason is not None:
+        raise ValueError(reason)
     if precision != "auto":
         return precision
     fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
@@ -100,8 +103,6 @@ def build_state(config, source, world):
     """A fresh `TrainState`: weights by the seed alone, so equal on all ranks."""
     channels, side, _ = source.latent_shape
     torch.manual_seed(config.seed)
-    if world.device.type == "cuda":
-        torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
     model = create_model(
         config.model,
         image_size=side,
@@ -111,6 +112,11 @@ def build_state(config, source, world):
         label_dropout=config.label_dropout,
     ).to(world.device)
     ema = EMA(model, config.ema_decay)  # before compiling: sampling uses other batch sizes
+    if config.precision == "fp8":
+        reason = why_not_sizes(model)
+        if reason is not None:
+            raise ValueError(reason)
+        train_in_fp8(model)
     set_mode(model, config.activation_checkpointing)
     compile_network(model, config, world.device)
     network = model

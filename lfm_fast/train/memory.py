@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lfm_fast import ops
+from lfm_fast.train.config import AUTOCAST
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def of_step(model, samples: int, latent_shape, precision: str) -> StepMemory:
     try:
         with live, torch.device(device):
             t, z, target = torch.rand(samples), torch.zeros(samples, *latent_shape), torch.zeros(samples, *latent_shape)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision in AUTOCAST):
                 velocity = model(t, z)
             kept = live.held
             ops.velocity_loss(velocity, target).sum().backward()

@@ -8,6 +8,8 @@ import torch
 from lfm_fast import ops
 from lfm_fast.flow import time_samplers
 from lfm_fast.flow.noise import label_dropout_mask
+from lfm_fast.models.precision import float32_products
+from lfm_fast.train.config import AUTOCAST
 from lfm_fast.train.ema import EMA
 from lfm_fast.train.optimizer import AdamW
 
@@ -48,8 +50,9 @@ def train_step(state, source, config, path, world):
         z_t, target = ops.interpolate(z_0, coefficients, index=index, seed=seed)
         # model -> velocity -> loss -> gradient
         y = _some_dropped(y, index, config, state.model.null_label) if config.num_classes else None
-        with _gradients_summed_over_ranks(state.network, last=part == len(parts) - 1):
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        last = part == len(parts) - 1
+        with _products(config, world.device), _gradients_summed_over_ranks(state.network, last):
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision in AUTOCAST):
                 velocity = state.network(t, z_t, y)
             loss = ops.velocity_loss(velocity, target).sum() / config.batch_size
             (loss * world.size).backward()  # DistributedDataParallel divides by the number of ranks
@@ -62,6 +65,11 @@ def train_step(state, source, config, path, world):
     state.step += 1
     state.loss_steps += 1
     state.samples += config.batch_size
+
+
+def _products(config, device):
+    """Products of float32 tensors: of TF32 on CUDA unless float32 was asked for, forward and backward."""
+    return float32_products(config.precision != "fp32") if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _some_dropped(y, index, config, null_label):

@@ -159,8 +159,8 @@ def test_the_state_dict_of_int8_is_the_originals_up_to_half_a_step():
 
 
 def test_int8_without_tiles_is_refused(monkeypatch):
-    monkeypatch.setattr(_library, "why_no_tiles", lambda: "it has none")
-    with pytest.raises(ValueError, match="int8 needs a CPU with matrix tiles, but it has none: use fp32"):
+    monkeypatch.setattr(_library, "lacks", lambda *arguments: "it has none")
+    with pytest.raises(ValueError, match="int8 needs a CPU with matrix tiles, but it has none; use fp32"):
         lfm_fast.optimize(network(), "int8")
     with pytest.raises(ValueError, match="int8 is for inference on a CPU, but the network is on meta"):
         lfm_fast.optimize(network().to("meta"), "int8")
@@ -189,7 +189,9 @@ def test_what_it_does_not_know_is_refused():
     model = network()
     with pytest.raises(ValueError, match=r"takes a network of lfm_fast\.create_model"):
         lfm_fast.optimize(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="precision is 'fp7', expected bf16, fp32, fp16 or int8 in inference"):
+    with pytest.raises(
+        ValueError, match="precision is 'fp7', expected bf16, fp32, tf32, fp16, fp8 or int8 in inference"
+    ):
         lfm_fast.optimize(model, "fp7")
     with pytest.raises(ValueError, match="mode is 'fast', expected inference or training"):
         lfm_fast.optimize(model, mode="fast")
