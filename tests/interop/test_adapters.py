@@ -198,6 +198,21 @@ def test_three_channels_are_guided_and_the_fourth_is_not(scale):
     assert stats.forwards.tolist() == [1] * 4
 
 
+def test_three_channels_of_each_sample_on_its_own_steps():
+    """dopri5 takes finished samples out of the batch: scales and labels go with the samples that stay."""
+    field, z1 = SiTVelocity(straight, null_label=NULL), start(4, 4, 2)
+    z1[1] *= 0.1
+    scales = torch.tensor([1.0, 4.0, 0.5, 2.0], dtype=torch.float64)
+    settings = {"null_label": NULL, "method": "dopri5", "atol": 1e-6, "rtol": 1e-6, "return_stats": True}
+    together, stats = lfm_fast.sample(field, z1, y=Y, guidance=ThreeChannelGuidance(scales), **settings)
+    assert len(set(stats.nfe.tolist())) > 1
+    for i in range(4):
+        guidance = ThreeChannelGuidance(float(scales[i]))
+        alone, cost = lfm_fast.sample(field, z1[i : i + 1], y=Y[i : i + 1], guidance=guidance, **settings)
+        torch.testing.assert_close(alone, together[i : i + 1], rtol=0, atol=1e-12)
+        assert cost.forwards[0] == stats.forwards[i]
+
+
 def test_a_network_in_half_precision_gets_its_type_and_the_state_keeps_its_own():
     """The velocity is made of the float32 state, not of what the network was given of it."""
     seen = []
