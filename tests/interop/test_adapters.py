@@ -156,6 +156,18 @@ def test_the_discrete_path_is_its_table_and_its_own_derivative():
     assert path.t_min == 0.001
 
 
+def test_a_table_with_a_jump_keeps_falling():
+    """A spline through it would rise beside the jump; the monotone cubic has the table and its own derivative too."""
+    table = torch.tensor([0.99, 0.98, 0.97, 0.1, 0.09, 0.08], dtype=torch.float64)
+    path, nodes = DiscretePath(table), torch.arange(1, 7, dtype=torch.float64) / 6
+    torch.testing.assert_close(path.alpha(nodes) ** 2, table, rtol=1e-12, atol=0)
+    assert bool((path.alpha(torch.linspace(0, 1, 601, dtype=torch.float64)).diff() < 0).all())
+    t = torch.tensor([0.21, 0.55, 0.98], dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(
+        torch.autograd.grad(path.alpha(t).sum(), t)[0], path.d_alpha(t).detach(), rtol=1e-9, atol=0
+    )
+
+
 def test_points_join_time_as_a_last_column():
     def network(points):
         return straight(points[:, :2], points[:, 2], torch.zeros(len(points), dtype=torch.int64))

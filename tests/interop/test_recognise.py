@@ -143,9 +143,11 @@ def silent():
     return model
 
 
+@pytest.mark.parametrize("null_label", [3, 1])
 @pytest.mark.parametrize("kind", [SiTVelocity, DiTVelocity])
-def test_the_sampling_form_is_used_and_changes_nothing(kind):
-    """Under guidance of some samples, in an interval: tables of modulations at their times, not ours."""
+def test_the_sampling_form_is_used_and_changes_nothing(kind, null_label):
+    """Under guidance of some samples, in an interval: tables of modulations at their times, not ours, and of the null
+    label, whichever row that is."""
     field = from_state_dict(
         plain_dit().state_dict(), {SiTVelocity: "sit", DiTVelocity: "dit"}[kind], num_classes=3, num_heads=2
     )
@@ -155,11 +157,12 @@ def test_the_sampling_form_is_used_and_changes_nothing(kind):
     assert not field.prepares
     field.network._forward_hooks.clear()
     assert field.prepares
+    field.null_label = plain.null_label = null_label
     settings = {"y": Y, "guidance_scale": torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), "num_steps": 6}
     settings |= {"guidance_interval": (0.3, 0.8), "method": "heun"}
-    for null_label in (3, None):
-        want = lfm_fast.sample(plain, Z, null_label=null_label, **settings)
-        torch.testing.assert_close(lfm_fast.sample(field, Z, null_label=null_label, **settings), want)
+    for named in (null_label, None):
+        want = lfm_fast.sample(plain, Z, null_label=named, **settings)
+        torch.testing.assert_close(lfm_fast.sample(field, Z, null_label=named, **settings), want)
     assert not calls
 
 
