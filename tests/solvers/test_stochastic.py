@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from problems import PROBLEMS, Counting
@@ -27,7 +28,7 @@ def wave(t):
 
 
 class Affine:
-    """Values of the form constant + a start + sum_k b_k normal_k, by their coefficients: moments without drawing."""
+    """Values constant + a start + sum_k b_k normal_k as vectors (constant, a, b): moments without drawing."""
 
     def __init__(self, path, mean, std, times):
         self.path, self.mean, self.std, self.times = path, mean, std, times
@@ -46,23 +47,21 @@ class Affine:
         alpha, sigma, d_alpha, d_sigma = self.at(t)
         mean, variance = self.moments(t)
         rate = (alpha * d_alpha * self.std**2 + sigma * d_sigma) / variance
-        result = {name: rate * weight for name, weight in value.items()}
-        result["one"] = result.get("one", 0.0) + d_alpha * self.mean - rate * mean
+        result = rate * value
+        result[0] += d_alpha * self.mean - rate * mean
         return result
 
     def __call__(self, formula):
         """(mean, variance) that the moves of a formula come to."""
-        points, velocities = [{"start": 1.0}], []
+        points, velocities = [np.eye(1, len(self.times) + 1, k=1)[0]], []
         for move in formula.schedule(self.times, self.path):
             velocities.append(self.velocity(move.time, points[-1]))
-            new = {("draw", move.draw): move.noise}
-            for (kind, j), weight in move.target.weights.items():
-                for name, own in {"point": points, "velocity": velocities}[kind][j].items():
-                    new[name] = new.get(name, 0.0) + weight * own
+            known = {"point": points, "velocity": velocities}
+            new = sum(weight * known[kind][j] for (kind, j), weight in move.target.weights.items())
+            new[2 + move.draw] += move.noise
             points.append(new)
-        last, (mean, variance) = points[-1], self.moments(self.times[0])
-        squares = sum(w * w for name, w in last.items() if name not in ("one", "start"))
-        return last.get("one", 0.0) + last["start"] * mean, last["start"] ** 2 * variance + squares
+        (constant, start, *draws), (mean, variance) = points[-1], self.moments(self.times[0])
+        return constant + start * mean, start**2 * variance + np.square(draws).sum()
 
 
 @both
