@@ -138,7 +138,9 @@ class _Run:
         self._refuse_nonfinite(error, velocities, self.pair.c)
         if more:
             norm = np.sqrt(error**2 + 0.01 * more[0] ** 2)
-            error = error * np.divide(error, norm, out=np.zeros_like(norm), where=norm > 0)
+            finite = np.isfinite(norm)
+            share = np.divide(error, norm, out=np.zeros_like(norm), where=finite & (norm > 0))
+            error = np.where(finite, error * share, np.inf)
         return np.where(np.isfinite(error), error, _OVERFLOW)
 
     def _move(self, point, last, accept, active):

@@ -339,3 +339,21 @@ def test_an_attempt_reads_back_once_one_number_a_sample(name, monkeypatch):
         solution, _ = solve(name, PROBLEMS[0], time_grid(None, 5), **settings)
     assert len(read) == 2 + int((solution.accepted + solution.rejected).max())
     assert all(value.shape == (3,) for values in read for value in values)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_an_error_that_overflows_with_finite_velocities_rejects_the_step(which, value, monkeypatch):
+    reads, original = [], adaptive._Run._read
+
+    def read(*values):
+        numbers = original(*values).copy()
+        reads.append(numbers)
+        if len(reads) == 3:  # of the first attempt, after the two before the first step
+            numbers[which, 1] = value
+        return numbers
+
+    monkeypatch.setattr(adaptive._Run, "_read", staticmethod(read))
+    solution, _ = solve("dopri8", PROBLEMS[0], DOWN)
+    assert solution.rejected.tolist() == [0, 1, 0]
+    assert solution.reached.all()
