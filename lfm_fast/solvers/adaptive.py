@@ -137,10 +137,9 @@ class _Run:
         error, *more = self._read(error, *more)
         self._refuse_nonfinite(error, velocities, self.pair.c)
         if more:
-            norm = np.sqrt(error**2 + 0.01 * more[0] ** 2)
-            finite = np.isfinite(norm)
-            share = np.divide(error, norm, out=np.zeros_like(norm), where=finite & (norm > 0))
-            error = np.where(finite, error * share, np.inf)
+            error = np.where(np.isfinite(more[0]), error, np.inf)
+            with np.errstate(invalid="ignore"):  # 0 / 0 is 0 here, and inf / inf too much
+                error = np.where(error == 0, 0.0, error**2 / np.sqrt(error**2 + 0.01 * more[0] ** 2))
         return np.where(np.isfinite(error), error, _OVERFLOW)
 
     def _move(self, point, last, accept, active):
