@@ -3,7 +3,7 @@
 from benchmarks.feeding import CacheFeeding, FolderFeeding
 from benchmarks.networks import Forward, GuidedSampling
 from benchmarks.optimizer import OptimizerStep
-from benchmarks.solving import Solving
+from benchmarks.solving import AtEqualError, Overhead, Solving
 from benchmarks.starting import Importing, Starting
 from benchmarks.training import TrainingStep
 from benchmarks.workloads import ForwardBackward, OpWorkload, Workload
@@ -16,6 +16,8 @@ KINDS = {
     "training": TrainingStep,
     "sampling": GuidedSampling,
     "solver": Solving,
+    "at equal error": AtEqualError,
+    "overhead": Overhead,
     "cached latents": CacheFeeding,
     "image folder": FolderFeeding,
     "start": Starting,

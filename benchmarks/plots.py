@@ -30,6 +30,8 @@ COLOURS = {
 }
 OTHER_COLOUR = "#009e73"
 HALF = ("bfloat16",)
+_FEW = 10  # points that make a table, and no picture
+_STYLES = dict.fromkeys(("dopri5", "dopri8", "bosh3", "adaptive_heun", "tsit5"), "--") | {"torchdiffeq": ":"}
 
 
 def draw(records: list[dict], folder: Path) -> dict[Path, str]:
@@ -185,8 +187,36 @@ def ceilings(records):
     return figure
 
 
+def solvers(records):
+    """Error over evaluations, by sample: |z - z*| / |z*|, the median in front, the 90th percentile behind it."""
+    found = [record for record in records if len(record.get("points", ())) > _FEW]
+    if not found:
+        return None
+    figure, axes = pyplot.subplots(1, len(found), figsize=(7 * len(found), 5.6), layout="constrained", squeeze=False)
+    for axis, record in zip(axes[0], found):
+        methods = list(dict.fromkeys(point["method"] for point in record["points"]))
+        colours = dict(zip(methods, pyplot.get_cmap("tab20").colors))
+        for method in methods:
+            mine = sorted((p for p in record["points"] if p["method"] == method), key=lambda p: p["nfe"])
+            nfe, style = [p["nfe"] for p in mine], _STYLES.get(method.partition(" ")[0].partition(":")[0], "-")
+            known = {"color": colours[method], "linestyle": style}
+            axis.plot(nfe, [p["error"] for p in mine], marker="o", markersize=3.5, label=method, **known)
+            axis.plot(nfe, [p["error_p90"] for p in mine], linewidth=0.7, alpha=0.5, **known)
+        axis.set(xscale="log", yscale="log", xlabel="evaluations (mean over the samples)", ylabel="relative error")
+        ticks = [
+            n for n in (4, 8, 12, 20, 30, 50, 80, 120, 200, 400) if n <= 1.3 * max(p["nfe"] for p in record["points"])
+        ]
+        axis.set_xticks(ticks, [str(n) for n in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.set_title(record["title"].partition(",")[0] + f", {record['images']} samples", fontsize=9)
+    _legend(figure, axes[0])
+    return figure
+
+
 def ratios(records):
     """How many times as long as the fast path each contender takes at equal evaluations, and the noise."""
+    records = [record for record in records if record["contenders"]]
     if not records:
         return None
     figure, axes = pyplot.subplots(figsize=(9, 0.27 * len(records) + 1.5), layout="constrained")
@@ -210,7 +240,7 @@ def ratios(records):
     return figure
 
 
-PICTURES = {f.__name__: f for f in (throughput, latency, shares, ceilings, ratios)}
+PICTURES = {f.__name__: f for f in (throughput, latency, shares, ceilings, solvers, ratios)}
 
 
 def _of(records, *groups):

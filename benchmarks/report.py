@@ -21,6 +21,7 @@ from benchmarks.names import (
 )
 
 COLUMNS = ("contender", "median ms", "quartiles", "ratio", "GB/s (copy)", "GFLOP/s (GEMM)", "error", "peak MB", "")
+CURVE = ("method", "told", "NFE", "median error", "90th percentile", "s")
 IN_README = (REFERENCE, EAGER, COMPILED, DIFFUSERS, DIFFUSERS_COMPILED, FAST_COMPILED)
 NETWORKS = ("forward", "train_step", "sampling")
 
@@ -32,12 +33,12 @@ def text(about: dict, records: list[dict], markdown: bool = False) -> str:
     for group in dict.fromkeys(record["group"] for record in records):
         parts.append(f"## {group}" if markdown else f"-- {group}")
         for record in (r for r in records if r["group"] == group):
-            rows = [COLUMNS, *(_row(name, c) for name, c in record["contenders"].items() if name != AGAIN)]
-            facts = [*_facts(record), *(f"not run: {name}: {why}" for name, why in record["not_run"].items())]
-            if markdown:
-                parts.append(f"**{record['title']}**: {'; '.join(facts)}\n{_markdown(rows).rstrip()}")
-            else:
-                parts.append(f"{record['title']}: {'; '.join(facts)}\n{_aligned(rows)}")
+            title, facts, rows = record["title"], "; ".join(_facts(record)), _rows(record)
+            parts.append(
+                f"**{title}**: {facts}\n{_markdown(rows).rstrip()}"
+                if markdown
+                else f"{title}: {facts}\n{_aligned(rows)}"
+            )
     return "\n\n".join(parts)
 
 
@@ -64,12 +65,22 @@ def machine(about: dict) -> list[str]:
     ]
 
 
+def _rows(record: dict) -> list[tuple[str, ...]]:
+    if "points" in record:
+        return [CURVE, *map(_point, record["points"])]
+    return [COLUMNS, *(_row(name, c) for name, c in record["contenders"].items() if name != AGAIN)]
+
+
 def _facts(record: dict):
+    if "points" in record:  # no race
+        yield record["note"]
+        return
     noise, low, high = (record["noise"][key] for key in ("median", "low", "high"))
     load = record["load_average"][0]
     yield f"{record['rounds']} rounds, noise {noise:.3f} [{low:.3f} .. {high:.3f}], load {load:.1f}"
     if record["note"]:
         yield record["note"]
+    yield from (f"not run: {name}: {why}" for name, why in record["not_run"].items())
 
 
 def _row(name: str, contender: dict) -> tuple[str, ...]:
@@ -88,9 +99,19 @@ def _row(name: str, contender: dict) -> tuple[str, ...]:
     )
 
 
+def _point(point: dict) -> tuple[str, ...]:
+    """A way to solve (benchmarks.accuracy), with its error by sample."""
+    errors = (f"{point[key]:.1e}" for key in ("error", "error_p90"))
+    return (point["method"], point["setting"], f"{point['nfe']:.1f}", *errors, f"{point['seconds']:.2f}")
+
+
 def _extra(contender: dict):
     if "nfe" in contender:
         yield f"NFE {contender['nfe']}"
+    if "error_by_sample" in contender:
+        yield f"by sample: median {contender['error_by_sample']:.1e}, p90 {contender['error_p90_by_sample']:.1e}"
+    if "microseconds_per_evaluation" in contender:
+        yield f"{contender['microseconds_per_evaluation']:.1f} us per evaluation"
     if "images_per_second" in contender:
         yield f"{contender['images_per_second']:.3g} images/s"
     if "share_of_step" in contender:
