@@ -18,7 +18,7 @@ from benchmarks import measure
 from benchmarks.settings import QUICK
 from benchmarks.solving import SCALE, errors, field, spread, start
 
-FIXED = ("euler", "heun", "rk4", "ab2", "ab3", "dpmpp_2m", "unipc")
+FIXED = ("euler", "midpoint", "heun", "rk4", "ab2", "ab3", "dpmpp_2m", "unipc")
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun", "tsit5", "torchdiffeq:dopri5")
 EVALUATIONS = (8, 24) if QUICK else (8, 12, 18, 27, 40, 60)
 TOLERANCES = (1e-2,) if QUICK else (1e-2, 1e-3, 1e-4, 1e-5)
