@@ -97,7 +97,7 @@ _row = register(
         arguments=_arguments,
         cases=CASES,
         sizes=SIZES,
-        cost=lambda x, weight, scale, bias, outputs, gelu=False: packed_cost(x, weight, outputs, gelu),
+        cost=lambda x, weight, scale, bias, out_features, gelu=False: packed_cost(x, weight, out_features, gelu),
         tolerance=Tolerance(
             absolute=1e-5,
             relative=1e-5,
