@@ -191,7 +191,9 @@ def test_all_stages_of_a_step_share_one_momentum(method):
 def test_a_momentum_is_of_one_call_in_every_method_of_fixed_steps(method):
     guidance = APG(3.0, 0.5, 2.0, -0.5)
     settings = {"y": Y, "null_label": NULL, "method": method, "num_steps": 6}
-    first, second = (lfm_fast.sample(model, Z, guidance=guidance, **settings) for _ in range(2))
+    first = lfm_fast.sample(model, Z, guidance=guidance, **settings)
+    guidance(Network(model, Z, Y, NULL), T, Z)  # one that was not begun keeps what it saw
+    second = lfm_fast.sample(model, Z, guidance=guidance, **settings)
     assert first.isfinite().all()
     assert torch.equal(first, second)
     assert not torch.allclose(first, lfm_fast.sample(model, Z, guidance=APG(3.0, 0.5, 2.0), **settings), atol=1e-3)
@@ -261,6 +263,19 @@ def test_autoguidance_leads_away_from_the_weaker_network():
     outside = GuidedField(network, begun(Autoguidance(weak, SCALES, (0.2, 0.4))))
     torch.testing.assert_close(blended(*outside(T, Z))[:2], v[:2], **CLOSE)
     assert network.forwards.tolist() == [3, 2, 4, 3]
+
+
+def test_the_weaker_network_may_write_to_the_memory_of_the_other():
+    memory = torch.empty_like(Z)
+
+    def network(t, z, y):
+        return memory.copy_(model(t, z, y))
+
+    def weak(t, z, y):
+        return memory.copy_(model(t, z, 2 * y))
+
+    found = blended(*GuidedField(Network(network, Z, Y), begun(Autoguidance(weak, 3.0)))(T, Z))
+    torch.testing.assert_close(found, 3.0 * model(T, Z, Y) - 2.0 * model(T, Z, 2 * Y), **CLOSE)
 
 
 def test_autoguidance_prepares_both_networks_and_works_without_labels():
