@@ -15,11 +15,10 @@ from torch import Tensor
 
 import lfm_fast
 from benchmarks import measure
+from benchmarks.names import ADAPTIVE, FIXED
 from benchmarks.settings import QUICK
 from benchmarks.solving import SCALE, errors, field, spread, start
 
-FIXED = ("euler", "midpoint", "heun", "rk4", "ab2", "ab3", "dpmpp_2m", "unipc")
-ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun", "tsit5", "torchdiffeq:dopri5")
 EVALUATIONS = (8, 24) if QUICK else (8, 12, 18, 27, 40, 60)
 TOLERANCES = (1e-2,) if QUICK else (1e-2, 1e-3, 1e-4, 1e-5)
 GRIDS = ("uniform", ("shift", 2.0), ("shift", 3.0), "quadratic", "karras")
@@ -42,7 +41,7 @@ def points() -> list[Point]:
         evaluations = lfm_fast.solvers.get_solver(name).evaluations
         steps = {max(n for n in range(1, most + 1) if evaluations(n) <= most or n == 1) for most in EVALUATIONS}
         found += [Point(name, f"x {n}", {"method": name, "num_steps": n}) for n in sorted(steps)]
-    for name in ADAPTIVE:
+    for name in (*ADAPTIVE, "torchdiffeq:dopri5"):
         tolerances = TOLERANCES[:2] if name == "adaptive_heun" else TOLERANCES  # 1e-5 asks it for 700 evaluations
         found += [Point(name, f"{tol:g}", {"method": name, "atol": tol, "rtol": tol}) for tol in tolerances]
     for threshold in THRESHOLDS:

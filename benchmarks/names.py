@@ -8,6 +8,9 @@ DIFFUSERS, DIFFUSERS_COMPILED = "diffusers", "diffusers + torch.compile"
 ONEDNN = "oneDNN, packed"
 COPY = "copy of as many bytes"  # half of them read, half written
 
+FIXED = ("euler", "midpoint", "heun", "rk4", "ab2", "ab3", "dpmpp_2m", "unipc")  # solvers
+ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun", "tsit5")
+
 GROUPS = ("ops", "forward", "train_step", "sampling", "solvers", "data", "startup")
 
 

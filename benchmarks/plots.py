@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib
 
 from benchmarks.names import (
+    ADAPTIVE,
     AGAIN,
     COMPILED,
     DIFFUSERS,
@@ -12,6 +13,7 @@ from benchmarks.names import (
     EAGER,
     FAST,
     FAST_COMPILED,
+    FIXED,
     REFERENCE,
     at_equal_evaluations,
 )
@@ -31,7 +33,8 @@ COLOURS = {
 OTHER_COLOUR = "#009e73"
 HALF = ("bfloat16",)
 _FEW = 10  # points that make a table, and no picture
-_STYLES = dict.fromkeys(("dopri5", "dopri8", "bosh3", "adaptive_heun", "tsit5"), "--") | {"torchdiffeq": ":"}
+_DARK = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000", "#882255", "#999999")
+_FAMILIES = {"fixed": ("-", "o", _DARK), "adaptive": ("--", "s", _DARK), "other": (":", "^", ("#555555", "#aa4499"))}
 
 
 def draw(records: list[dict], folder: Path) -> dict[Path, str]:
@@ -188,30 +191,36 @@ def ceilings(records):
 
 
 def solvers(records):
-    """Error over evaluations, by sample: |z - z*| / |z*|, the median in front, the 90th percentile behind it."""
+    """Error over evaluations, |z - z*| / |z*| by sample: the median, and the 90th percentile."""
     found = [record for record in records if len(record.get("points", ())) > _FEW]
     if not found:
         return None
-    figure, axes = pyplot.subplots(1, len(found), figsize=(7 * len(found), 5.6), layout="constrained", squeeze=False)
-    for axis, record in zip(axes[0], found):
-        methods = list(dict.fromkeys(point["method"] for point in record["points"]))
-        colours = dict(zip(methods, pyplot.get_cmap("tab20").colors))
-        for method in methods:
-            mine = sorted((p for p in record["points"] if p["method"] == method), key=lambda p: p["nfe"])
-            nfe, style = [p["nfe"] for p in mine], _STYLES.get(method.partition(" ")[0].partition(":")[0], "-")
-            known = {"color": colours[method], "linestyle": style}
-            axis.plot(nfe, [p["error"] for p in mine], marker="o", markersize=3.5, label=method, **known)
-            axis.plot(nfe, [p["error_p90"] for p in mine], linewidth=0.7, alpha=0.5, **known)
-        axis.set(xscale="log", yscale="log", xlabel="evaluations (mean over the samples)", ylabel="relative error")
-        ticks = [
-            n for n in (4, 8, 12, 20, 30, 50, 80, 120, 200, 400) if n <= 1.3 * max(p["nfe"] for p in record["points"])
-        ]
-        axis.set_xticks(ticks, [str(n) for n in ticks])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.set_title(record["title"].partition(",")[0] + f", {record['images']} samples", fontsize=9)
-    _legend(figure, axes[0])
+    figure, axes = pyplot.subplots(len(found), 2, figsize=(13, 6.2 * len(found)), layout="constrained", squeeze=False)
+    for row, record in zip(axes, found):
+        for axis, key, words in zip(row, ("error", "error_p90"), ("median", "90th percentile")):
+            _curves(axis, record["points"], key)
+            name = record["title"].partition(",")[0]
+            axis.set_title(f"{name}: {words} of {record['images']} samples", fontsize=10)
+    _legend(figure, axes.flat)
     return figure
+
+
+def _curves(axis, points, key):
+    """One line for each method: fixed steps solid, adaptive ones dashed, others dotted."""
+    used = dict.fromkeys(_FAMILIES, 0)
+    for method in dict.fromkeys(point["method"] for point in points):
+        family = "fixed" if method in FIXED else "adaptive" if method in ADAPTIVE else "other"
+        style, marker, colours = _FAMILIES[family]
+        mine = sorted((p for p in points if p["method"] == method), key=lambda p: p["nfe"])
+        known = {"color": colours[used[family] % len(colours)], "linestyle": style, "marker": marker}
+        axis.plot([p["nfe"] for p in mine], [p[key] for p in mine], markersize=4.5, label=method, **known)
+        used[family] += 1
+    axis.set(xscale="log", yscale="log", xlabel="evaluations (mean over the samples)", ylabel="relative error")
+    nfe = [point["nfe"] for point in points]
+    ticks = [n for n in (4, 8, 12, 20, 30, 50, 80, 120, 200, 400) if 0.9 * min(nfe) <= n <= 1.1 * max(nfe)]
+    axis.set_xticks(ticks, [str(n) for n in ticks])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
 
 
 def ratios(records):
