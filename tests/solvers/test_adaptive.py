@@ -160,6 +160,20 @@ def test_a_trajectory_is_read_off_inside_the_steps(name, problem, start, end):
         assert (extra == 0).all()
 
 
+def test_only_accepted_steps_are_read_off():
+    """dopri8 pays three evaluations for each that goes over a time of the grid, and nothing for one it takes back."""
+    times, seen = time_grid(None, 30), [torch.ones(3, dtype=torch.float64)]
+    told = Settings(atol=1e-5, rtol=1e-5, trajectory=True, on_step=lambda step, t, z: seen.append(t))
+    solution = get_solver("dopri8").integrate(Counting(kinked), PROBLEMS[0].start, times, told)
+    assert solution.rejected[1] > 2
+    over = [
+        sum(any(after[row] <= t < before[row] for t in times[1:-1]) for before, after in zip(seen, seen[1:]))
+        for row in range(3)
+    ]
+    attempts = solution.accepted + solution.rejected
+    assert torch.equal(solution.nfe, 2 + 12 * attempts + 3 * torch.tensor(over))
+
+
 @each_pair
 def test_the_solution_inside_a_step_is_as_good_as_its_order(name):
     """Halving all steps (by the tolerance) reduces the error at a time between them."""
@@ -238,14 +252,14 @@ def test_the_callback_is_told_each_round_and_may_write_to_its_state():
     assert torch.equal(seen[-1][2], solution.z)
 
 
-def test_rejected_steps_are_counted_and_made_again_smaller():
-    def velocity(t, z):  # a kink in time that a long step runs into, for the second sample alone
-        kinked = torch.where(t[:, None] > 0.4, z, -20 * z)
-        return torch.where(torch.tensor([[False], [True], [False]]), kinked, z)
+def kinked(t, z):
+    """A kink in time that a long step runs into, for the second sample alone."""
+    after = torch.where(t[:, None] > 0.4, z, -20 * z)
+    return torch.where(torch.tensor([[False], [True], [False]]), after, z)
 
-    solution = get_solver("dopri5").integrate(
-        Counting(velocity), PROBLEMS[0].start, DOWN, Settings(atol=1e-8, rtol=1e-8)
-    )
+
+def test_rejected_steps_are_counted_and_made_again_smaller():
+    solution = get_solver("dopri5").integrate(Counting(kinked), PROBLEMS[0].start, DOWN, Settings(atol=1e-8, rtol=1e-8))
     assert solution.rejected[1] > 2
     assert solution.rejected[[0, 2]].tolist() == [0, 0]
     exact = PROBLEMS[0].start * torch.tensor([[-1.0], [-0.6 + 20 * 0.4], [-1.0]], dtype=torch.float64).exp()
