@@ -1,6 +1,7 @@
 """Adaptive pairs: accuracy, counts, landing, dense output, budgets, and what goes wrong; each sample on its own."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -167,7 +168,7 @@ def test_only_accepted_steps_are_read_off():
     solution = get_solver("dopri8").integrate(Counting(kinked), PROBLEMS[0].start, times, told)
     assert solution.rejected[1] > 2
     over = [
-        sum(any(after[row] <= t < before[row] for t in times[1:-1]) for before, after in zip(seen, seen[1:]))
+        sum(any(after[row] <= t < before[row] for t in times[1:-1]) for before, after in pairwise(seen))
         for row in range(3)
     ]
     attempts = solution.accepted + solution.rejected
