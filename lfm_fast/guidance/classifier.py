@@ -84,9 +84,8 @@ class ClassifierGuidance(LinearGuidance):
         if blind.device.type == "cpu" and bool(blind.all()):
             return None
         h = sigma * d_sigma - sigma.square() * d_alpha / alpha
-        factor = torch.where(blind, 0.0, -scale * h)
-        # not a product alone: a classifier may have no gradient there, and 0 times NaN is NaN
-        return torch.where(per_sample(blind, z).bool(), 0.0, per_sample(factor, z) * self._gradient(t, z, y))
+        # not a factor of 0 there: a classifier may have no gradient, and 0 times NaN is NaN
+        return torch.where(per_sample(blind, z).bool(), 0.0, per_sample(-scale * h, z) * self._gradient(t, z, y))
 
     def _gradient(self, t, z, y):
         """grad log p(y | z) (R, ...), whatever modes sampling runs in."""
