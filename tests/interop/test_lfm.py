@@ -98,6 +98,10 @@ def test_a_network_of_ours_runs_with_its_own_null_label():
     got = sample_from_model(model.eval(), x_0, {"y": Y, "cfg_scale": 1.5}, args)[-1]
     want = lfm_fast.sample(model, x_0, y=Y, guidance_scale=1.5, null_label=5, method="midpoint", num_steps=2)
     assert torch.equal(got, want)
+    rows = []
+    model.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    sample_from_model(model, x_0, {"y": Y, "cfg_scale": 1.5}, args)
+    assert rows == [2 * B] * 4  # one forward of both
 
 
 def by_hand(num_points, heun_steps):
