@@ -105,11 +105,11 @@ FIELDS = {
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_samples_are_those_of_the_exact_flow(name):
-    """RK4 with these steps errs by 3e-8 on the straight path, by 2e-7 on that of the table."""
+    """RK4 with these steps errs by 5e-7 on the straight path, by 3e-6 on that of the table."""
     field, _, arguments, (begin, end) = FIELDS[name]
     z1 = start(4, 2, 2)
-    z0 = lfm_fast.sample(field, z1, y=Y, method="rk4", num_steps=50, **arguments)
-    torch.testing.assert_close(z0, flowed(z1, Y, begin, end), rtol=0, atol=5e-7)
+    z0 = lfm_fast.sample(field, z1, y=Y, method="rk4", num_steps=25, **arguments)
+    torch.testing.assert_close(z0, flowed(z1, Y, begin, end), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -215,7 +215,7 @@ def test_three_channels_of_each_sample_on_its_own_steps():
     field, z1 = SiTVelocity(straight, null_label=NULL), start(4, 4, 2)
     z1[1] *= 0.1
     scales = torch.tensor([1.0, 4.0, 0.5, 2.0], dtype=torch.float64)
-    settings = {"null_label": NULL, "method": "dopri5", "atol": 1e-6, "rtol": 1e-6, "return_stats": True}
+    settings = {"null_label": NULL, "method": "dopri5", "atol": 1e-3, "rtol": 1e-3, "return_stats": True}
     together, stats = lfm_fast.sample(field, z1, y=Y, guidance=ThreeChannelGuidance(scales), **settings)
     assert len(set(stats.nfe.tolist())) > 1
     for i in range(4):
