@@ -175,7 +175,7 @@ def test_the_sampling_form_is_used_and_changes_nothing(kind, null_label):
         (lambda: from_state_dict(named(rows=1001), "edm"), "project is 'edm', expected"),
         (lambda: from_state_dict(named(rows=11), "sit"), "has 11 rows, maybe 10 classes"),
         (lambda: from_state_dict(named(rows=11), "sit", num_classes=9), "num_classes is 9, but the label table has 11"),
-        (lambda: from_state_dict(plain_dit().state_dict(), "sit", num_classes=3), "give num_heads"),
+        (lambda: from_state_dict(plain_dit(depth=5).state_dict(), "sit", num_classes=3), "give num_heads"),
         (lambda: recognise({"ema": plain_dit().state_dict(), "args": 3}), "'ema' is no tensor; give one of its"),
         (lambda: recognise([1, 2]), "expected a state dict, names and tensors, but this is a list"),
         (lambda: recognise({"w": torch.zeros(1)}), r"no network known here \(their keys begin with w\)"),
