@@ -162,7 +162,7 @@ def test_an_empty_output_is_not_the_current_folder(arguments, capsys, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", ["sample", "encode", "convert", "info"])
+@pytest.mark.parametrize("command", ["sample", "tune-grid", "encode", "convert", "info"])
 def test_help_says_what_a_command_is_for_and_what_each_flag_means(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
