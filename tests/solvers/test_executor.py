@@ -154,6 +154,51 @@ def test_a_schedule_is_remembered_only_where_nothing_in_it_can_change():
     assert compile_schedule(UniPC(3), times, Linear()) is not compile_schedule(UniPC(), times, Linear())
 
 
+# what is checked once only
+
+
+def test_a_velocity_that_becomes_another_kind_of_tensor_is_looked_at_again():
+    """Types, guidance and backends may change from move to move; a wrong shape is refused in the middle too."""
+    scale, z = torch.tensor([2.0, -1.0]), torch.tensor([[0.5, 1.0], [2.0, -1.0]])
+    kinds = [
+        lambda v: (v, None, None),
+        lambda v: (v.bfloat16(), None, scale),  # a scale without an unconditional velocity has no effect
+        lambda v: (v, v.half(), scale),
+        lambda v: (v, 0.5 * v, scale),
+        lambda v: (torch.nn.Parameter(v), None, None),
+        lambda v: (v.T.contiguous().T, None, None),
+    ]
+
+    def plain(v, unconditional, scale):
+        return v.float() if unconditional is None else scale[:, None] * v + (1 - scale[:, None]) * unconditional.float()
+
+    times, number, expected = time_grid(None, len(kinds)), iter(kinds), z
+    for kind in kinds:
+        expected = expected - plain(*kind(expected)) / len(kinds)
+    with torch.no_grad():
+        found = get_solver("euler").integrate(lambda t, z: next(number)(z.clone()), z, times, Settings()).z
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    for wrong in (lambda v: v[:1], lambda v: v.double(), lambda v: v[:, :1], lambda v: v.long(), lambda v: None):
+        number = iter([lambda v: v, lambda v: v, wrong])
+        with pytest.raises(ValueError, match="velocity"), torch.no_grad():
+            get_solver("euler").integrate(lambda t, z, n=number: (next(n)(z), None, None), z, times, Settings())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_loop_runs_on_the_backend_that_is_asked_for(dtype):
+    z = PROBLEMS[1].start.to(dtype)
+    results = []
+    for name in ("reference", "cpp"):
+        with lfm_fast.ops.use_backend(name), torch.no_grad():
+            for method in ("heun", "unipc", "sde_heun"):
+                settings = Settings(path=Linear())
+                results.append(
+                    get_solver(method).integrate(Counting(PROBLEMS[1].velocity), z, time_grid(None, 5), settings).z
+                )
+    for reference, compiled in zip(results[:3], results[3:]):
+        torch.testing.assert_close(reference, compiled, rtol=1e-5, atol=1e-5)
+
+
 # cancellation
 
 
