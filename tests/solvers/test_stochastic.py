@@ -87,11 +87,11 @@ def test_mean_and_variance_converge_to_the_flow_s_with_the_order(method, path, d
 def test_the_whole_way_down_ends_with_the_data(method, path, diffusion):
     """From alpha = 0 and to sigma = 0, where score or diffusion are infinite, with the last step along the flow."""
     errors = []
-    for num_steps in (100, 800):
+    for num_steps in (50, 400):
         problem = Affine(path, 0.7, 0.6, time_grid(None, num_steps, path.t_max, path.t_min))
         (mean, variance), (true_mean, true_variance) = problem(method(diffusion)), problem.moments(path.t_min)
         errors.append(max(abs(mean - true_mean), abs(variance - true_variance)))
-    assert errors[1] < 0.03, errors
+    assert errors[1] < 0.05, errors
     assert errors[1] < 0.25 * errors[0], errors  # first order at least: an eighth
 
 
