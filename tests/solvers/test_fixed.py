@@ -182,10 +182,10 @@ def test_the_host_time_is_offered_to_a_field_that_wants_it(method):
 def test_where_two_steps_meet_their_times_are_one_number(method, distinct):
     """So what a model prepares for a time serves both; t + (t' - t) would not always be t'."""
     field = Counting(lambda t, z: z)
-    times = time_grid(("shift", 1.7), 30)
+    times = [0.9, 0.7, 0.1, 0.003, 1e-5]
     assert any(before + (after - before) != after for before, after in pairwise(times))
     get_solver(method).integrate(field, PROBLEMS[0].start, times, SETTINGS)
-    assert len({t[0].item() for t in field.times}) <= 30 * distinct + 1
+    assert len({t[0].item() for t in field.times}) <= 4 * distinct + 1
 
 
 class _NoReadback(TorchDispatchMode):
