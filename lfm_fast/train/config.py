@@ -11,7 +11,7 @@ from lfm_fast.models.checkpointing import MODES
 from lfm_fast.train.presets import PRESETS
 
 TASKS = ("unconditional", "labelled")
-PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp8")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16", "bf16-pure", "fp8")
 AUTOCAST = ("bf16", "fp8")  # of which the rest of the network is in bf16, weights in float32
 SCHEDULES = ("constant", "cosine")
 COMPILE = ("auto", "off", "block", "full")
@@ -57,7 +57,11 @@ class TrainConfig:
     beta2: float = _curve(0.999, float, "AdamW's decay of the squared gradients' average")
     clip_grad_norm: float = _curve(0.0, float, "largest norm of the whole gradient; 0 = never clipped")
     precision: str = _curve(
-        "auto", str, "of the network; auto: bf16 on CUDA and CPUs with AMX, else fp32; tf32 and fp8 on CUDA", PRECISIONS
+        "auto",
+        str,
+        "of the network; auto: bf16 on CUDA and CPUs with AMX, else fp32; bf16 keeps its weights in float32, bf16-pure "
+        "those of the optimizer alone; tf32 and fp8 are for CUDA",
+        PRECISIONS,
     )
     ema_decay: float = _curve(0.9999, float, "decay of the weights' average, reached by warm-up")
     label_dropout: float = _curve(0.0, float, "share of samples whose label is withheld, for guidance")

@@ -1,5 +1,6 @@
 """The training run: open the data, build or resume the state, step, and leave metrics, grids and checkpoints."""
 
+import copy
 import dataclasses
 import shlex
 import sys
@@ -112,17 +113,12 @@ def build_state(config, source, world):
         label_dropout=config.label_dropout,
     ).to(world.device)
     ema = EMA(model, config.ema_decay)  # before compiling: sampling uses other batch sizes
-    if config.precision == "fp8":
-        reason = why_not_sizes(model)
-        if reason is not None:
-            raise ValueError(reason)
-        train_in_fp8(model)
-    set_mode(model, config.activation_checkpointing)
-    compile_network(model, config, world.device)
-    network = model
+    network, copies = _for_precision(model, config.precision)
+    set_mode(network, config.activation_checkpointing)
+    compile_network(network, config, world.device)
     if world.size > 1:
         network = torch.nn.parallel.DistributedDataParallel(
-            model, device_ids=[world.device] if world.device.type == "cuda" else None, gradient_as_bucket_view=True
+            network, device_ids=[world.device] if world.device.type == "cuda" else None, gradient_as_bucket_view=True
         )
     optimizer = AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -137,7 +133,21 @@ def build_state(config, source, world):
         "class_names": list(source.class_names) if config.num_classes else [],
         "sampling": {**SAMPLING, "guidance_scale": config.guidance_scale},
     }
-    return TrainState(model=model, network=network, optimizer=optimizer, ema=ema, flow=flow, loss_sum=loss_sum)
+    return TrainState(model, network, optimizer, ema, copies, flow=flow, loss_sum=loss_sum)
+
+
+def _for_precision(model, precision):
+    """What a step calls, and the copies of the model's Parameters that it has where it is another network."""
+    if precision == "fp8":
+        reason = why_not_sizes(model)
+        if reason is not None:
+            raise ValueError(reason)
+        train_in_fp8(model)
+    if precision != "bf16-pure":
+        return model, None
+    network = copy.deepcopy(model).to(torch.bfloat16)
+    pairs = zip(model.parameters(), network.parameters(), strict=True)
+    return network, {parameter: low for parameter, low in pairs if parameter.requires_grad}
 
 
 def training_path(config):

@@ -68,6 +68,15 @@ class LiveBytes(TorchDispatchMode):
             self.held -= self._sizes.pop(key)
 
 
+def to_bfloat16(model) -> None:
+    """What `model.to(torch.bfloat16)` does, for fake weights, which that cannot replace."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                low = torch.empty_like(parameter, dtype=torch.bfloat16)
+                module._parameters[name] = torch.nn.Parameter(low, parameter.requires_grad)
+
+
 def of_step(model, samples: int, latent_shape, precision: str) -> StepMemory:
     """Run a forward and backward pass on `samples` latents of `latent_shape`, real or fake as the weights are."""
     live = LiveBytes()

@@ -22,7 +22,7 @@ BF16_PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "
 
 def peak_flops(device, precision):
     """The device's bf16 ceiling in FLOP/s where it is known, else None."""
-    if device.type != "cuda" or precision != "bf16":
+    if device.type != "cuda" or precision not in ("bf16", "bf16-pure"):
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in BF16_PEAKS.items() if key in name), None)
@@ -40,6 +40,7 @@ def memory_used(device):
 
 def describe(config, world, latent_shape, num_items=None):
     """The dry run's text: resolved settings, parameters, FLOPs per image and a memory estimate."""
+    pure = config.precision == "bf16-pure"
     with FakeTensorMode(), torch.device(world.device.type):  # shapes alone: no memory, whatever the size
         model = create_model(
             config.model,
@@ -49,15 +50,18 @@ def describe(config, world, latent_shape, num_items=None):
             num_classes=config.num_classes,
             label_dropout=config.label_dropout,
         )
+        if pure:
+            memory.to_bfloat16(model)
         set_mode(model, config.activation_checkpointing)
         samples = -(-config.batch_size // (world.size * config.accumulation_steps))
         step, one_more = (memory.of_step(model, n, latent_shape, config.precision) for n in (samples, samples + 1))
     parameters = num_parameters(model)
     flops = model.flops_per_sample()
-    state = {"weights": 4, "AdamW": 8, "EMA": 4}  # bytes per parameter, all float32
+    state = {"weights": 6 if pure else 4, "AdamW": 8, "EMA": 4}  # bytes per parameter, float32, and a copy in bfloat16
     parts = {name: size * parameters for name, size in state.items()}
     # several ranks exchange gradients in memory that is there from the start
-    parts["gradients and activations"] = step.peak + 4 * parameters if world.size > 1 else step.peak_with_gradients
+    exchanged = (2 if pure else 4) * parameters
+    parts["gradients and activations"] = step.peak + exchanged if world.size > 1 else step.peak_with_gradients
     length = f"{config.steps} steps" if config.steps else f"{config.epochs:g} epochs"
     if config.epochs and num_items:
         length += f" = {total_steps(config, num_items)} steps over {num_items} items"

@@ -83,6 +83,7 @@ def restore(path, state, world):
         homes = {key: "cpu" if key == "step" and not fused else parameter.device for key in kept}
         if kept:
             state.optimizer.state[parameter] = {key: value.to(homes[key]) for key, value in kept.items()}
+    state.renew_copies()
     state.step, state.samples = metadata["step"], metadata["samples"]
     # the losses not yet logged, summed over ranks, go on with rank 0
     state.loss_sum.fill_(metadata["loss_sum"] if world.is_main else 0.0)

@@ -4,7 +4,6 @@ import torch
 
 import lfm_fast
 from lfm_fast import pictures
-from lfm_fast.train.config import AUTOCAST
 
 MOST_ROWS = 16  # of a grid; with more classes than this, evenly spaced ones are drawn
 UNLABELLED_ROWS = 4
@@ -45,7 +44,7 @@ def sample_images(model, labels, latent_shape, autoencoder, config, path, world)
         z_1 = lfm_fast.noise(len(numbers), latent_shape, seed=config.seed + 1, indices=numbers, device=world.device)
         y = None if labels is None else labels[numbers].to(world.device)
         guided = y is not None and model.null_label is not None
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision in AUTOCAST):
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision not in ("fp32", "tf32")):
             z_0 = lfm_fast.sample(
                 model,
                 path.prior(z_1),

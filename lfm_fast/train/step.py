@@ -16,18 +16,35 @@ from lfm_fast.train.optimizer import AdamW
 
 @dataclass
 class TrainState:
-    """Everything a step changes. `network` is how the model is called: itself, or DistributedDataParallel around it."""
+    """Everything a step changes. `network` is how the model is called: itself, or DistributedDataParallel around it.
+
+    Of a run in pure bfloat16 it is a copy of the model in bfloat16, and `copies` holds its Parameters by the model's:
+    gradients are theirs, and they are the model's float32 weights, rounded after every step.
+    """
 
     model: torch.nn.Module
     network: torch.nn.Module
     optimizer: AdamW
     ema: EMA
+    copies: dict | None = None
     step: int = 0  # optimizer steps done
     samples: int = 0  # samples drawn, over all ranks; the next one's global number
     flow: dict | None = None  # what its checkpoints say about sampling from it: path, autoencoder, class names
     loss_sum: torch.Tensor | None = None  # () float64: this rank's part of the losses of the steps not yet logged
     loss_steps: int = 0  # how many steps those are
     grad_norm: torch.Tensor | None = None  # () of the last step, before clipping
+
+    @property
+    def trained(self):
+        """The Parameters whose gradients a backward pass makes."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return parameters if self.copies is None else [self.copies[parameter] for parameter in parameters]
+
+    @torch.no_grad()
+    def renew_copies(self):
+        """Round the model's weights anew: they have come from a checkpoint."""
+        if self.copies is not None:
+            torch._foreach_copy_(list(self.copies.values()), list(self.copies))
 
 
 def train_step(state, source, config, path, world):
@@ -58,10 +75,12 @@ def train_step(state, source, config, path, world):
             (loss * world.size).backward()  # DistributedDataParallel divides by the number of ranks
         state.loss_sum += loss.detach()
     # AdamW and the average of the weights, in one pass over them (ops.adamw_ema)
-    state.grad_norm, scale = _clip(state.model.parameters(), config.clip_grad_norm)
+    state.grad_norm, scale = _clip(state.trained, config.clip_grad_norm)
     ema = state.ema
-    state.optimizer.step(gradient_scale=scale, averaged=ema.averaged, ema_decay=ema.decay_at(state.step))
-    state.optimizer.zero_grad(set_to_none=True)
+    followers = {"averaged": ema.averaged, "copies": state.copies}
+    state.optimizer.step(gradient_scale=scale, ema_decay=ema.decay_at(state.step), **followers)
+    for parameter in state.trained:
+        parameter.grad = None
     state.step += 1
     state.loss_steps += 1
     state.samples += config.batch_size
@@ -81,8 +100,8 @@ def _some_dropped(y, index, config, null_label):
 
 def _clip(parameters, largest):
     """The gradient's norm and the factor that brings it down to `largest`, both () float32; no factor if that is 0."""
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters], foreach=True)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, torch.float32)))
     return norm, (largest / (norm + 1e-6)).clamp(max=1.0) if largest else None  # the optimizer's pass multiplies by it
 
 

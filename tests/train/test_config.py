@@ -83,7 +83,7 @@ BAD = [
     ({"weight_decay": math.nan}, "weight_decay is nan"),
     ({"ema_decay": 1.0}, "ema_decay is 1.0"),
     ({"label_dropout": 1.5}, "label_dropout is 1.5"),
-    ({"precision": "fp7"}, "precision is 'fp7'; there is auto, fp32, tf32, bf16 and fp8"),
+    ({"precision": "fp7"}, "precision is 'fp7'; there is auto, fp32, tf32, bf16, bf16-pure and fp8"),
     ({"task": "inpainting"}, "task is 'inpainting'; there is unconditional and labelled"),
     ({"schedule": "linear"}, "schedule is 'linear'"),
     ({"compile": "yes"}, "compile is 'yes'"),
@@ -124,7 +124,7 @@ def test_a_bad_flag_ends_with_status_2_and_the_sentence(capsys):
         parse_args(["--precision", "fp16"])
     assert caught.value.code == 2
     said = capsys.readouterr().err
-    assert "precision is 'fp16'; there is auto, fp32, tf32, bf16 and fp8" in said
+    assert "precision is 'fp16'; there is auto, fp32, tf32, bf16, bf16-pure and fp8" in said
     assert len(said.splitlines()) == 2  # the usage in one line: the list of all flags would bury the sentence
 
 

@@ -1,12 +1,15 @@
 """--precision: what a training step multiplies in."""
 
+import re
+
 import pytest
 import torch
 from tiny_run import SETTINGS, TinySource
 
+from lfm_fast import ops
 from lfm_fast.distributed import World
 from lfm_fast.models.fp8 import Fp8Linear
-from lfm_fast.train import step
+from lfm_fast.train import report, resume, step
 from lfm_fast.train.config import from_preset
 from lfm_fast.train.loop import build_state, resolve_precision, training_path
 from lfm_fast.train.step import train_step
@@ -27,6 +30,7 @@ def stepped(config):
         for parameter in state.model.parameters():
             if parameter.requires_grad and not parameter.any():
                 parameter.normal_(std=0.2, generator=generator)
+    state.renew_copies()
     train_step(state, source, config, training_path(config), WORLD)
     return state
 
@@ -36,11 +40,7 @@ def test_a_step_in_float8_has_the_gradient_of_one_in_bfloat16():
     fp8, bf16 = (stepped(settings(precision=precision, batch_size=2)) for precision in ("fp8", "bf16"))
     assert sum(isinstance(module, Fp8Linear) for module in fp8.model.modules()) == 2 * 4
     assert all(p.dtype is torch.float32 and p.grad is None for p in fp8.model.parameters())
-    gradients = [
-        torch.cat([s.optimizer.state[p]["exp_avg"].flatten() for p in s.model.parameters() if p.requires_grad])
-        for s in (fp8, bf16)
-    ]
-    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.98
+    assert torch.nn.functional.cosine_similarity(gradient_of(fp8), gradient_of(bf16), dim=0) > 0.98
     assert float(fp8.loss_sum) == pytest.approx(float(bf16.loss_sum), rel=0.02)
     assert float(fp8.loss_sum) != float(bf16.loss_sum)
 
@@ -80,3 +80,52 @@ def test_tf32_is_on_for_a_step_and_off_after_it(precision, inside, monkeypatch):
     train_step(state, source, config, training_path(config), WORLD)
     assert seen == [inside] * 2
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def gradient_of(state):
+    """Of one step: AdamW's first average."""
+    parameters = [p for p in state.model.parameters() if p.requires_grad]
+    return torch.cat([state.optimizer.state[p]["exp_avg"].flatten() for p in parameters])
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_pure_bfloat16_rounds_float32_weights(backend):
+    """The network holds the optimizer's weights rounded, also after steps too small for bfloat16 to see."""
+    with ops.use_backend(backend):
+        state, plain = (stepped(settings(precision=p, learning_rate=1e-6)) for p in ("bf16-pure", "fp32"))
+    assert all(p.dtype is torch.bfloat16 and p.grad is None for p in state.network.parameters())
+    assert all(p.dtype is torch.float32 and p.grad is None for p in state.model.parameters())
+    for (name, master), low in zip(state.model.named_parameters(), state.network.parameters(), strict=True):
+        assert torch.equal(low, master.bfloat16()), name
+        assert state.ema.average.get_parameter(name).dtype is torch.float32
+    moved = [torch.equal(p, p.bfloat16().float()) for p in state.model.parameters() if p.requires_grad]
+    assert not any(moved)
+    assert torch.nn.functional.cosine_similarity(gradient_of(state), gradient_of(plain), dim=0) > 0.99
+    assert state.grad_norm.dtype is torch.float32
+    assert float(state.grad_norm) == pytest.approx(float(plain.grad_norm), rel=0.05)
+
+
+def test_pure_bfloat16_clips_in_parts_and_goes_on_from_its_checkpoint(tmp_path):
+    """Stopped after a step and resumed, it ends with the bits of a run that was not."""
+    config = settings(precision="bf16-pure", clip_grad_norm=0.1, accumulation_steps=2)
+    source, path = TinySource(), training_path(config)
+    whole, first, second = (build_state(config, source, WORLD) for _ in range(3))
+    for state, steps in ((whole, 3), (first, 1)):
+        for _ in range(steps):
+            train_step(state, source, config, path, WORLD)
+    (tmp_path / "checkpoints").mkdir()
+    with torch.no_grad():
+        for copy in second.copies.values():
+            copy.zero_()
+    resume.restore(resume.save_checkpoint(tmp_path, first, config), second, WORLD)
+    for _ in range(2):
+        train_step(second, source, config, path, WORLD)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("precision", "bytes_each"), [("fp32", 4), ("bf16-pure", 6)])
+def test_a_dry_run_counts_the_copy(precision, bytes_each):
+    said = report.describe(settings(precision=precision, model="DiT-S/2"), WORLD, (4, 8, 8))
+    parameters = int(re.search(r"([\d,]+) parameters", said).group(1).replace(",", ""))
+    assert parameters > 30e6
+    assert f"weights {bytes_each * parameters / 1e9:.2f}" in said
