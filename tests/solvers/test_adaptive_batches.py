@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lfm_fast.solvers import Settings, embedded, get_solver
 from lfm_fast.solvers.adaptive import bucket
+from lfm_fast.solvers.attempt import Table
 from lfm_fast.solvers.control import LARGEST, SAFETY, SHARE, SMALLEST, StepControl
 
 NAMES = ["adaptive_heun", "bosh3", "dopri5", "tsit5", "dopri8"]
@@ -204,6 +205,19 @@ def test_a_step_that_would_end_close_to_the_end_goes_there():
     many.t, many.size = np.linspace(1.0, 0.11, 1000), np.ones(1000)
     assert (many.propose() == 0.1).all()
     assert (many.t + many.dt != 0.1).any()  # which a sum would miss
+
+
+@pytest.mark.parametrize("pair", [embedded.DOPRI5, embedded.DOPRI8], ids=["dopri5", "dopri8"])
+def test_stages_at_the_end_of_a_step_are_there_to_the_last_bit(pair):
+    t = np.linspace(1.0, 0.11, 1000)
+    table = Table(pair, torch.zeros(1000, 1, dtype=torch.float64))
+    table.fill(t, 0.1 - t, np.full(1000, 0.1))
+    assert (t + (0.1 - t) != 0.1).any()
+    for moment, known in (table.t[-1], table.t_last):
+        assert (moment == 0.1).all()
+        assert (known == 0.1).all()
+    first, _ = table.t[0]
+    np.testing.assert_allclose(first, t + pair.c[1] * (0.1 - t), rtol=1e-15)
 
 
 def test_an_error_without_bound_makes_the_step_as_much_smaller_as_it_gets():
