@@ -92,7 +92,6 @@ class Network:
         assert self.samples is None
         part = copy.copy(self)
         part.samples, part.y = rows, None if self.y is None else self.y[rows.index]
-        part._null_labels, part._others = None, {}
         return part
 
     @property
