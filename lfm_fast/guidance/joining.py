@@ -1,8 +1,8 @@
 """Whether both velocities of a guided evaluation come from one forward of 2B rows, or from one after the other.
 
 One forward is the default. For a DiT-S/2 of 256 pixels on one CPU core of a busy machine, two took as long in float32
-(1 and 4 samples: medians of 0.91 and 0.95 of the time, minima of 1.03 and 1.05) and in bfloat16 1.03 to 1.15 of it (1, 4
-and 16 samples, medians).
+(1 and 4 samples: medians of 0.91 and 0.95 of the time, minima of 1.03 and 1.05) and in bfloat16 1.03 to 1.15 of it (1,
+4 and 16 samples, medians).
 """
 
 import torch
