@@ -82,7 +82,7 @@ class LatentFlow:
         self.autoencoder.to(device)
         return self
 
-    def sample(self, num_images, y=None, seed=0, batch_size=None, indices=None, **sampling):
+    def sample(self, num_images, y=None, seed=0, batch_size=None, indices=None, preview=None, **sampling):
         """Draw images, (num_images, 3, H, W) float32 in [0, 1] on the CPU.
 
         Image i depends on (seed, i, y[i]) alone, whatever the batch size (up to the rounding of matrix products, for
@@ -94,6 +94,9 @@ class LatentFlow:
             seed: of the noise.
             batch_size: images integrated and decoded at a time; None makes it 64.
             indices: (num_images,) int64 sample numbers instead of 0, 1, ...
+            preview: called as preview(step, t, images) after each step of a batch, images (B, 3, H, W) in [0, 1] being
+                what it comes to if the flow goes straight on: the data that the last step's velocity points at. Each
+                is decoded. Returning exactly False ends the batch where it is, as with a callback.
             sampling: arguments of `lfm_fast.sample` (method, num_steps, guidance_scale, t_end, ...); path is this
                 flow's own, and t_start is 1. A guidance_scale of shape (num_images,), of a guidance object too, goes
                 image by image. A guidance object takes the place of this flow's own guidance_scale.
@@ -103,6 +106,8 @@ class LatentFlow:
         _check_count("num_images", num_images)
         if batch_size is not None:
             _check_count("batch_size", batch_size)
+        if preview is not None and not callable(preview):
+            raise ValueError(f"preview is {preview!r}, expected a function preview(step, t, images)")
         for name in ("trajectory", "return_stats", "path", "t_start"):
             if sampling.get(name):
                 raise ValueError(
@@ -123,9 +128,15 @@ class LatentFlow:
                 arguments["guidance_scale"] = scale[part].to(self.device)
             if getattr(guidance, "num_samples", None) == num_images:
                 arguments["guidance"] = guidance.part(part)
-            z_0 = sample(self.model, self.path.prior(z_1), y=part_y, indices=indices[part], **arguments)
-            images.append((self.autoencoder.decode(z_0).cpu() + 1) / 2)
+            z_1 = self.path.prior(z_1)
+            if preview is not None:
+                arguments["callback"] = _Preview(preview, self, z_1, sampling.get("callback"))
+            z_0 = sample(self.model, z_1, y=part_y, indices=indices[part], **arguments)
+            images.append(self._decode(z_0))
         return torch.cat(images)
+
+    def _decode(self, z_0):
+        return (self.autoencoder.decode(z_0).cpu() + 1) / 2
 
     def defaults(self, y, guidance=None):
         """The arguments of `lfm_fast.sample` that suit this network; without labels y there is no guidance, and a
@@ -215,6 +226,26 @@ class LatentFlow:
             flow = _from_checkpoint(cls, folder, load_checkpoint(folder), autoencoder)
         flow.model.eval()
         return flow.to(device) if device is not None else flow
+
+
+class _Preview:
+    """A callback of `sample` that shows where the batch is going, and calls the user's own first."""
+
+    def __init__(self, show, flow, z_1, callback):
+        self.show, self.flow, self.callback = show, flow, callback
+        self.t, self.z = torch.full((len(z_1),), float(flow.path.t_max), dtype=torch.float64), z_1
+
+    def __call__(self, step, t, z):
+        if self.callback is not None and self.callback(step, t, z) is False:
+            return False
+        now = torch.as_tensor(t, dtype=torch.float64).expand(len(z))  # one for all, or each sample's own
+        dt = (now - self.t).to(z).view(-1, *[1] * (z.ndim - 1))
+        moved = dt != 0
+        velocity = torch.where(moved, (z - self.z) / torch.where(moved, dt, 1), 0)
+        # a sample that stands still, having arrived, is its own data
+        data = torch.where(moved, self.flow.path.data_from_velocity(velocity, z, now.to(z)), z)
+        self.t, self.z = now, z.clone()
+        return self.show(step, t, self.flow._decode(data))
 
 
 def _check_count(name, value):

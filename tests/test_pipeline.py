@@ -57,6 +57,40 @@ def test_an_image_depends_on_its_number_alone(flow):
     assert not torch.allclose(flow.sample(1, y=[1], seed=6, indices=[4])[0], together[4], atol=1e-3)
 
 
+def test_a_preview_is_what_straight_on_comes_to(flow):
+    """After the first of two Euler steps: what one step alone draws; after the last: the images themselves."""
+    shown, seen = [], []
+    settings = {"y": [0, 1, 2], "method": "euler"}
+    images = flow.sample(
+        3,
+        num_steps=2,
+        preview=lambda *step: shown.append(step),
+        callback=lambda step, t, z: seen.append((step, t)),
+        **settings,
+    )
+    assert [(step, t) for step, t, _ in shown] == seen == [(1, 0.5), (2, 0.0)]
+    torch.testing.assert_close(shown[0][2], flow.sample(3, num_steps=1, **settings), atol=1e-4, rtol=0)
+    torch.testing.assert_close(shown[1][2], images, atol=1e-5, rtol=0)
+
+
+def test_a_preview_of_samples_with_steps_of_their_own(flow):
+    """The first that arrives stays what it is while the others go on."""
+    shown = []
+    images = flow.sample(3, y=[0, 1, 2], method="dopri5", preview=lambda *step: shown.append(step))
+    assert (shown[-1][1] == 0).all()
+    for _, t, pictures_then in shown:
+        there = t == 0
+        torch.testing.assert_close(pictures_then[there], images[there], atol=1e-4, rtol=0)
+
+
+def test_a_preview_may_end_the_batch(flow):
+    half = flow.sample(2, y=0, method="euler", num_steps=4, preview=lambda step, t, images: step < 2)
+    want = flow.sample(2, y=0, method="euler", time_grid=torch.tensor([1.0, 0.75, 0.5]), t_end=0.5)
+    torch.testing.assert_close(half, want, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="preview is 3"):
+        flow.sample(1, preview=3)
+
+
 def test_labels_by_name_index_and_tensor_agree(flow):
     by_name = flow.sample(2, y=["c", "A"])
     assert torch.equal(by_name, flow.sample(2, y=[2, 0]))
