@@ -24,6 +24,7 @@ from lfm_fast.flow.paths import Path as ProbabilityPath
 from lfm_fast.guidance import ClassifierGuidance
 from lfm_fast.models import from_config
 from lfm_fast.sampling import sample
+from lfm_fast.solvers.grids import time_grid
 
 INDEX = "model_index.json"
 
@@ -130,7 +131,9 @@ class LatentFlow:
                 arguments["guidance"] = guidance.part(part)
             z_1 = self.path.prior(z_1)
             if preview is not None:
-                arguments["callback"] = _Preview(preview, self, z_1, sampling.get("callback"))
+                arguments["callback"] = _Preview(
+                    preview, self, z_1, {**arguments, "callback": sampling.get("callback")}
+                )
             z_0 = sample(self.model, z_1, y=part_y, indices=indices[part], **arguments)
             images.append(self._decode(z_0))
         return torch.cat(images)
@@ -231,21 +234,28 @@ class LatentFlow:
 class _Preview:
     """A callback of `sample` that shows where the batch is going, and calls the user's own first."""
 
-    def __init__(self, show, flow, z_1, callback):
-        self.show, self.flow, self.callback = show, flow, callback
-        self.t, self.z = torch.full((len(z_1),), float(flow.path.t_max), dtype=torch.float64), z_1
+    def __init__(self, show, flow, z_1, arguments):
+        self.show, self.flow, self.arguments, self.callback = show, flow, arguments, arguments.get("callback")
+        self.t, self.z, self.data = None, z_1, z_1
 
     def __call__(self, step, t, z):
         if self.callback is not None and self.callback(step, t, z) is False:
             return False
         now = torch.as_tensor(t, dtype=torch.float64).expand(len(z))  # one for all, or each sample's own
-        dt = (now - self.t).to(z).view(-1, *[1] * (z.ndim - 1))
+        dt = (now - (self._start() if self.t is None else self.t)).to(z).view(-1, *[1] * (z.ndim - 1))
+        # a sample whose time stands still has arrived, or its attempt was refused: what was known of it holds
         moved = dt != 0
-        velocity = torch.where(moved, (z - self.z) / torch.where(moved, dt, 1), 0)
-        # a sample that stands still, having arrived, is its own data
-        data = torch.where(moved, self.flow.path.data_from_velocity(velocity, z, now.to(z)), z)
+        velocity = (z - self.z) / torch.where(moved, dt, 1)
+        self.data = torch.where(moved, self.flow.path.data_from_velocity(velocity, z, now.to(z)), self.data)
         self.t, self.z = now, z.clone()
-        return self.show(step, t, self.flow._decode(data))
+        return self.show(step, t, self.flow._decode(self.data))
+
+    def _start(self):
+        """The time at which the state begins to move: a grid's first, or a later one that the guidance waits for."""
+        grid, num_steps = self.arguments.get("time_grid"), self.arguments.get("num_steps", 50)
+        grid = "lfm" if grid is None and self.arguments.get("compat") == "lfm" else grid
+        times = time_grid(grid, num_steps, t_end=self.arguments.get("t_end", 0.0), path=self.flow.path)
+        return times[getattr(self.arguments.get("guidance"), "zero_steps", 0)]
 
 
 def _check_count(name, value):
