@@ -54,7 +54,7 @@ def _train(arguments):
 
 _GUIDANCE = {"plain": "LinearGuidance", "rescale": "Rescale", "apg": "APG", "cfg-zero": "CFGZeroStar"}
 _COMPARED = 4  # images that --reuse solves both ways
-_GRIDS = "uniform, quadratic, karras, karras:RHO, shift:S, lfm or a .json file that tune-grid wrote"
+_GRIDS = "uniform, quadratic, karras, karras:RHO, shift:S, step:H, lfm or a .json file that tune-grid wrote"
 
 
 def _add_sample(commands):
@@ -147,7 +147,10 @@ def _require_its_own(args, method):
         raise ValueError(f"--num-steps is for fixed-step solvers, and {method} chooses its own; give --tolerance")
     if args.time_grid is not None and get_solver(method).adaptive:
         raise ValueError(f"--time-grid is for fixed-step solvers, and {method} chooses its own; give --tolerance")
-    if args.num_steps is not None and args.time_grid is not None and is_table(args.time_grid):
+    if args.reuse is not None and get_solver(method).adaptive:  # else said after the exact solve that it is held to
+        raise ValueError(f"--reuse is for fixed-step solvers, and {method} judges its steps by evaluations; give heun")
+    own = args.time_grid is not None and (is_table(args.time_grid) or args.time_grid.startswith("step:"))
+    if args.num_steps is not None and own:
         raise ValueError(f"--num-steps is not for {args.time_grid}, which holds its own times; leave --num-steps out")
 
 
@@ -195,6 +198,8 @@ def _tune_grid(args):
     output = Path(args.output)
     if output.suffix != ".json":
         raise ValueError(f"--output {output} must end in .json")
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a folder; choose another place")
     check_output(output.parent)
     if args.unconditional and (args.label is not None or args.guidance_scale not in (None, 1)):
         raise ValueError("--unconditional leaves out labels and guidance; leave --class and --guidance-scale out too")

@@ -197,6 +197,28 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(arguments, 
     assert capsys.readouterr().err.endswith("--output file/folder cannot be written; choose another place\n")
 
 
+def test_a_table_that_a_folder_stands_in_the_way_of_is_refused_before_the_fit(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("lfm_fast.tuning.tune_grid", lambda *_, **__: pytest.fail("minutes of work began"))
+    (tmp_path / "times.json").mkdir()
+    assert main(["tune-grid", "--output", str(tmp_path / "times.json")]) == 2
+    assert capsys.readouterr().err.endswith("times.json is a folder; choose another place\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--method", "dopri5", "--reuse", "0.05"], "--reuse is for fixed-step solvers, and dopri5"),
+        (["--time-grid", "step:0.5", "--num-steps", "7"], "--num-steps is not for step:0.5"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_before_any_work(arguments, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("lfm_fast.approximations.compare", lambda *_, **__: pytest.fail("a solve began"))
+    assert main(["sample", "--num-images", "1", *arguments, "--output", str(tmp_path / "x.png")]) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
+
+
 def test_missing_images_are_said_before_a_download(capsys, tmp_path):
     assert main(["encode", "--data", str(tmp_path / "nowhere"), "--output", str(tmp_path / "cache")]) == 2
     assert "nowhere does not exist" in capsys.readouterr().err

@@ -94,7 +94,7 @@ def read_table(file):
     """The times in a .json file. Raises ValueError, naming it, where there are none."""
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"time_grid: {file} cannot be read as JSON ({type(error).__name__}).") from None
     times = content.get("times") if isinstance(content, dict) else None
     if not isinstance(times, list):

@@ -106,7 +106,13 @@ def test_a_file_holds_times(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(None, "cannot be read"), ("[1", "cannot be read"), ("[1, 0]", "holds no times"), ('{"times": 1}', "no times")],
+    [
+        (None, "cannot be read"),
+        ("[1", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ("[1, 0]", "holds no times"),
+        ('{"times": 1}', "no times"),
+    ],
 )
 def test_a_file_without_times_is_refused(content, says, tmp_path):
     file = tmp_path / "times.json"
