@@ -35,13 +35,13 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, const std::optional<
             "for bfloat16, got ", parts, ".");
   check_table(weight, "weight", ScalarType::BFloat16, {in_strips(out_features), in_strips(inner), parts, 2, 16, 16, 2});
   LFM_CHECK(has_tiles(), "packed_linear needs a processor with AMX for bfloat16.");
+  const std::vector<float> padded = bias_of(bias, "bias", out_features);
   std::vector<int64_t> shape = shape_of(x);
   shape.back() = out_features;
   Tensor y = new_tensor(shape, x.scalar_type());
   if (y.numel() == 0) return y;
 #if defined(LFM_AMX)
   const Tensor rows = contiguous_on_cpu(x, "x"), tiles = contiguous_on_cpu(weight, "weight");
-  const std::vector<float> padded = bias_of(bias, "bias", out_features);
   const Bf16* const right = bf16_of(tiles);
   const Sizes sizes{y.numel() / out_features, inner, out_features};
   if (!floats) {

@@ -134,6 +134,7 @@ Tensor packed_linear_int8(const Tensor& x, const Tensor& weight, const Tensor& s
   const int64_t inner = x.size(x.dim() - 1);
   check_table(weight, "weight", ScalarType::Char, {in_strips(out_features), (inner + 63) / 64, 2, 16, 16, 4});
   check_dtype(scale, "scale", ScalarType::Float);
+  const std::vector<float> columns = bias_of(scale, "scale", out_features), shift = bias_of(bias, "bias", out_features);
   LFM_CHECK(has_tiles(), "packed_linear_int8 needs a processor with AMX for int8.");
   std::vector<int64_t> shape = shape_of(x);
   shape.back() = out_features;
@@ -141,7 +142,6 @@ Tensor packed_linear_int8(const Tensor& x, const Tensor& weight, const Tensor& s
   if (y.numel() == 0) return y;
 #if defined(LFM_AMX)
   const Tensor rows = contiguous_on_cpu(x, "x"), tiles = contiguous_on_cpu(weight, "weight");
-  const std::vector<float> columns = bias_of(scale, "scale", out_features), shift = bias_of(bias, "bias", out_features);
   const int64_t count = y.numel() / out_features;
   std::vector<float> scales(static_cast<size_t>(count));
   const LeftQuantised left{bf16_of(rows), inner, scales.data()};
