@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lfm_fast.flow.checks import check_model
+from lfm_fast.flow.paths import Path, agree
 from lfm_fast.guidance import LinearGuidance, Rows
 from lfm_fast.guidance.scale import is_finite, per_sample
 from lfm_fast.sampling import sample
@@ -217,7 +218,7 @@ class SmallThenLarge(nn.Module):
     `tally` counts rows, those of the large network being the computed ones. On a device that is not a CPU, t is read
     back at each evaluation.
 
-    Raises ValueError for a switch that is no time in [0, 1], and for networks that cannot be called.
+    Raises ValueError for a switch that is no time in [0, 1], and for networks that cannot be called or say two paths.
 
     >>> small, large = lambda t, z: z, lambda t, z: z + 0.01 * (1 - t)[:, None]
     >>> model = lfm_fast.approximations.SmallThenLarge(small, large, switch=0.5)
@@ -236,6 +237,13 @@ class SmallThenLarge(nn.Module):
         if not is_finite(switch) or not 0.0 <= switch <= 1.0:
             raise ValueError(f"switch is {switch!r}, expected a time in [0, 1].")
         self.large, self.small, self.switch, self.tally = large, small, float(switch), Tally()
+        known = [path for model in (small, large) if isinstance(path := getattr(model, "path", None), Path)]
+        if len(known) == 2 and not agree(*known):
+            raise ValueError(
+                f"small says it was trained on {known[0]!r}, large on {known[1]!r}; one path has to be both's."
+            )
+        if known:
+            self.path = known[0]  # for lfm_fast.sample, which else would take Linear()
 
     def forward(self, t, z, y=None, **kwargs):
         near_noise = t > self.switch

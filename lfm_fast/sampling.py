@@ -134,7 +134,7 @@ def sample(
         _check_null_label(null_label, torch.int64 if y is None else y.dtype)
     guidance = _choose_guidance(guidance, guidance_scale, guidance_interval)
     solver = get_solver(_of_torchdiffeq(method) if compat == "lfm" else method)
-    path = _choose_path(model, path)
+    path = choose_path(model, path)
     times = _times(solver, time_grid, num_steps, t_start, t_end, path, compat)
     if hasattr(guidance, "begin"):
         guidance = guidance.begin(_run(solver, model, z1, y, null_label, path))
@@ -238,7 +238,8 @@ class _Progress:
         return None if self.callback is None else self.callback(step, t, z)
 
 
-def _choose_path(model, path):
+def choose_path(model, path):
+    """The path to sample the model on: `path`, or what the model says, or Linear(). ValueError where the two differ."""
     if path is not None and not isinstance(path, Path):
         raise ValueError(f"path is {path!r}, expected an object of lfm_fast.paths such as Linear().")
     own = getattr(model, "path", None)

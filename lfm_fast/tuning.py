@@ -9,8 +9,8 @@ import torch
 from lfm_fast import __version__
 from lfm_fast.checkpoint import atomic_write
 from lfm_fast.flow.noise import noise
-from lfm_fast.flow.paths import Linear, describe
-from lfm_fast.sampling import sample
+from lfm_fast.flow.paths import describe
+from lfm_fast.sampling import choose_path, sample
 from lfm_fast.solvers import get_solver
 from lfm_fast.solvers.grids import time_grid
 
@@ -85,7 +85,7 @@ def tune_grid(
         labels: None, or labels that the samples take in turn.
         num_samples, num_held_out: samples to fit, of `seed`; samples only to measure on, of seed + 1.
         rounds: Gauss-Newton steps at most; 0 only chooses among a few grids that have names.
-        path: of the model, None being Linear().
+        path: of the model; None takes what the model says, or Linear().
         device: where the noise is made; None is the CPU.
         on_round: called as on_round(number, mean error) after each round.
         sampling: further arguments of `sample` (guidance_scale, null_label, model_kwargs, ...).
@@ -103,7 +103,7 @@ def tune_grid(
     Source: Hairer and Wanner, "Solving Ordinary Differential Equations II", IV.8 for the damping; fitted times as such:
     Sabour et al., arXiv 2404.14507, which bounds an error where this measures it.
     """
-    path = Linear() if path is None else path
+    path = choose_path(model, path)
     _check(method, num_steps, num_samples, num_held_out, rounds, fine_steps, sampling)
     sampling |= {"path": path}
     known = {"shape": shape, "labels": labels, "device": device}

@@ -307,3 +307,25 @@ def test_mistakes_of_the_command_are_one_sentence(arguments, says, capsys, tmp_p
     assert main(["sample", "--num-images", "1", *arguments]) == 2
     assert says in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+class OnPath(nn.Module):
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def forward(self, t, z, y=None):
+        return z
+
+
+def test_small_then_large_is_sampled_on_the_path_of_its_networks():
+    path, z1 = lfm_fast.paths.VariancePreserving(), torch.ones(1, 2)
+    model = SmallThenLarge(OnPath(path), OnPath(path))
+    expected = lfm_fast.sample(OnPath(path), z1, method="dpmpp_2m", num_steps=5)
+    assert torch.equal(lfm_fast.sample(model, z1, method="dpmpp_2m", num_steps=5), expected)
+    assert not hasattr(SmallThenLarge(lambda t, z: z, lambda t, z: z), "path")
+
+
+def test_small_then_large_refuses_networks_of_two_paths():
+    with pytest.raises(ValueError, match=r"VariancePreserving.*path"):
+        SmallThenLarge(OnPath(lfm_fast.paths.Linear()), OnPath(lfm_fast.paths.VariancePreserving()))

@@ -5,6 +5,8 @@ import torch
 
 import lfm_fast
 from lfm_fast.guidance import APG, Autoguidance, CFGZeroStar, LinearGuidance, Rescale
+from lfm_fast.interop.discrete import linear_betas
+from lfm_fast.interop.dit import DiTVelocity
 from lfm_fast.models import DiT
 
 B, NULL = 4, 9
@@ -13,6 +15,13 @@ Z, Y = torch.ones(B, 2, 3, 5), torch.tensor([1, 2, 3, 4])
 
 def unused(t, z, y=None):
     raise AssertionError("the model must not be called")
+
+
+class OnAnotherPath:
+    path = lfm_fast.paths.VariancePreserving()
+
+    def __call__(self, t, z, y=None):
+        raise AssertionError("the model must not be called")
 
 
 @pytest.mark.parametrize(
@@ -44,6 +53,7 @@ def test_what_no_guidance_can_be_made_of_is_refused(make, message):
         ({"guidance": Rescale(torch.ones(3)), "method": "euler"}, r"guidance_scale is \(3,\) .* expected .*\(4,\)"),
         ({"guidance": APG(torch.ones(3)), "guidance_scale": 2.0}, "Both guidance and guidance_scale"),
         ({"guidance": CFGZeroStar(2.0), "y": None}, "there are no labels y"),
+        ({"guidance": Autoguidance(OnAnotherPath(), 2.0)}, "weak_model .*VariancePreserving.*Linear"),
         ({"guidance": Autoguidance(unused, torch.ones(5))}, r"guidance_scale is \(5,\)"),
     ],
 )
@@ -62,3 +72,10 @@ def test_a_network_without_a_null_label_has_nothing_to_be_guided_by(kind):
         lfm_fast.sample(network, z1, y=Y, guidance=kind(2.0), method="euler", num_steps=2)
     with pytest.raises(ValueError, match="no null label"):
         lfm_fast.sample(network, z1, y=Y, guidance_scale=2.0, method="euler", num_steps=2)
+
+
+def test_a_weak_model_of_the_same_path_serves_whatever_its_table_was_kept_in():
+    tables = (linear_betas(), linear_betas().float())
+    strong, weak = (DiTVelocity(lambda x, t, y: x, alphas_cumprod=table, null_label=NULL) for table in tables)
+    z0 = lfm_fast.sample(strong, Z, y=Y, guidance=Autoguidance(weak, 2.0), method="euler", num_steps=2)
+    torch.testing.assert_close(z0, lfm_fast.sample(strong, Z, y=Y, method="euler", num_steps=2), rtol=1e-3, atol=1e-3)

@@ -265,6 +265,27 @@ def test_autoguidance_leads_away_from_the_weaker_network():
     assert network.forwards.tolist() == [3, 2, 4, 3]
 
 
+class Velocity(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, t, z, y=None):
+        return self.network(z)
+
+
+def test_the_weaker_network_may_have_weights_of_another_type():
+    networks = [nn.Conv2d(2, 2, 1, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+
+    for strong, weak in (networks, networks[::-1]):
+        with torch.no_grad():
+            v, w = (Velocity(x)(T.to(x.weight.dtype), Z.to(x.weight.dtype)).float() for x in (strong, weak))
+            field = GuidedField(Network(Velocity(strong), Z.float(), Y), begun(Autoguidance(Velocity(weak), SCALES)))
+            found = blended(*(x.float() for x in field(T.float(), Z.float())))
+        scales = column(SCALES).float()
+        torch.testing.assert_close(found, scales * v + (1 - scales) * w, rtol=1e-5, atol=1e-5)
+
+
 def test_the_weaker_network_may_write_to_the_memory_of_the_other():
     memory = torch.empty_like(Z)
 

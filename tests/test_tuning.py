@@ -8,7 +8,7 @@ import torch
 
 import lfm_fast
 from lfm_fast.cli import main
-from lfm_fast.flow.paths import VarianceExploding
+from lfm_fast.flow.paths import VarianceExploding, describe
 from lfm_fast.solvers.grids import time_grid
 
 SHAPE = (4,)
@@ -156,3 +156,16 @@ def test_mistakes_of_the_command_are_one_sentence(arguments, says, capsys, tmp_p
     assert says in said
     assert said.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_the_path_is_the_one_that_the_model_says():
+    class Model:
+        path = lfm_fast.paths.VariancePreserving()
+
+        def __call__(self, t, z, y=None):
+            return z
+
+    settings = {"method": "euler", "num_steps": 2, "num_samples": 2, "num_held_out": 2, "rounds": 0, "fine_steps": 2}
+    grid = lfm_fast.tune_grid(Model(), (3,), **settings)
+    assert grid.times[-1] == Model.path.t_min
+    assert grid.settings["path"] == describe(Model.path)

@@ -251,6 +251,14 @@ def make_path(name, **arguments):
         raise ValueError(f"Path {name!r} does not take these arguments ({error}).") from error
 
 
+def agree(one, other):
+    """Whether two paths are one, but for what a tiny sigma_min or a table in float32 makes of it."""
+    low, high = max(one.t_min, other.t_min), min(one.t_max, other.t_max)
+    times = torch.linspace(low, high, 33, dtype=torch.float64)
+    alphas_and_sigmas = (path.coefficients(times)[:2] for path in (one, other))
+    return one == other or torch.allclose(*alphas_and_sigmas, rtol=1e-4, atol=1e-4)
+
+
 def describe(path):
     """The inverse of `make_path`: {"name": ..., **arguments}, JSON-able, so make_path(**describe(path)) == path."""
     for name, kind in PATHS.items():

@@ -1,6 +1,7 @@
 """Guidance of a network by a weaker one."""
 
 from lfm_fast.flow.checks import check_model
+from lfm_fast.flow.paths import Path, agree
 from lfm_fast.guidance.linear import LinearGuidance
 
 
@@ -13,7 +14,8 @@ class Autoguidance(LinearGuidance):
         weak_model: the weaker velocity, called as the model is: smaller, or trained for less time, on the same data.
         scale, interval: as of LinearGuidance.
 
-    Raises ValueError as LinearGuidance does, and for a weak_model that cannot be called.
+    Raises ValueError as LinearGuidance does, and for a weak_model that cannot be called, or that says another
+    path (as the adapters of lfm_fast.interop do).
 
     >>> import torch, lfm_fast
     >>> model, weak = lambda t, z: 2 * z, lambda t, z: z
@@ -30,7 +32,13 @@ class Autoguidance(LinearGuidance):
         self.weak_model = weak_model
 
     def check(self, run):
-        """Nothing is needed: without labels both networks go without."""
+        """Without labels both networks go without; their velocities have to be of one path."""
+        own = getattr(self.weak_model, "path", None)
+        if isinstance(own, Path) and not agree(own, run.path):
+            raise ValueError(
+                f"weak_model says it was trained on {own!r}, but the path is {run.path!r}: the velocities of two paths "
+                "make no guidance."
+            )
 
     def prepare(self, network, times):
         network.prepare(times, guided=False)

@@ -2,6 +2,8 @@
 
 import copy
 
+import torch
+
 from lfm_fast.guidance.scale import Scale
 
 
@@ -76,7 +78,9 @@ class LinearGuidance:
         if rows is None or not network.selects:
             return *self.velocities(network, t, z, None, time), scale
         velocity, other = self.velocities(network, t, z, rows, time)
-        return velocity, velocity.index_copy(0, rows.index, other), scale
+        dtype = torch.promote_types(velocity.dtype, other.dtype)  # two networks may have weights of two types
+        velocity = velocity.to(dtype)
+        return velocity, velocity.index_copy(0, rows.index, other.to(dtype)), scale
 
     def velocities(self, network, t, z, rows, time):
         """The velocity to guide (B, ...), and the one to lead away from (R, ...) of `rows`, None being all."""
