@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lfm_fast.flow.checks import check_model
-from lfm_fast.flow.paths import Path, agree
+from lfm_fast.flow.paths import agree, path_of
 from lfm_fast.guidance import LinearGuidance, Rows
 from lfm_fast.guidance.scale import is_finite, per_sample
 from lfm_fast.sampling import sample
@@ -237,7 +237,7 @@ class SmallThenLarge(nn.Module):
         if not is_finite(switch) or not 0.0 <= switch <= 1.0:
             raise ValueError(f"switch is {switch!r}, expected a time in [0, 1].")
         self.large, self.small, self.switch, self.tally = large, small, float(switch), Tally()
-        known = [path for model in (small, large) if isinstance(path := getattr(model, "path", None), Path)]
+        known = [path for model in (small, large) if (path := path_of(model)) is not None]
         if len(known) == 2 and not agree(*known):
             raise ValueError(
                 f"small says it was trained on {known[0]!r}, large on {known[1]!r}; one path has to be both's."

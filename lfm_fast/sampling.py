@@ -10,7 +10,7 @@ import torch
 
 from lfm_fast.flow.checks import FLOATS, check_labels, check_model, describe
 from lfm_fast.flow.noise import check_indices, check_seed
-from lfm_fast.flow.paths import Linear, Path
+from lfm_fast.flow.paths import Linear, Path, path_of
 from lfm_fast.guidance import GuidedField, LinearGuidance, Network, Run
 from lfm_fast.solvers import Settings, get_solver
 from lfm_fast.solvers.external import EXTERNALS
@@ -242,8 +242,8 @@ def choose_path(model, path):
     """The path to sample the model on: `path`, or what the model says, or Linear(). ValueError where the two differ."""
     if path is not None and not isinstance(path, Path):
         raise ValueError(f"path is {path!r}, expected an object of lfm_fast.paths such as Linear().")
-    own = getattr(model, "path", None)
-    if not isinstance(own, Path):
+    own = path_of(model)
+    if own is None:
         return Linear() if path is None else path
     if path not in (None, own):
         raise ValueError(f"path is {path!r}, but the model says it was trained on {own!r}; leave path out.")

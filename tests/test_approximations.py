@@ -329,3 +329,10 @@ def test_small_then_large_is_sampled_on_the_path_of_its_networks():
 def test_small_then_large_refuses_networks_of_two_paths():
     with pytest.raises(ValueError, match=r"VariancePreserving.*path"):
         SmallThenLarge(OnPath(lfm_fast.paths.Linear()), OnPath(lfm_fast.paths.VariancePreserving()))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.optim.swa_utils.AveragedModel])
+def test_a_wrapped_network_keeps_its_path(wrap):
+    model, z1 = OnPath(lfm_fast.paths.VariancePreserving()), torch.ones(1, 2)
+    expected = lfm_fast.sample(model, z1, method="dpmpp_2m", num_steps=5)
+    assert torch.equal(lfm_fast.sample(wrap(model), z1, method="dpmpp_2m", num_steps=5), expected)

@@ -150,3 +150,18 @@ def test_a_samples_sum_is_the_same_to_the_bit_whoever_else_is_in_the_batch(numel
         finally:
             torch.set_num_threads(threads)
         torch.testing.assert_close(whole.double(), x.double().sum((1, 2)), rtol=1e-5, atol=1e-3)
+
+
+def test_a_scale_by_sample_is_the_one_that_was_given():
+    scale = torch.tensor([1.0, 2.0, 3.0])
+    guidance, expected = LinearGuidance(scale), LinearGuidance(scale.clone())
+    scale.copy_(torch.tensor([2.0, 1.0, 1.0]))
+    y, z1 = torch.tensor([1, 2, 3]), torch.ones(3, 2)
+
+    def model(t, z, y=None):
+        return -z if y is None else y[:, None] - z
+
+    found, known = (
+        lfm_fast.sample(model, z1, y=y, guidance=g, method="euler", num_steps=2) for g in (guidance, expected)
+    )
+    assert torch.equal(found, known)

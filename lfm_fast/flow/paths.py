@@ -251,6 +251,15 @@ def make_path(name, **arguments):
         raise ValueError(f"Path {name!r} does not take these arguments ({error}).") from error
 
 
+def path_of(model):
+    """The path that a model says it was trained on, or None; looks into wrappers such as DistributedDataParallel."""
+    own = getattr(model, "path", None)
+    if isinstance(own, Path):
+        return own
+    inner = getattr(model, "module", None) if isinstance(model, torch.nn.Module) else None
+    return path_of(inner) if isinstance(inner, torch.nn.Module) else None
+
+
 def agree(one, other):
     """Whether two paths are one, but for what a tiny sigma_min or a table in float32 makes of it."""
     low, high = max(one.t_min, other.t_min), min(one.t_max, other.t_max)

@@ -1,7 +1,7 @@
 """Guidance of a network by a weaker one."""
 
 from lfm_fast.flow.checks import check_model
-from lfm_fast.flow.paths import Path, agree
+from lfm_fast.flow.paths import agree, path_of
 from lfm_fast.guidance.linear import LinearGuidance
 
 
@@ -33,8 +33,8 @@ class Autoguidance(LinearGuidance):
 
     def check(self, run):
         """Without labels both networks go without; their velocities have to be of one path."""
-        own = getattr(self.weak_model, "path", None)
-        if isinstance(own, Path) and not agree(own, run.path):
+        own = path_of(self.weak_model)
+        if own is not None and not agree(own, run.path):
             raise ValueError(
                 f"weak_model says it was trained on {own!r}, but the path is {run.path!r}: the velocities of two paths "
                 "make no guidance."

@@ -26,6 +26,8 @@ class Scale:
         self.schedule = _schedule(value)
         if isinstance(value, torch.Tensor) and value.ndim == 0:
             value = value.item()
+        elif isinstance(value, torch.Tensor):
+            value = value.detach().clone()  # the caller may write to it later
         self.value, self.interval, self.none = value, tuple(interval), none
         self.values = value.tolist() if isinstance(value, torch.Tensor) else None  # of each sample
         self._known = None
