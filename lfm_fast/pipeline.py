@@ -266,7 +266,10 @@ def _check_count(name, value):
 def _sample_numbers(indices, num_images):
     if indices is None:
         return torch.arange(num_images)
-    indices = torch.as_tensor(indices)
+    try:
+        indices = torch.as_tensor(indices)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"indices are {indices!r}; expected ({num_images},) int64 numbers from 0 on") from None
     if indices.shape != (num_images,) or indices.dtype != torch.int64 or (indices < 0).any():
         raise ValueError(
             f"indices are {tuple(indices.shape)} {indices.dtype}; expected ({num_images},) int64 numbers from 0 on"

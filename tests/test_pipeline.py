@@ -383,3 +383,9 @@ def test_nothing_there_gets_a_sentence(tmp_path):
         LatentFlow.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="there is no file"):
         LatentFlow.from_pretrained(tmp_path / "nothing.safetensors")
+
+
+def test_sample_numbers_that_are_none_are_refused(flow):
+    for indices in ("ab", [None, 1], [0.5, 1.0], [0, -1]):
+        with pytest.raises(ValueError, match="indices are"):
+            flow.sample(2, indices=indices)
