@@ -1,10 +1,14 @@
-"""200 steps on the fast path against the reference path: as close as two reference runs that round otherwise."""
+"""60 or 200 steps on the fast path against the reference path: as close as two reference runs that round otherwise."""
+
+import os
 
 import pytest
 from tiny_run import SETTINGS, TinySource
 
 from benchmarks.curves import MOST, compare
 from lfm_fast import ops
+
+STEPS = 200 if os.environ.get("LFM_FAST_SAMPLE") == "full" else 60
 
 
 def curves(precision, steps):
@@ -22,10 +26,10 @@ def assert_alike(found):
 @pytest.mark.statistics
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_fast_paths_losses_are_the_references(precision):
-    found = curves(precision, 200)
+    found = curves(precision, STEPS)
     assert_alike(found)
     learned = found["curves"]["fast path"]
-    assert sum(learned[-20:]) < 0.8 * sum(learned[:20])
+    assert sum(learned[-20:]) < (0.8 if STEPS == 200 else 0.95) * sum(learned[:20])
 
 
 def test_paths_are_compared_and_not_one_with_itself():
