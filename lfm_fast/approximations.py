@@ -253,11 +253,12 @@ class SmallThenLarge(nn.Module):
         if count in (0, len(z)):
             return _called(self.small if count else self.large, t, z, y, kwargs)
         if kwargs:  # they may hold one entry per sample
-            both = (_called(model, t, z, y, kwargs) for model in (self.small, self.large))
-            return torch.where(near_noise.reshape(-1, *[1] * (z.ndim - 1)), *both)
+            first = _called(self.small, t, z, y, kwargs).clone()  # the two may write to one buffer
+            second = _called(self.large, t, z, y, kwargs)
+            return torch.where(near_noise.reshape(-1, *[1] * (z.ndim - 1)), first, second)
         parts = []
         for model, rows in ((self.small, near_noise.nonzero()[:, 0]), (self.large, (~near_noise).nonzero()[:, 0])):
-            parts.append((rows, _called(model, t[rows], z[rows], None if y is None else y[rows], {})))
+            parts.append((rows, _called(model, t[rows], z[rows], None if y is None else y[rows], {}).clone()))
         velocity = torch.empty_like(z, dtype=torch.promote_types(*(v.dtype for _, v in parts)))
         for rows, part in parts:
             velocity[rows] = part.to(velocity.dtype)
@@ -265,7 +266,7 @@ class SmallThenLarge(nn.Module):
 
 
 def _called(model, t, z, y, kwargs):
-    """The model's velocity in a type of its weights, a copy of what it may write again."""
+    """The model's velocity, from z in the type of its weights."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), z) if isinstance(model, nn.Module) else z
     named = kwargs if y is None else {"y": y, **kwargs}
     return model(t, z.to(weight.dtype), **named)

@@ -110,7 +110,8 @@ def sample(
         return_stats: return (z0, SampleStats).
         callback: called as callback(step, t, z) after each accepted step, step counting from 1, z being the state at
             t; of an adaptive method of ours after each round of attempts, with t (B,) the time of each sample. Where it
-            returns exactly False, the integration ends there, with reached = False in the stats.
+            returns exactly False, the integration ends there, with reached = False in the stats. z is the solver's own
+            state: clone what is kept or changed.
         progress: show a progress bar (tqdm).
 
     Returns: (B, ...) latents on the device of z1, float32 (float64 for a float64 z1).

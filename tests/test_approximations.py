@@ -336,3 +336,18 @@ def test_a_wrapped_network_keeps_its_path(wrap):
     model, z1 = OnPath(lfm_fast.paths.VariancePreserving()), torch.ones(1, 2)
     expected = lfm_fast.sample(model, z1, method="dpmpp_2m", num_steps=5)
     assert torch.equal(lfm_fast.sample(wrap(model), z1, method="dpmpp_2m", num_steps=5), expected)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"shift": 0.0}])
+def test_two_networks_may_write_to_one_buffer(kwargs):
+    buffer = torch.empty(4, 3)
+
+    def writing(factor):
+        def model(t, z, y=None, shift=0.0):
+            return torch.add(factor * z, shift, out=buffer[: len(z)])
+
+        return model
+
+    t, z = torch.tensor([0.9, 0.1, 0.8, 0.2]), torch.ones(4, 3)
+    both = SmallThenLarge(writing(1.0), writing(2.0), switch=0.5)
+    assert both(t, z, **kwargs)[:, 0].tolist() == [1.0, 2.0, 1.0, 2.0]
