@@ -24,7 +24,7 @@ from lfm_fast.flow.paths import Path as ProbabilityPath
 from lfm_fast.guidance import ClassifierGuidance
 from lfm_fast.models import from_config
 from lfm_fast.sampling import sample
-from lfm_fast.solvers.grids import time_grid
+from lfm_fast.solvers.grids import is_table, time_grid
 
 INDEX = "model_index.json"
 
@@ -118,6 +118,7 @@ class LatentFlow:
         arguments = {**self.defaults(y, guidance), **sampling, "path": self.path, "seed": seed}
         scale = arguments.get("guidance_scale")
         one_each = isinstance(scale, torch.Tensor) and scale.shape == (num_images,)
+        _check_start(arguments, self.path)
         labels = self.labels(y, num_images, of_classifier=isinstance(guidance, ClassifierGuidance))
         indices = _sample_numbers(indices, num_images)
         self.model.eval()
@@ -229,6 +230,20 @@ class LatentFlow:
             flow = _from_checkpoint(cls, folder, load_checkpoint(folder), autoencoder)
         flow.model.eval()
         return flow.to(device) if device is not None else flow
+
+
+def _check_start(arguments, path):
+    """Times of one's own have to begin where there is next to nothing but noise, since noise is what they start from."""
+    grid = arguments.get("time_grid")
+    if not is_table(grid):
+        return
+    start = time_grid(grid, 50, t_end=arguments.get("t_end", 0.0), path=path)[0]
+    there, noise_alone = (float(path.sigma(torch.tensor(t, dtype=torch.float64))) for t in (start, path.t_max))
+    if there < 0.8 * noise_alone:
+        raise ValueError(
+            f"time_grid begins at t = {start:g}, where there is {there / noise_alone:.0%} of the noise that images are "
+            f"drawn from; begin near t = {path.t_max:g}"
+        )
 
 
 class _Preview:

@@ -116,6 +116,12 @@ def test_a_preview_of_a_refused_attempt_is_the_one_before(flow):
     torch.testing.assert_close(after[0], before[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("grid", [[0.5, 0.0], [0.0, 0.5, 1.0], torch.tensor([0.7, 0.2])])
+def test_times_that_do_not_begin_at_noise_are_refused(flow, grid):
+    with pytest.raises(ValueError, match=r"time_grid begins at t = .* of the noise"):
+        flow.sample(1, method="euler", time_grid=grid, t_end=float(grid[-1]))
+
+
 def test_a_preview_may_end_the_batch(flow):
     half = flow.sample(2, y=0, method="euler", num_steps=4, preview=lambda step, t, images: step < 2)
     want = flow.sample(2, y=0, method="euler", time_grid=torch.tensor([1.0, 0.75, 0.5]), t_end=0.5)
