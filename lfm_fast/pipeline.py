@@ -233,7 +233,7 @@ class LatentFlow:
 
 
 def _check_start(arguments, path):
-    """Times of one's own have to begin where there is next to nothing but noise, since noise is what they start from."""
+    """Times of one's own have to begin where there is next to nothing but noise, which is what they start from."""
     grid = arguments.get("time_grid")
     if not is_table(grid):
         return
