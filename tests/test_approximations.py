@@ -351,3 +351,17 @@ def test_two_networks_may_write_to_one_buffer(kwargs):
     t, z = torch.tensor([0.9, 0.1, 0.8, 0.2]), torch.ones(4, 3)
     both = SmallThenLarge(writing(1.0), writing(2.0), switch=0.5)
     assert both(t, z, **kwargs)[:, 0].tolist() == [1.0, 2.0, 1.0, 2.0]
+
+
+def test_what_an_approximation_refuses_costs_no_exact_solve():
+    calls = []
+
+    def counted(t, z, y=None):
+        calls.append(1)
+        return z
+
+    with pytest.raises(ValueError, match="judges its steps"):
+        compare(
+            torch.ones(2, 3), {"guidance": None}, {"guidance": Reuse(threshold=0.1)}, model=counted, method="dopri5"
+        )
+    assert not calls

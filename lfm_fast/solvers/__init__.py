@@ -11,7 +11,7 @@ device, for a solver that lets finished ones go.
 
 A solver steps through `times` (floats, in either direction) and returns a Solution. A new method of fixed steps is a
 formula (lfm_fast.solvers.schedule) and one row here; for a Runge-Kutta method that is a Tableau, for an adaptive one a
-Pair (lfm_fast.solvers.embedded).
+Pair in PAIRS (lfm_fast.solvers.embedded).
 """
 
 import difflib
@@ -96,11 +96,7 @@ METHODS = {
         _fixed(UniPC()),
         _fixed(EulerMaruyama()),
         _fixed(SDEHeun()),
-        _embedded("dopri5", embedded.DOPRI5),
-        _embedded("dopri8", embedded.DOPRI8),
-        _embedded("bosh3", embedded.BOSH3),
-        _embedded("adaptive_heun", embedded.ADAPTIVE_HEUN),
-        _embedded("tsit5", embedded.TSIT5),
+        *(_embedded(name, pair) for name, pair in embedded.PAIRS.items()),
     )
 }
 

@@ -369,3 +369,5 @@ DOPRI8 = Pair(
     ),
     extra_c=(0.1, 0.2, 0.7777777777777778),
 )
+
+PAIRS = {"dopri5": DOPRI5, "dopri8": DOPRI8, "bosh3": BOSH3, "adaptive_heun": ADAPTIVE_HEUN, "tsit5": TSIT5}

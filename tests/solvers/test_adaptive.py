@@ -10,16 +10,10 @@ from scipy.integrate import solve_ivp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchdiffeq import odeint
 
-from lfm_fast.solvers import Settings, adaptive, embedded, get_solver
+from lfm_fast.solvers import Settings, adaptive, get_solver
+from lfm_fast.solvers.embedded import PAIRS
 from lfm_fast.solvers.grids import time_grid
 
-PAIRS = {
-    "adaptive_heun": embedded.ADAPTIVE_HEUN,
-    "bosh3": embedded.BOSH3,
-    "dopri5": embedded.DOPRI5,
-    "tsit5": embedded.TSIT5,
-    "dopri8": embedded.DOPRI8,
-}
 each_pair = pytest.mark.parametrize("name", PAIRS)
 each_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
 DOWN = [1.0, 0.0]

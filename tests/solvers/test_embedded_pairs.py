@@ -10,14 +10,8 @@ from problems import PROBLEMS
 
 from lfm_fast.solvers import embedded
 from lfm_fast.solvers.attempt import inside_weights
+from lfm_fast.solvers.embedded import PAIRS
 
-PAIRS = {
-    "adaptive_heun": embedded.ADAPTIVE_HEUN,
-    "bosh3": embedded.BOSH3,
-    "dopri5": embedded.DOPRI5,
-    "tsit5": embedded.TSIT5,
-    "dopri8": embedded.DOPRI8,
-}
 # of z' - error, for each row of errors
 EMBEDDED_ORDERS = {"adaptive_heun": [1], "bosh3": [2], "dopri5": [4], "tsit5": [4], "dopri8": [5, 3]}
 # sums of up to 16 products of weights up to 530, each rounded to 2^-53; tsit5's constants are given to 16 digits, and
