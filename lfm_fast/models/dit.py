@@ -21,6 +21,13 @@ from lfm_fast.models.layers import (
     sincos_table,
 )
 from lfm_fast.models.prepared import MAX_BYTES, Prepared
+from lfm_fast.models.velocity_network import (
+    VelocityNetwork,
+    check_channels,
+    check_label_sizes,
+    is_count,
+    require_count,
+)
 
 _NORM_EPS = 1e-6
 
@@ -68,14 +75,15 @@ class FinalLayer(nn.Module):
         return self.linear(h)
 
 
-class DiT(nn.Module):
+class DiT(VelocityNetwork):
     """Diffusion transformer that returns the velocity: v = model(t, z, y).
 
     `image_size` is the side of the LATENT. t (B,) in [0, 1] is used raw, z is (B, C, H, W) in any floating dtype (it is
     cast to the weights'), y (B,) holds integer labels. With `num_classes` > 0 and `label_dropout` > 0 the label table
     has one more row, `null_label`, that means "no label"; dropping labels in training is the training loop's work.
     `y=None` means that row, or the table's last one where there is no null label. `num_classes=0` is an unlabelled
-    network (one row). `qk_norm=True` norms the queries and keys of every head, with learned scales (`layers.HeadNorm`).
+    network (one row). With `out_channels` below `in_channels` the rest of the input is a `condition` (`VelocityNetwork`
+    says how it is given). `qk_norm=True` norms the queries and keys of every head, with learned scales (`layers.HeadNorm`).
     Returns (B, C, H, W) in the weights' dtype, or autocast's.
 
     Raises ValueError for sizes that do not divide, and for inputs of another shape than the network was made for.
@@ -88,7 +96,6 @@ class DiT(nn.Module):
     """
 
     family = "dit"
-    activation_checkpointing = "none"  # or another of checkpointing.MODES: what training keeps for its backward pass
     products = contextlib.nullcontext  # what the products of a forward run in (models/precision.py)
     _compiled_velocity = _compiled_block = _compiled_region = None
 
@@ -105,17 +112,16 @@ class DiT(nn.Module):
         num_classes: int = 0,
         label_dropout: float = 0.0,
         qk_norm: bool = False,
+        out_channels: int | None = None,
     ):
-        super().__init__()
         config = {"image_size": image_size, "patch_size": patch_size, "in_channels": in_channels}
         config |= {"hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio}
         config |= {"num_classes": num_classes, "label_dropout": label_dropout}
         config |= {"qk_norm": qk_norm} if qk_norm is not False else {}  # without, a configuration is as it always was
+        config |= {"out_channels": out_channels}
         _check_config(config)
-        self.config = {"family": self.family, **config}
-        self.image_size, self.patch_size, self.in_channels = image_size, patch_size, in_channels
-        self.hidden_size, self.num_classes = hidden_size, num_classes
-        self.num_labels = max(num_classes + (label_dropout > 0), 1)  # rows of the label table
+        super().__init__(config)
+        self.patch_size, self.hidden_size = patch_size, hidden_size
         # Frozen, yet a parameter and not a buffer: the checkpoint format and its parameter counts have it so.
         self.pos_embed = nn.Parameter(sincos_table(image_size // patch_size, hidden_size), requires_grad=False)
         self.x_embedder = PatchEmbedding(patch_size, in_channels, hidden_size)
@@ -123,15 +129,8 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedding(self.num_labels, hidden_size)
         mlp_size = int(hidden_size * mlp_ratio)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_size, qk_norm) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels)
+        self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * self.out_channels)
         self.initialise()
-
-    @property
-    def null_label(self) -> int | None:
-        """The label that means "no label", or None for a labelled network built without label dropout."""
-        if self.num_classes and self.num_labels == self.num_classes:
-            return None
-        return self.num_classes
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -151,9 +150,10 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def forward(self, t: Tensor, z: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, t: Tensor, z: Tensor, y: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """Velocity (B, C, H, W) at times t (B,) (or one time for all, ()), latents z (B, C, H, W) and labels y (B,)."""
-        self._check_inputs(t, z, y)
+        z = self.joined(z, condition)
+        self.check_inputs(t, z, y)
         if y is None:
             y = torch.full((z.shape[0],), self.num_labels - 1, device=z.device)
         t = t.expand(z.shape[0])
@@ -263,61 +263,21 @@ class DiT(nn.Module):
         """Floating-point operations of one forward on one sample: 2 per multiply-add of its matrix products."""
         config, tokens = self.config, self.pos_embed.shape[1]
         d, mlp_size = config["hidden_size"], self.blocks[0].mlp.fc1.out_features
-        patch = self.patch_size**2 * self.in_channels
+        patch, read_out = (self.patch_size**2 * channels for channels in (self.in_channels, self.out_channels))
         block = tokens * (4 * d * d + 2 * d * mlp_size) + 2 * tokens * tokens * d + 6 * d * d
         embeddings = tokens * patch * d + self.t_embedder.width * d + d * d
-        return 2 * (embeddings + config["depth"] * block + 2 * d * d + tokens * d * patch)
+        return 2 * (embeddings + config["depth"] * block + 2 * d * d + tokens * d * read_out)
 
     def _unpatchify(self, x: Tensor) -> Tensor:
         side, p = self.image_size // self.patch_size, self.patch_size
         x = x.unflatten(-1, (p, p, -1)).unflatten(1, (side, side))  # (B, row, column, p, q, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
-    def _check_inputs(self, t: Tensor, z: Tensor, y: Tensor | None) -> None:
-        self.check_latents(z)
-        if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != z.shape[0]):
-            raise ValueError(f"t must have shape ({z.shape[0]},), one time per sample of z, but is {tuple(t.shape)}.")
-        if y is not None:
-            self.check_labels(y, z.shape[0])
-
-    def check_latents(self, z: Tensor) -> None:
-        """Raise ValueError unless z is (B, C, H, W) of this network's sizes."""
-        expected = (self.in_channels, self.image_size, self.image_size)
-        if z.ndim != 4 or tuple(z.shape[1:]) != expected:
-            raise ValueError(
-                f"this network takes latents of shape (B, {', '.join(map(str, expected))}), but z is {tuple(z.shape)}; "
-                "resize the latents or build the network for their size."
-            )
-
-    def check_labels(self, y: Tensor, count: int) -> None:
-        """Raise ValueError unless y is (count,) integer labels of this network; values are read on the CPU only."""
-        if y.ndim != 1 or y.shape[0] != count or y.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"y must be integer labels of shape ({count},), one per sample of z, but is {y.dtype} {tuple(y.shape)}."
-            )
-        # On a GPU this comparison would wait for the device; there the table look-up itself asserts.
-        if not torch.compiler.is_compiling() and y.device.type == "cpu" and y.numel():
-            low, high = int(y.min()), int(y.max())
-            if low < 0 or high >= self.num_labels:
-                raise ValueError(
-                    f"labels must lie in 0..{self.num_labels - 1}, but y holds {low if low < 0 else high}; "
-                    f"this network knows {self.num_classes} classes."
-                )
-
-
-def is_count(value) -> bool:
-    """An int, and not True or False, which Python counts among them."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value) -> bool:
-    return (isinstance(value, float) and math.isfinite(value)) or is_count(value)
-
 
 def _check_config(config: dict) -> None:
-    for name in ("image_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
-        if not is_count(config[name]) or config[name] < 1:
-            raise ValueError(f"{name} must be a positive integer, but is {config[name]!r}.")
+    check_channels(config)
+    for name in ("patch_size", "hidden_size", "depth", "num_heads"):
+        require_count(name, config[name])
     if config["image_size"] % config["patch_size"]:
         raise ValueError(
             f"the latent's side {config['image_size']} is no multiple of patch_size {config['patch_size']}."
@@ -326,14 +286,9 @@ def _check_config(config: dict) -> None:
     if hidden_size % num_heads or hidden_size % 4:
         raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and of 4.")
     mlp_ratio = config["mlp_ratio"]
-    if not _is_finite(mlp_ratio) or hidden_size * mlp_ratio < 1:
+    finite = is_count(mlp_ratio) or (isinstance(mlp_ratio, float) and math.isfinite(mlp_ratio))
+    if not finite or hidden_size * mlp_ratio < 1:
         raise ValueError(f"mlp_ratio must be positive, 1 / hidden_size or more, but is {mlp_ratio!r}.")
-    num_classes, label_dropout = config["num_classes"], config["label_dropout"]
-    if not is_count(num_classes) or num_classes < 0:
-        raise ValueError(f"num_classes must be 0 (unlabelled) or a positive integer, but is {num_classes!r}.")
-    if not _is_finite(label_dropout) or not 0 <= label_dropout < 1:
-        raise ValueError(f"label_dropout must lie in [0, 1), but is {label_dropout!r}.")
+    check_label_sizes(config["num_classes"], config["label_dropout"])
     if not isinstance(config.get("qk_norm", False), bool):
         raise ValueError(f"qk_norm must be True or False, but is {config['qk_norm']!r}.")
-    if label_dropout and not num_classes:
-        raise ValueError(f"label_dropout {label_dropout} needs labels to drop, but num_classes is 0.")

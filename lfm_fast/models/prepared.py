@@ -30,15 +30,17 @@ class Prepared:
         self.parts_start = len(self.labels) * torch.arange(self.parts, device=device)[:, None]
         self.first, self.table = 0, None  # the number of the table's first time, and (times, parts L, 6 D)
 
-    def __call__(self, k: int, z: Tensor, y: Tensor | None = None, samples: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, k: int, z: Tensor, y: Tensor | None = None, samples: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         """Velocity at times[k] of latents z (B, C, H, W) under labels y (B,), as the model gives it.
 
         samples (R,) int64: the sample that each row of the result is of, with y (R,); any number of rows of a sample,
-        whose patches are embedded once. None: one row of each.
+        whose patches are embedded once. None: one row of each. condition (B, K, H, W): one entry of each latent.
 
         Raises ValueError for what the model would refuse, a k outside the times, and labels that were not prepared.
         """
-        self.model.check_latents(z)
+        z = self.model.joined(z, condition)
         if not 0 <= k < len(self.times):
             raise ValueError(f"k is {k}, but {len(self.times)} times were prepared: give 0 to {len(self.times) - 1}.")
         places = self._places(y, len(z) if samples is None else len(samples))

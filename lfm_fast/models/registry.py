@@ -4,7 +4,8 @@ import difflib
 
 from torch import nn
 
-from lfm_fast.models.dit import DiT, is_count
+from lfm_fast.models.dit import DiT
+from lfm_fast.models.velocity_network import is_count
 
 # family -> class; a network's `config` names its family
 FAMILIES = {DiT.family: DiT}
