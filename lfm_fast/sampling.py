@@ -105,7 +105,8 @@ def sample(
         compat: "lfm" integrates as LFM does: grid "lfm" for fixed methods, and the adaptive ones that torchdiffeq has
             are torchdiffeq's, which step past t_end. Its Heun, which goes on as Euler after 39 steps, is
             method="lfm:heun40".
-        model_kwargs: further keyword arguments of the model; it is then called on the whole batch only.
+        model_kwargs: further keyword arguments of the model, which is then called on the whole batch only, unless they
+            are among its `sample_arguments`: the names of those that hold one entry per sample.
         trajectory: return (K, B, ...) states at every time of the grid, both ends included, instead of the last.
         return_stats: return (z0, SampleStats).
         callback: called as callback(step, t, z) after each accepted step, step counting from 1, z being the state at
@@ -298,6 +299,13 @@ def _check_tensors(model, z1, y, indices, model_kwargs, callback):
             raise ValueError(f"y is on {y.device} and z1 on {z1.device}; move them to one device.")
     if indices is not None:
         check_indices(indices, z1.shape[0])
+    for name in set(model_kwargs or {}) & set(getattr(model, "sample_arguments", ())):
+        x = model_kwargs[name]
+        if x is not None and not (isinstance(x, torch.Tensor) and x.ndim and len(x) == len(z1)):
+            raise ValueError(
+                f"{name} in model_kwargs is {describe(x)}, expected a tensor "
+                f"with one entry for each of {len(z1)} samples."
+            )
     if callback is not None and not callable(callback):
         raise ValueError(f"callback is {callback!r}, expected a function callback(step, t, z).")
 

@@ -54,13 +54,20 @@ class Network:
 
     A model that says `prepares`, as DiT does, is evaluated in its sampling form at each `time` that was announced by
     `prepare` and is named in the call; elsewhere it is called, as any other model is.
+
+    Further arguments of the model that it names among its `sample_arguments` hold one entry per sample, and go with
+    their samples; any others are of the whole batch, whose rows can then be neither left out nor repeated.
     """
 
     samples = None
     times = None  # (B,) the times of the evaluation under way, on the host, where the solver knows them
 
     def __init__(self, model, z, y=None, null_label=None, model_kwargs=None):
-        self.y, self.null_label, self.kwargs = y, null_label, model_kwargs or {}
+        self.y, self.null_label = y, null_label
+        of_samples = getattr(model, "sample_arguments", ())
+        self.kwargs = {name: value for name, value in (model_kwargs or {}).items() if name not in of_samples}
+        self.entries = {name: value for name, value in (model_kwargs or {}).items() if name in of_samples}
+        self._chosen = None  # (rows, their entries) of the last evaluation of some rows
         self.count = Count(z.shape[0])
         self._like = z.new_empty(1)  # the state's type and device
         self._null_labels = None  # (B, rows, null labels, samples) of the last evaluation of both
@@ -92,7 +99,17 @@ class Network:
         assert self.samples is None
         part = copy.copy(self)
         part.samples, part.y = rows, None if self.y is None else self.y[rows.index]
+        part.entries, part._chosen = self._entries(rows), None
         return part
+
+    def _entries(self, rows):
+        """The arguments of `rows`, or of all, one entry for each."""
+        if rows is None or not self.entries:
+            return self.entries
+        if self._chosen is None or self._chosen[0] is not rows:
+            entries = {name: x if x is None else x[rows.index] for name, x in self.entries.items()}
+            self._chosen = (rows, entries)
+        return self._chosen[1]
 
     @property
     def calls(self):
@@ -138,7 +155,7 @@ class Network:
     def unconditional(self, t, z, rows=None, time=None):
         """model(t, z, null label), or model(t, z, y=None) without one; time and `rows` as of `conditional`."""
         self.count.add(self.samples, rows)
-        return self._unconditional(t, z, time)
+        return self._unconditional(t, z, time, rows)
 
     def both(self, t, z, rows=None, time=None, joint=None):
         """(conditional (B, ...), unconditional (R, ...)) with `rows` the samples to evaluate both ways, or all.
@@ -158,27 +175,30 @@ class Network:
     def _conditional(self, t, z, time, rows=None):
         y = self.y if rows is None or self.y is None else self.y[rows.index]
         if time in self._numbers:
-            return self._read(time, z, y)
-        return self._call(t, z, {} if y is None else {"y": y})
+            return self._read(time, z, y, rows)
+        return self._call(t, z, {} if y is None else {"y": y}, self._entries(rows))
 
-    def _unconditional(self, t, z, time):
+    def _unconditional(self, t, z, time, rows=None):
         y = None if self.null_label is None else self._null(z)
-        return self._read(time, z, y) if time in self._numbers else self._call(t, z, {"y": y})
+        if time in self._numbers:
+            return self._read(time, z, y, rows)
+        return self._call(t, z, {"y": y}, self._entries(rows))
 
     def _apart(self, t, z, rows, time):
         velocity = self._conditional(t, z, time).clone()  # the model may write the next one to the same memory
         chosen = (t, z) if rows is None else (t[rows.index], z[rows.index])
-        return velocity, self._unconditional(*chosen, time)
+        return velocity, self._unconditional(*chosen, time, rows)
 
     def _together(self, t, z, rows, time):
         null, samples = self._joined(z, rows)
         labels = torch.cat([self.y, null])
         if time in self._numbers:
-            velocity = self._read(time, z, labels, samples)
+            velocity = self._read(time, z, labels, samples=samples)
         else:
             # what is put together is nobody else's: the model may write to it
             chosen = (t, z) if rows is None else (t[rows.index], z[rows.index])
-            velocity = self._velocity(torch.cat([t, chosen[0]]), torch.cat([z, chosen[1]]), {"y": labels})
+            entries = {name: x if x is None else x[samples] for name, x in self.entries.items()}
+            velocity = self._velocity(torch.cat([t, chosen[0]]), torch.cat([z, chosen[1]]), {"y": labels}, entries)
         return velocity[: z.shape[0]], velocity[z.shape[0] :]
 
     def _joined(self, z, rows):
@@ -189,16 +209,18 @@ class Network:
             self._null_labels = (z.shape[0], rows, self._null(chosen), torch.cat([samples, chosen]))
         return self._null_labels[2:]
 
-    def _read(self, time, z, y, samples=None):
-        """The velocity in the sampling form, which writes to none of its inputs."""
+    def _read(self, time, z, y, rows=None, samples=None):
+        """The velocity in the sampling form, which writes to none of its inputs. z and y are of `rows`; or z of all,
+        and y of `samples`."""
         self.count.calls += 1
-        return _for_solver(self._prepared(self._numbers[time], z.to(self.dtype), y, samples), z)
+        velocity = self._prepared(self._numbers[time], z.to(self.dtype), y, samples, **self._entries(rows))
+        return _for_solver(velocity, z)
 
     def _null(self, z):
         dtype = torch.int64 if self.y is None else self.y.dtype
         return torch.full((z.shape[0],), self.null_label, dtype=dtype, device=z.device)
 
-    def _call(self, t, z, labels):
+    def _call(self, t, z, labels, entries):
         """The model's velocity. A model that writes to its inputs gets copies of them.
 
         Its first call shows whether it does. One that does not is given t, z and y as they are: a copy of them at every
@@ -208,7 +230,7 @@ class Network:
         y = labels.get("y")
         if self._writes is False:
             before = t._version + z._version + (0 if y is None else y._version)
-            velocity = self._velocity(t, z, labels)
+            velocity = self._velocity(t, z, labels, entries)
             if before != t._version + z._version + (0 if y is None else y._version):
                 raise RuntimeError(
                     "The model wrote to one of its inputs t, z, y, and had not done so at its first call, so that the "
@@ -218,18 +240,18 @@ class Network:
         given = [x for x in (t, z, y) if x is not None]
         copies = [x.clone() for x in given]
         versions = [] if self._writes else [x._version for x in copies]
-        velocity = self._velocity(*copies[:2], dict.fromkeys(labels, None if y is None else copies[2]))
+        velocity = self._velocity(*copies[:2], dict.fromkeys(labels, None if y is None else copies[2]), entries)
         if self._writes is None:
             unwritten = versions == [x._version for x in copies]
             self._writes = not (unwritten and all(torch.equal(copy, x) for copy, x in zip(copies, given)))
         return velocity
 
-    def _velocity(self, t, z, labels):
+    def _velocity(self, t, z, labels, entries):
         """The model at t and z, which it may write to."""
         self.count.calls += 1
         if t.dtype != self.time_dtype or not t.is_contiguous():
             t = t.to(self.time_dtype).contiguous()
-        velocity = self.model(t, z if z.dtype == self.dtype else z.to(self.dtype), **labels, **self.kwargs)
+        velocity = self.model(t, z if z.dtype == self.dtype else z.to(self.dtype), **labels, **entries, **self.kwargs)
         check_velocity(velocity, z)
         return _for_solver(velocity, z)
 

@@ -83,7 +83,8 @@ class DiT(VelocityNetwork):
     has one more row, `null_label`, that means "no label"; dropping labels in training is the training loop's work.
     `y=None` means that row, or the table's last one where there is no null label. `num_classes=0` is an unlabelled
     network (one row). With `out_channels` below `in_channels` the rest of the input is a `condition` (`VelocityNetwork`
-    says how it is given). `qk_norm=True` norms the queries and keys of every head, with learned scales (`layers.HeadNorm`).
+    says how it is given). `qk_norm=True` norms the queries and keys of every head, with learned scales
+    (`layers.HeadNorm`).
     Returns (B, C, H, W) in the weights' dtype, or autocast's.
 
     Raises ValueError for sizes that do not divide, and for inputs of another shape than the network was made for.

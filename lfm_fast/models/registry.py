@@ -4,11 +4,12 @@ import difflib
 
 from torch import nn
 
+from lfm_fast.models.conditioned import Conditioned
 from lfm_fast.models.dit import DiT
 from lfm_fast.models.velocity_network import is_count
 
 # family -> class; a network's `config` names its family
-FAMILIES = {DiT.family: DiT}
+FAMILIES = {network.family: network for network in (DiT, Conditioned)}
 
 _DIT_SIZES = {
     "DiT-S": {"hidden_size": 384, "depth": 12, "num_heads": 6},

@@ -62,7 +62,7 @@ def test_floating_point_operations_count_what_goes_in_and_what_comes_out():
 
 
 @pytest.mark.parametrize(
-    "z, condition, sentence",
+    ("z", "condition", "sentence"),
     [
         (Z, None, "takes latents of shape .B, 5, 4, 4., but z is .2, 2, 4, 4.; give the other 3 channels as condition"),
         (Z, CONDITION[:, :2], "takes a condition .B, 3, 4, 4., but condition is .2, 2, 4, 4."),
