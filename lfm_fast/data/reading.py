@@ -49,6 +49,11 @@ def read_image(path, image_size: int) -> np.ndarray:
     return centre_crop(_decode(path)[0], image_size)
 
 
+def open_picture(path) -> Image.Image:
+    """The whole file as an upright RGB picture. Raises UnusableImage as `read_image`."""
+    return _decode(path)[0]
+
+
 def centre_crop(picture: Image.Image, image_size: int) -> np.ndarray:
     """Scale the shorter side to image_size and cut the middle out: (image_size, image_size, 3) uint8.
 
@@ -87,7 +92,7 @@ def _decode(path) -> tuple[Image.Image, str | None]:
             if picture.width * picture.height > MAX_PIXELS:
                 raise UnusableImage(f"{picture.width}x{picture.height} pixels are more than can be decoded safely")
             picture.load()
-            return _as_rgb(_upright(picture))
+            return as_rgb(_upright(picture))
     except UnusableImage:
         raise
     except Image.DecompressionBombError as error:
@@ -108,7 +113,8 @@ def _upright(picture):
         return picture
 
 
-def _as_rgb(picture) -> tuple[Image.Image, str | None]:
+def as_rgb(picture) -> tuple[Image.Image, str | None]:
+    """(the picture in RGB, how it was converted or None). Raises UnusableImage for pixels without an agreed range."""
     mode = picture.mode
     if mode == "F":
         raise UnusableImage("32-bit floating-point pixels have no agreed range")
