@@ -89,7 +89,7 @@ def test_what_cannot_be_put_together_is_refused():
     model = made()
     with pytest.raises(ValueError, match="conditioned on planes; give condition"):
         model(T, Z)
-    with pytest.raises(ValueError, match="there is no encoder 'sounds'; there is .*planes"):
+    with pytest.raises(ValueError, match=r"there is no encoder 'sounds'; there is .*planes"):
         from_config({**model.config, "encoder": {"kind": "sounds"}})
 
     class Context(Planes):
