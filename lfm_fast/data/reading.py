@@ -77,8 +77,13 @@ def _without_far_ends(picture, ratio: int = 8):
     return picture.crop((left, top, left + width, top + height))
 
 
-def _decode(path) -> tuple[Image.Image, str | None]:
-    """(upright RGB picture, how it was converted or None)."""
+def open_unconverted(path) -> Image.Image:
+    """The whole file upright, in whatever mode it has. Raises UnusableImage as `read_image`."""
+    return _decode(path, lambda picture: picture)
+
+
+def _decode(path, convert=None):
+    """convert(upright picture); without it (RGB picture, how it was converted or None)."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -92,7 +97,7 @@ def _decode(path) -> tuple[Image.Image, str | None]:
             if picture.width * picture.height > MAX_PIXELS:
                 raise UnusableImage(f"{picture.width}x{picture.height} pixels are more than can be decoded safely")
             picture.load()
-            return as_rgb(_upright(picture))
+            return (convert or as_rgb)(_upright(picture))
     except UnusableImage:
         raise
     except Image.DecompressionBombError as error:
