@@ -6,12 +6,12 @@ __all__ = ["ImageSource", "Report", "open_images"]
 
 
 def open_images(source, image_size, *, split="train", flip=False, small="skip", num_classes=None) -> ImageSource:
-    """Open "embedded" or a folder of images as an `ImageSource`.
+    """Open "embedded", "embedded-layouts" (scenes of it, with `.boxes`) or a folder of images as an `ImageSource`.
 
     Args:
-        source: "embedded", or the path of a folder (class = sub-folder, in order of name).
+        source: "embedded", "embedded-layouts", or the path of a folder (class = sub-folder, in order of name).
         image_size: side in pixels of the square pictures.
-        split: "train", "held_out" or "all" of the embedded set; a folder is used whole ("train" or "all").
+        split: "train", "held_out" or "all" of an embedded set; a folder is used whole ("train" or "all").
         flip: allow mirrored pictures as augmentation.
         small: images smaller than image_size: "skip" (named in `.report`), "upscale" or "error".
         num_classes: if given, refuse labels that do not fit.
@@ -30,6 +30,10 @@ def open_images(source, image_size, *, split="train", flip=False, small="skip", 
         from lfm_fast.data.embedded import EmbeddedImages
 
         images = EmbeddedImages(image_size, split=split, flip=flip)
+    elif source == "embedded-layouts":
+        from lfm_fast.data.layouts import EmbeddedLayouts
+
+        images = EmbeddedLayouts(image_size, split=split, flip=flip)
     else:
         if split not in ("train", "all"):
             raise ValueError(f"split={split!r}: a folder is used whole; keep held-out images in a folder of their own.")

@@ -24,6 +24,7 @@ class FolderImages(ImageSource):
     Class k is the k-th sub-folder by name that holds images (at any depth); images that lie in the folder itself are
     one class named "all". Class numbers come from the listing alone, so a file that is skipped shifts no label.
     Every file is decoded once up front, in threads; what was found is remembered by size and modification time.
+    `.sizes` are (width, height) of the whole pictures, upright.
 
     Args:
         folder: where the images are.
@@ -42,7 +43,8 @@ class FolderImages(ImageSource):
         class_names, files = list_folder(folder)
         report = Report()
         checked = _check_all(folder, [path for path, _ in files])
-        kept = [file for file, found in zip(files, checked) if _usable(file[0], found, image_size, small, report)]
+        usable = [_usable(path, found, image_size, small, report) for (path, _), found in zip(files, checked)]
+        kept = [file for file, use in zip(files, usable) if use]
         if not kept:
             raise ValueError(f"None of the {len(files)} images in {folder} can be used. {report.summary(3)}")
         super().__init__(
@@ -51,6 +53,7 @@ class FolderImages(ImageSource):
         self.name = folder.name or str(folder)
         self.folder, self.flip = folder, flip
         self._paths = [folder / path for path, _ in kept]
+        self.sizes = [(found.width, found.height) for found, use in zip(checked, usable) if use]
         self._pool = None
 
     def load(self, position: int) -> torch.Tensor:
