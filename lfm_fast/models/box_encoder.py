@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lfm_fast.models.dit import is_count
+from lfm_fast.models.velocity_network import require_count
 
 NO_BOX = -1  # the class of a row that holds no box
 
@@ -46,8 +46,7 @@ class BoxEncoder(nn.Module):
         self.config = {"num_classes": num_classes, "max_boxes": max_boxes, "context_dim": context_dim}
         self.config |= {"hidden_size": hidden_size, "num_frequencies": num_frequencies}
         for name, value in self.config.items():
-            if not is_count(value) or value < 1:
-                raise ValueError(f"{name} of a box encoder must be a positive integer, but is {value!r}.")
+            require_count(name, value)
         self.num_classes, self.max_boxes, self.num_frequencies = num_classes, max_boxes, num_frequencies
         self.class_table = nn.Embedding(num_classes, hidden_size)
         self.mlp = nn.Sequential(

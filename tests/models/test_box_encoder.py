@@ -131,5 +131,5 @@ def test_rows_without_a_box_may_hold_anything():
 @pytest.mark.parametrize("name", list(SIZES))
 @pytest.mark.parametrize("value", [0, -1, 2.0, True])
 def test_sizes_are_positive_integers(name, value):
-    with pytest.raises(ValueError, match=f"{name} of a box encoder must be a positive integer"):
+    with pytest.raises(ValueError, match=f"{name} must be a positive integer"):
         BoxEncoder(**{**SIZES, name: value})
