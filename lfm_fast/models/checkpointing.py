@@ -28,6 +28,7 @@ _PRODUCTS = {
     _aten.mm.default,
     _aten.addmm.default,
     _aten._scaled_mm.default,
+    _aten.convolution.default,
     torch.ops.lfm_fast.attention_with_lse.default,
     torch.ops.lfm_fast.tile_linear.default,
     torch.ops.lfm_fast.tile_mlp.default,
@@ -72,6 +73,13 @@ def region(modules, *tensors):
     # there is no dropout inside, so the state of the random generators does not matter
     with _uncached_autocast(tensors[0].device.type):
         return checkpoint(forward, *tensors, use_reentrant=False, preserve_rng_state=False, **choice)
+
+
+def whole(module, mode: str, *tensors: Tensor):
+    """module(*tensors), keeping for backward what `mode` says; dropout, if there is any, drops the same again."""
+    choice = {"context_fn": _selective} if mode == "selective" else {}
+    with _uncached_autocast(tensors[0].device.type):
+        return checkpoint(module, *tensors, use_reentrant=False, **choice)
 
 
 def _region(blocks, head, eps, x, branch, preceding, *modulations):

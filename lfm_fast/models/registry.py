@@ -4,12 +4,13 @@ import difflib
 
 from torch import nn
 
+from lfm_fast.models.adm import ADM
 from lfm_fast.models.conditioned import Conditioned
 from lfm_fast.models.dit import DiT
 from lfm_fast.models.velocity_network import is_count
 
 # family -> class; a network's `config` names its family
-FAMILIES = {network.family: network for network in (DiT, Conditioned)}
+FAMILIES = {network.family: network for network in (DiT, ADM, Conditioned)}
 
 _DIT_SIZES = {
     "DiT-S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
@@ -26,7 +27,15 @@ NETWORKS = {
     for patch_size in (2, 4, 8)
 }
 NETWORKS["DiT-Emoji/2"] = (DiT, {"hidden_size": 192, "depth": 5, "num_heads": 6, "patch_size": 2})
+NETWORKS["adm"] = (ADM, {})  # of LFM's FFHQ, LSUN bedroom and ImageNet networks, but for their labels
 NETWORKS["DiT-Emoji/4"] = (DiT, {"hidden_size": 256, "depth": 6, "num_heads": 8, "patch_size": 4})
+
+_EDM_NAMES = {
+    "img_resolution": "image_size",
+    "label_dim": "num_classes",
+    **{name: name for name in ("in_channels", "out_channels", "model_channels", "channel_mult", "num_blocks")},
+    **{name: name for name in ("attn_resolutions", "dropout", "label_dropout")},
+}
 
 # the reference's argument names -> ours, for each family
 _REFERENCE_NAMES = {
@@ -35,6 +44,7 @@ _REFERENCE_NAMES = {
         **{name: name for name in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio")},
         **{name: name for name in ("num_classes", "label_dropout")},
     },
+    "adm": _EDM_NAMES,
 }
 
 
@@ -82,8 +92,8 @@ def from_config(config: dict) -> nn.Module:
 def from_reference_config(config: dict) -> nn.Module:
     """Build a network from the reference implementation's argument names and `family`.
 
-    The reference writes an unlabelled network as one class without label dropout; ours is `num_classes=0`, with the
-    same single row in its label table. A parameter count (`params`) beside the arguments is ignored.
+    The reference writes an unlabelled DiT as one class without label dropout; ours is `num_classes=0`, with the same
+    single row in its label table. A parameter count (`params`) beside the arguments is ignored.
     """
     config = _copied(config)
     family = config.pop("family", None)
@@ -94,7 +104,7 @@ def from_reference_config(config: dict) -> nn.Module:
     if unknown:
         raise ValueError(f"the reference's {family!r} network has no argument {', '.join(unknown)}.")
     arguments = {names[name]: value for name, value in config.items()}
-    if arguments.get("num_classes", 0) in (0, 1) and not arguments.get("label_dropout", 0.0):
+    if family == DiT.family and arguments.get("num_classes", 0) in (0, 1) and not arguments.get("label_dropout", 0.0):
         arguments["num_classes"] = 0
     return _build(network, arguments)
 

@@ -41,12 +41,15 @@ def golden_model(golden):
     with torch.no_grad():
         for j, name in enumerate(sorted(set(parameters) - {"pos_embed"})):
             parameters[name].copy_(formula_weight(name, tuple(parameters[name].shape), golden.seed * 1000 + j))
+        for name, buffer in model.named_buffers():
+            if name.endswith("freqs"):  # drawn when a network is made; others follow from its arguments
+                buffer.copy_(golden.tensors[f"buffer.{name}"])
     return model.eval()
 
 
 @pytest.fixture(scope="session")
 def golden_networks():
-    return {name: read_golden(name) for name in ("dit_uncond", "dit_labelled")}
+    return {path.stem: read_golden(path.stem) for path in sorted(GOLDEN.glob("*.safetensors"))}
 
 
 @pytest.fixture

@@ -28,7 +28,8 @@ def test_all_published_sizes_are_there():
 def test_no_two_names_share_their_shapes():
     # A checkpoint without a configuration is recognised by its shapes, which do not show the number of heads.
     sizes = [
-        tuple(arguments[key] for key in ("hidden_size", "depth", "patch_size")) for _, arguments in NETWORKS.values()
+        (network, *(arguments.get(key) for key in ("hidden_size", "depth", "patch_size")))
+        for network, arguments in NETWORKS.values()
     ]
     assert len(set(sizes)) == len(sizes)
 

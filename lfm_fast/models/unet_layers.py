@@ -1,0 +1,150 @@
+"""Layers of U-Nets: norms, resampling convolutions, attention over maps. Maps are (B, C, H, W)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lfm_fast import ops
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation of maps x (B, C, H, W) in min(32, C / 4) groups, or as many as given, and SiLU behind it.
+
+        h = weight (x - mean) / sqrt(var + eps) + bias;      with a modulation h (1 + scale) + shift;      h sigmoid(h)
+
+    Raises ValueError for channels that the groups do not divide.
+
+    Source: Wu and He 2018, "Group normalization" (arXiv 1803.08494), equations 1 to 3.
+    """
+
+    def __init__(self, channels: int, eps: float, num_groups: int | None = None):
+        super().__init__()
+        self.num_groups, self.eps = min(32, channels // 4) if num_groups is None else num_groups, eps
+        if self.num_groups < 1 or channels % self.num_groups:
+            raise ValueError(
+                f"maps of {channels} channels do not divide into {self.num_groups} groups to be normed; choose other "
+                "model_channels or channel_mult."
+            )
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor, silu: bool = True) -> Tensor:
+        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, silu)
+
+    def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """With scale and shift (B, C), each sample its own, before SiLU."""
+        h = self(x, silu=False)
+        return F.silu(torch.addcmul(shift[..., None, None].to(h), h, 1 + scale[..., None, None].to(h)))
+
+
+def resample(x: Tensor, factor: str, taps: tuple[int, ...], kernel: Tensor) -> Tensor:
+    """Maps with half ("down") or twice ("up") the side, filtered by the separable filter of these taps.
+
+    kernel: (1, 1, k, k), the taps' outer product over their squared sum. Each result pixel of "down" lies between two
+    pixels of x; "up" is its transpose, times 4 so that a constant stays one. Outside of x there are zeros. With taps
+    (1, 1) these are the mean of four pixels and the repetition of each, which need no filter.
+    """
+    if taps == (1, 1):
+        return F.avg_pool2d(x, 2) if factor == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
+    channels, padding = x.shape[1], (len(taps) - 1) // 2
+    kernel = kernel.to(x).expand(channels, 1, -1, -1)
+    if factor == "down":
+        return F.conv2d(x, kernel, stride=2, padding=padding, groups=channels)
+    return F.conv_transpose2d(x, 4 * kernel, stride=2, padding=padding, groups=channels)
+
+
+def filter_of(taps: tuple[int, ...]) -> Tensor:
+    """The outer product of the taps with themselves over their squared sum, (1, 1, k, k) float32."""
+    row = torch.tensor(taps, dtype=torch.float32)
+    return (row[:, None] * row / row.sum().square())[None, None]
+
+
+class Resampling(nn.Module):
+    """Maps with half or twice the side. The filter is a buffer, as checkpoints have it."""
+
+    def __init__(self, factor: str, taps: tuple[int, ...]):
+        super().__init__()
+        self.factor, self.taps = factor, taps
+        self.register_buffer("resample_filter", filter_of(taps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return resample(x, self.factor, self.taps, self.resample_filter)
+
+
+class ResamplingConv2d(nn.Conv2d):
+    """Maps with half or twice the side, then a convolution that keeps it."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, factor: str, taps: tuple[int, ...]):
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+        self.factor, self.taps = factor, taps
+        self.register_buffer("resample_filter", filter_of(taps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(resample(x, self.factor, self.taps, self.resample_filter))
+
+
+class UNetBlock(nn.Module):
+    """Residual block of two convolutions, with attention behind it where there are heads; (B, C, H, W) -> maps.
+
+        x = s (skip(x) + conv1(silu(norm1(conv0(silu(norm0(x))), emb)))),      x = s (x + attention(norm2(x)))
+
+    emb (B, E) enters norm1 as scale and shift of its result, or, with `modulates=False`, is added to what it norms.
+    `factor` ("up", "down") resamples before conv0 and on the skip way, whose 1x1 convolution is there where channels
+    change or `resampling_skip` asks for it. s is `sum_scale`.
+
+    Source: Dhariwal and Nichol 2021 (arXiv 2105.05233), section 3 and appendix A; Song et al. 2021 (arXiv 2011.13456),
+    appendix H; Karras et al. 2022 (arXiv 2206.00364), appendix F.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, emb_channels: int, *, eps: float, factor: str | None = None,
+        taps: tuple[int, ...] = (1, 1), num_heads: int = 0, dropout: float = 0.0, modulates: bool = True,
+        sum_scale: float = 1.0, resampling_skip: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        self.num_heads, self.dropout, self.modulates, self.sum_scale = num_heads, dropout, modulates, sum_scale
+        self.in_channels, self.out_channels, self.factor = in_channels, out_channels, factor
+        self.norm0 = GroupNorm(in_channels, eps)
+        self.conv0 = _conv(in_channels, out_channels, 3, factor, taps)
+        self.affine = nn.Linear(emb_channels, out_channels * (2 if modulates else 1))
+        self.norm1 = GroupNorm(out_channels, eps)
+        self.conv1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels or (factor and resampling_skip):
+            self.skip = _conv(in_channels, out_channels, 1, factor, taps)
+        else:
+            self.skip = Resampling(factor, taps) if factor else None
+        if num_heads:
+            if out_channels % num_heads:
+                raise ValueError(f"{out_channels} channels do not divide into {num_heads} heads of attention.")
+            self.norm2 = GroupNorm(out_channels, eps)
+            self.qkv = nn.Conv2d(out_channels, 3 * out_channels, 1)
+            self.proj = nn.Conv2d(out_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv0(self.norm0(x))
+        if self.modulates:
+            scale, shift = self.affine(emb).chunk(2, dim=1)
+            h = self.norm1.modulated(h, scale, shift)
+        else:
+            h = self.norm1(h + self.affine(emb)[..., None, None].to(h))
+        h = self.conv1(F.dropout(h, self.dropout, self.training))
+        x = self._sum(x if self.skip is None else self.skip(x), h)
+        return self._sum(x, self._attention(self.norm2(x, silu=False))) if self.num_heads else x
+
+    def last_layers(self) -> list[nn.Conv2d]:
+        """The last layer of either branch, which a fresh network has at or near zero."""
+        return [self.conv1, *([self.proj] if self.num_heads else [])]
+
+    def _sum(self, x: Tensor, h: Tensor) -> Tensor:
+        return x + h if self.sum_scale == 1 else (x + h) * self.sum_scale
+
+    def _attention(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).flatten(2).unflatten(1, (self.num_heads, -1, 3))  # (B, heads, d, 3, T)
+        y = ops.attention(*qkv.permute(3, 0, 1, 4, 2))  # (B, heads, T, d)
+        return self.proj(y.transpose(2, 3).reshape(x.shape))
+
+
+def _conv(in_channels: int, out_channels: int, kernel_size: int, factor: str | None, taps) -> nn.Conv2d:
+    if factor:
+        return ResamplingConv2d(in_channels, out_channels, kernel_size, factor, taps)
+    return nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)

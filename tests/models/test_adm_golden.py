@@ -1,0 +1,125 @@
+"""ADM against what the reference implementation computed, and against the format of its checkpoints."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import lfm_fast
+from lfm_fast import ops
+from lfm_fast.models import adm, from_reference_config, num_parameters, unet_layers
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+NAMES = ["adm_uncond", "adm_labelled", "adm_heads"]
+# The stored outputs are float32, and their own rounding is up to 1e-6 here. A wrong epsilon is off by more.
+UNGUIDED, GUIDED = 2.5e-6, 5e-6
+FLOAT32 = 1e-5  # a float32 evaluation against the float64 one; measured 1e-6
+
+
+def relative_error(found, expected):
+    expected = expected.double()
+    return ((found.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+@torch.no_grad()
+def evaluate(model, tensors, dtype, labelled=True):
+    t, z = tensors["t"].to(dtype), tensors["z"].to(dtype)
+    return model.to(dtype)(t, z, tensors.get("y") if labelled else None)
+
+
+def velocity_by_one_step(model, tensors, scale):
+    """The guided velocity as `lfm_fast.sample` forms it: an Euler step of 1/8 from the time of each sample."""
+    velocities = []
+    for t, z, y in zip(tensors["t"].double(), tensors["z"].double(), tensors["y"]):
+        settings = {"guidance_scale": scale, "null_label": model.null_label, "method": "euler", "num_steps": 1}
+        place = {"t_start": t.item(), "t_end": t.item() - 0.125}
+        end = lfm_fast.sample(model, z[None], y=y[None], **settings, **place)
+        velocities.append((z[None] - end) / 0.125)
+    return torch.cat(velocities)
+
+
+def errors(model, tensors):
+    """Relative error of the float64 evaluation for each stored output that is no guided one."""
+    labelled = {"v": True, "v_cond": True, "v_uncond": False}
+    names = labelled.keys() & tensors.keys()
+    return {k: relative_error(evaluate(model, tensors, torch.float64, labelled[k]), tensors[k]) for k in names}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float64_evaluation_matches_the_reference(name, golden_networks, build_golden):
+    golden = golden_networks[name]
+    found = errors(build_golden(golden), golden.tensors)
+    assert set(found) == {key for key in golden.tensors if key in ("v", "v_cond", "v_uncond")}
+    assert max(found.values()) <= UNGUIDED, found
+
+
+@pytest.mark.parametrize("name", ["adm_labelled", "adm_heads"])
+@pytest.mark.parametrize("scale", [1.5, 4.0])
+def test_guided_velocity_matches_the_reference(name, scale, golden_networks, build_golden):
+    golden = golden_networks[name]
+    model = build_golden(golden).double()
+    found = velocity_by_one_step(model, golden.tensors, scale)
+    assert relative_error(found, golden.tensors[f"v_guided_{scale}"]) <= GUIDED
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("backend", ["reference", "cpp"])  # cpp where there is a compiled library
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_float32_evaluation_matches_the_float64_one(name, backend, layout, golden_networks, build_golden):
+    golden = golden_networks[name]
+    model = build_golden(golden)
+    exact = evaluate(model, golden.tensors, torch.float64)
+    model.to(memory_format=layout)
+    with ops.use_backend(backend):
+        found = evaluate(model, golden.tensors, torch.float32)
+    assert relative_error(found, exact) <= FLOAT32
+
+
+# mistake -> (where, which name, how it is broken)
+MISTAKES = {
+    "epsilon of the norms": (adm, "_NORM_EPS", lambda _: 1e-6),
+    "sine before cosine": (adm, "time_features", lambda make: lambda t, w, d: make(t, w, d).roll(w // 2, dims=-1)),
+    "heads of another width": (adm, "_HEAD_SIZE", lambda _: 32),
+    "no factor in the mean": (unet_layers, "resample", lambda make: lambda x, *rest: 1.01 * make(x, *rest)),
+    "one modulation for all": (
+        unet_layers.GroupNorm, "modulated", lambda make: lambda n, x, s, b: make(n, x, s[:1].expand_as(s), b)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_golden_outputs_tell_a_mistake(mistake, golden_networks, build_golden, monkeypatch):
+    where, name, broken = MISTAKES[mistake]
+    monkeypatch.setattr(where, name, broken(getattr(where, name)))
+    golden = golden_networks["adm_labelled"]
+    assert errors(build_golden(golden), golden.tensors)["v_cond"] > UNGUIDED
+
+
+def assert_layout(config, state_shapes, params):
+    with torch.device("meta"):
+        model = from_reference_config(config)
+    found = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert list(found.items()) == list(state_shapes.items())  # the order too
+    assert num_parameters(model) == params
+    return model
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_state_dict_layout_and_buffers(name, golden_networks):
+    golden = golden_networks[name]
+    assert_layout(golden.config, golden.state_shapes, golden.config["params"])
+    buffers = dict(from_reference_config(golden.config).named_buffers())
+    assert list(buffers) == golden.buffers
+    for key, value in buffers.items():
+        assert key.endswith("freqs") or torch.equal(value, golden.tensors[f"buffer.{key}"])
+
+
+@pytest.mark.parametrize(("name", "num_classes", "label_dropout"), [("ffhq_adm", 0, 0.0), ("imnet_adm", 1000, 0.1)])
+def test_released_state_dict_layout(name, num_classes, label_dropout):
+    manifest = json.loads((GOLDEN / f"{name}.json").read_text())
+    config = {"family": manifest["family"], **manifest["config"]}
+    released = assert_layout(config, manifest["state_shapes"], manifest["params"])
+    with torch.device("meta"):
+        ours = lfm_fast.create_model("adm", num_classes=num_classes, label_dropout=label_dropout)
+    assert ours.config == released.config
