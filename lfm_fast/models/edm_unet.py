@@ -21,7 +21,7 @@ from lfm_fast.models.velocity_network import (
 class EDMUNet(VelocityNetwork):
     """U-Net of blocks under the time's and the label's embedding (B, E), which a subclass makes in `embedding`.
 
-    A subclass fills `enc` and `dec` by `build`, and gives `embedding(t, y, dtype)`, `head(x)` and `initialise()`. Blocks
+    A subclass fills `enc` and `dec` by `build`, and gives `embedding(t, y, dtype)`, `head(x)`, `initialise()`. Blocks
     are named SIDExSIDE_KIND, as in the checkpoints of these networks.
 
     Source: arXiv 2206.00364, appendix F.1 and table 7.
