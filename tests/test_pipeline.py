@@ -14,7 +14,7 @@ from lfm_fast.checkpoint import checksum, save_weights
 from lfm_fast.data import open_images
 from lfm_fast.flow.paths import Linear, VarianceExploding, VariancePreserving, describe, make_path
 from lfm_fast.models import DiT
-from lfm_fast.pipeline import _Preview
+from lfm_fast.pipeline.preview import Preview
 
 
 def tiny_flow(num_classes=3, label_dropout=0.1, **settings):
@@ -102,13 +102,13 @@ def test_a_preview_knows_when_the_first_step_began(flow, settings):
     flow.sample(2, method="euler", preview=lambda *step: shown.append(step), **settings)
     handle.remove()
     t, z, velocity = asked[0]
-    expected = flow._decode(flow.path.data_from_velocity(velocity, z, t))
+    expected = flow.decode(flow.path.data_from_velocity(velocity, z, t))
     torch.testing.assert_close(shown[0][2], expected, atol=1e-4, rtol=0)
 
 
 def test_a_preview_of_a_refused_attempt_is_the_one_before(flow):
     """A state that did not move is no data before it has arrived."""
-    shown = _Preview(lambda *step: step, flow, torch.ones(2, *flow.latent_shape), {})
+    shown = Preview(lambda *step: step, flow, torch.ones(2, *flow.latent_shape), {})
     half = torch.tensor([0.5, 0.5], dtype=torch.float64)
     before = shown(1, half, 0.8 * torch.ones(2, *flow.latent_shape))[2]
     z = torch.stack([0.8 * torch.ones(flow.latent_shape), 0.6 * torch.ones(flow.latent_shape)])

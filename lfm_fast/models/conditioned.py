@@ -54,6 +54,8 @@ class Conditioned(VelocityNetwork):
             raise ValueError(f"this network is conditioned on {self.encoder.kind}; give condition.")
         return self.network(t, z, y, **{self.encoder.argument: self.encoder(condition)})
 
+    needs_condition = True
+
     @torch.no_grad()
     def parts(self, condition: Tensor) -> tuple[nn.Module, dict[str, Tensor]]:
         """The network, and the arguments that the encoded condition makes: model(t, z, y) = network(t, z, y, **it)."""
@@ -78,6 +80,15 @@ class Conditioned(VelocityNetwork):
     @activation_checkpointing.setter
     def activation_checkpointing(self, mode: str) -> None:
         self.network.activation_checkpointing = mode
+
+
+def taken_apart(model: nn.Module, condition: Tensor | None) -> tuple[nn.Module, dict[str, Tensor]]:
+    """(network, arguments) to call in a loop in place of model(t, z, y, condition): what is encoded is so once."""
+    if condition is None:
+        return model, {}
+    if isinstance(model, Conditioned):
+        return model.parts(condition)
+    return model, {model.condition_argument: condition}
 
 
 def encoder_from_config(config: dict) -> nn.Module:

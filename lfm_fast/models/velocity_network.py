@@ -23,6 +23,7 @@ class VelocityNetwork(nn.Module):
 
     family: str
     sample_arguments = ("condition",)
+    condition_argument = "condition"  # or another of `sample_arguments`: what the network cannot do without
     activation_checkpointing = "none"  # or another of checkpointing.MODES: what training keeps for its backward pass
     prepares = False  # whether `prepare` gives a sampling form, as that of a DiT
 
@@ -42,6 +43,11 @@ class VelocityNetwork(nn.Module):
         if self.num_classes and self.num_labels == self.num_classes:
             return None
         return self.num_classes
+
+    @property
+    def needs_condition(self) -> bool:
+        """Whether it is called with a condition."""
+        return self.in_channels != self.out_channels
 
     def check_inputs(self, t: Tensor, z: Tensor, y: Tensor | None) -> None:
         """Raise ValueError unless there is one time, (B,) or (), and one label, (B,), for each latent of z."""

@@ -1,32 +1,21 @@
 """Noise becomes an image: the network, its path and its autoencoder as one object that is loaded, sampled and saved."""
 
-import json
 import operator
-import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-from lfm_fast import __version__
-from lfm_fast.autoencoder import DEFAULT_HUB_NAME, EMBEDDED_FOLDER, WEIGHTS_FILE, Autoencoder, load_autoencoder
-from lfm_fast.checkpoint import (
-    atomic_write,
-    load_checkpoint,
-    read_metadata,
-    replace_files,
-    run_checkpoints,
-    save_weights,
-)
+from lfm_fast.autoencoder import Autoencoder
+from lfm_fast.flow.checks import describe
 from lfm_fast.flow.noise import noise
-from lfm_fast.flow.paths import Linear, describe, make_path
+from lfm_fast.flow.paths import Linear
 from lfm_fast.flow.paths import Path as ProbabilityPath
 from lfm_fast.guidance import ClassifierGuidance
-from lfm_fast.models import from_config
+from lfm_fast.models.conditioned import Conditioned, taken_apart
+from lfm_fast.pipeline import folders
+from lfm_fast.pipeline.preview import Preview
 from lfm_fast.sampling import sample
 from lfm_fast.solvers.grids import is_table, time_grid
-
-INDEX = "model_index.json"
 
 
 @dataclass
@@ -39,6 +28,7 @@ class LatentFlow:
         path: the probability path the network was trained on.
         class_names: names of the labels, empty when there are none.
         sampling: arguments of `lfm_fast.sample` that suit this network; `sample` uses them unless told otherwise.
+        task: what it was trained to do and with which settings, as its checkpoints say: {"name": "inpainting", ...}.
 
     >>> flow = lfm_fast.LatentFlow.from_pretrained("embedded")
     >>> flow.sample(2, y=[0, 8], num_steps=4).shape
@@ -52,10 +42,11 @@ class LatentFlow:
     path: ProbabilityPath = field(default_factory=Linear)
     class_names: tuple[str, ...] = ()
     sampling: dict = field(default_factory=dict)
+    task: dict = field(default_factory=dict)
 
     def __post_init__(self):
         self.class_names = tuple(self.class_names)
-        channels = self.model.config["in_channels"]
+        channels = self.model.out_channels
         if channels != self.autoencoder.latent_channels:
             raise ValueError(
                 f"the network works on {channels} latent channels, but the autoencoder {self.autoencoder.name} has "
@@ -69,13 +60,12 @@ class LatentFlow:
     @property
     def latent_shape(self):
         """(C, h, w) of one latent."""
-        config = self.model.config
-        return (config["in_channels"], config["image_size"], config["image_size"])
+        return (self.model.out_channels, self.model.image_size, self.model.image_size)
 
     @property
     def image_size(self):
         """Side of the images in pixels."""
-        return self.model.config["image_size"] * self.autoencoder.downsampling
+        return self.model.image_size * self.autoencoder.downsampling
 
     def to(self, device):
         """Move network and autoencoder; returns self."""
@@ -83,7 +73,9 @@ class LatentFlow:
         self.autoencoder.to(device)
         return self
 
-    def sample(self, num_images, y=None, seed=0, batch_size=None, indices=None, preview=None, **sampling):
+    def sample(
+        self, num_images, y=None, seed=0, batch_size=None, indices=None, preview=None, condition=None, **sampling
+    ):
         """Draw images, (num_images, 3, H, W) float32 in [0, 1] on the CPU.
 
         Image i depends on (seed, i, y[i]) alone, whatever the batch size (up to the rounding of matrix products, for
@@ -98,11 +90,15 @@ class LatentFlow:
             preview: called as preview(step, t, images) after each step of a batch, images (B, 3, H, W) in [0, 1] being
                 what it comes to if the flow goes straight on: the data that the last step's velocity points at. Each
                 is decoded. Returning exactly False ends the batch where it is, as with a callback.
+            condition: of a conditioned network, what it is conditioned on: a tensor with one entry for each image, or
+                with one for all. Which tensor its task says (docs/tasks.md); `inpaint`, `from_semantic_map` and
+                `from_layout` make it.
             sampling: arguments of `lfm_fast.sample` (method, num_steps, guidance_scale, t_end, ...); path is this
                 flow's own, and t_start is 1. A guidance_scale of shape (num_images,), of a guidance object too, goes
                 image by image. A guidance object takes the place of this flow's own guidance_scale.
 
-        Raises ValueError for a count below 1, unknown labels, and whatever `lfm_fast.sample` refuses.
+        Raises ValueError for a count below 1, unknown labels, a condition that is missing or not asked for, and
+        whatever `lfm_fast.sample` refuses.
         """
         _check_count("num_images", num_images)
         if batch_size is not None:
@@ -121,6 +117,7 @@ class LatentFlow:
         _check_start(arguments, self.path)
         labels = self.labels(y, num_images, of_classifier=isinstance(guidance, ClassifierGuidance))
         indices = _sample_numbers(indices, num_images)
+        condition = self._condition(condition, num_images)
         self.model.eval()
         images = []
         for part in torch.arange(num_images).split(batch_size or 64):
@@ -131,16 +128,40 @@ class LatentFlow:
             if getattr(guidance, "num_samples", None) == num_images:
                 arguments["guidance"] = guidance.part(part)
             z_1 = self.path.prior(z_1)
+            given = None if condition is None else condition[part].to(self.device)
+            model, entries = taken_apart(self.model, given)
+            if entries:
+                arguments["model_kwargs"] = {**sampling.get("model_kwargs", {}), **entries}
             if preview is not None:
-                arguments["callback"] = _Preview(
-                    preview, self, z_1, {**arguments, "callback": sampling.get("callback")}
-                )
-            z_0 = sample(self.model, z_1, y=part_y, indices=indices[part], **arguments)
-            images.append(self._decode(z_0))
+                arguments["callback"] = Preview(preview, self, z_1, {**arguments, "callback": sampling.get("callback")})
+            z_0 = sample(model, z_1, y=part_y, indices=indices[part], **arguments)
+            images.append(self.decode(z_0))
         return torch.cat(images)
 
-    def _decode(self, z_0):
+    def decode(self, z_0):
+        """Images (B, 3, H, W) in [0, 1] on the CPU of latents (B, C, h, w)."""
         return (self.autoencoder.decode(z_0).cpu() + 1) / 2
+
+    def _condition(self, condition, num_images):
+        """One entry for each image, or None. Raises ValueError for a network that is conditioned otherwise."""
+        wanted = getattr(self.model, "needs_condition", False)
+        if condition is None:
+            if wanted:
+                raise ValueError(
+                    f"this flow is conditioned ({self.task.get('name', 'on what it was trained with')}); "
+                    "give condition, or call inpaint, from_semantic_map or from_layout"
+                )
+            return None
+        if not wanted:
+            raise ValueError("this flow takes no condition; leave condition out")
+        if not isinstance(condition, torch.Tensor) or not condition.ndim or len(condition) not in (1, num_images):
+            raise ValueError(
+                f"condition is {describe(condition)}, expected a tensor with one entry for each of "
+                f"{num_images} images, or with one for all"
+            )
+        if isinstance(self.model, Conditioned):
+            self.model.encoder.check(condition, len(condition))
+        return condition.expand(num_images, *condition.shape[1:])
 
     def defaults(self, y, guidance=None):
         """The arguments of `lfm_fast.sample` that suit this network; without labels y there is no guidance, and a
@@ -159,7 +180,7 @@ class LatentFlow:
         """
         if y is None:
             return None
-        count = self.model.config["num_classes"]
+        count = self.model.num_classes
         if not count and not of_classifier:
             raise ValueError("this network was trained without labels; leave y out")
         count = count or torch.iinfo(torch.int64).max
@@ -193,21 +214,7 @@ class LatentFlow:
         """
         if not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; weights are saved in a floating-point type")
-        index = {
-            "_class_name": "LatentFlow",
-            "_lfm_fast_version": __version__,
-            "transformer": ["lfm_fast", "DiT"],
-            "vae": _component(self.autoencoder.network),
-            "path": describe(self.path),
-            "class_names": list(self.class_names),
-            "sampling": self.sampling,
-        }
-        weights = {key: value.to(dtype) for key, value in self.model.state_dict().items()}
-        with replace_files(folder, last=INDEX) as temporary:
-            save_weights(temporary / "transformer" / WEIGHTS_FILE, weights)
-            _write_json(temporary / "transformer" / "config.json", {"_class_name": "DiT", **self.model.config})
-            self.autoencoder.save_pretrained(temporary / "vae")
-            _write_json(temporary / INDEX, index)
+        folders.write(self, folder, dtype)
 
     @classmethod
     def from_pretrained(cls, source, autoencoder=None, device=None):
@@ -221,13 +228,7 @@ class LatentFlow:
 
         Raises ValueError with one sentence when nothing usable is there.
         """
-        folder = EMBEDDED_FOLDER if str(source) == "embedded" else Path(source).expanduser()
-        if (folder / INDEX).is_file():
-            flow = _from_folder(cls, folder, autoencoder)
-        elif folder.is_dir():
-            flow = _from_checkpoint(cls, *_newest_whole(folder), autoencoder)
-        else:
-            flow = _from_checkpoint(cls, folder, load_checkpoint(folder), autoencoder)
+        flow = cls(**folders.read(source, autoencoder))
         flow.model.eval()
         return flow.to(device) if device is not None else flow
 
@@ -244,33 +245,6 @@ def _check_start(arguments, path):
             f"time_grid begins at t = {start:g}, where there is {there / noise_alone:.0%} of the noise that images are "
             f"drawn from; begin near t = {path.t_max:g}"
         )
-
-
-class _Preview:
-    """A callback of `sample` that shows where the batch is going, and calls the user's own first."""
-
-    def __init__(self, show, flow, z_1, arguments):
-        self.show, self.flow, self.arguments, self.callback = show, flow, arguments, arguments.get("callback")
-        self.t, self.z, self.data = None, z_1, z_1
-
-    def __call__(self, step, t, z):
-        if self.callback is not None and self.callback(step, t, z) is False:
-            return False
-        now = torch.as_tensor(t, dtype=torch.float64).expand(len(z))  # one for all, or each sample's own
-        dt = (now - (self._start() if self.t is None else self.t)).to(z).view(-1, *[1] * (z.ndim - 1))
-        # a sample whose time stands still has arrived, or its attempt was refused: what was known of it holds
-        moved = dt != 0
-        velocity = (z - self.z) / torch.where(moved, dt, 1)
-        self.data = torch.where(moved, self.flow.path.data_from_velocity(velocity, z, now.to(z)), self.data)
-        self.t, self.z = now, z.clone()
-        return self.show(step, t, self.flow._decode(self.data))
-
-    def _start(self):
-        """The time at which the state begins to move: a grid's first, or a later one that the guidance waits for."""
-        grid, num_steps = self.arguments.get("time_grid"), self.arguments.get("num_steps", 50)
-        grid = "lfm" if grid is None and self.arguments.get("compat") == "lfm" else grid
-        times = time_grid(grid, num_steps, t_end=self.arguments.get("t_end", 0.0), path=self.flow.path)
-        return times[getattr(self.arguments.get("guidance"), "zero_steps", 0)]
 
 
 def _check_count(name, value):
@@ -290,72 +264,3 @@ def _sample_numbers(indices, num_images):
             f"indices are {tuple(indices.shape)} {indices.dtype}; expected ({num_images},) int64 numbers from 0 on"
         )
     return indices
-
-
-def _component(network):
-    return [type(network).__module__.split(".")[0], type(network).__name__]
-
-
-def _write_json(path, content):
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _opened(autoencoder, otherwise):
-    if isinstance(autoencoder, Autoencoder):
-        return autoencoder
-    return load_autoencoder(otherwise if autoencoder is None else autoencoder)
-
-
-def _from_folder(cls, folder, autoencoder):
-    index = _read_json(folder / INDEX, "path", "class_names", "sampling")
-    config = _read_json(folder / "transformer" / "config.json", "family")
-    model = from_config({key: value for key, value in config.items() if not key.startswith("_")})
-    model = load_checkpoint(folder / "transformer" / WEIGHTS_FILE, model)
-    if autoencoder is None and not (folder / "vae").is_dir():
-        raise ValueError(f"{folder} has no folder vae; give the autoencoder by name or folder")
-    autoencoder = _opened(autoencoder, "embedded" if folder == EMBEDDED_FOLDER else folder / "vae")
-    return cls(model, autoencoder, make_path(**index["path"]), index["class_names"], index["sampling"])
-
-
-def _read_json(path, *needed):
-    """The object in a JSON file. Raises ValueError, naming the file, for anything else and where a name is missing."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}; the folder is incomplete")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error})") from error
-    missing = [name for name in needed if not isinstance(content, dict) or name not in content]
-    if missing:
-        raise ValueError(f"{path} holds no {', '.join(missing)}; save the flow again")
-    return content
-
-
-def _newest_whole(folder):
-    """(path, network) of a run's newest checkpoint that can be read; each one passed over gets a warning."""
-    files = run_checkpoints(folder)
-    if not files:
-        raise ValueError(
-            f"{folder} holds neither {INDEX} nor a checkpoint of a training run (checkpoints/*.safetensors)"
-        )
-    for path in files:
-        try:
-            return path, load_checkpoint(path)
-        except ValueError as error:
-            damage = error
-            warnings.warn(f"skipping a checkpoint that cannot be read ({error})", stacklevel=3)
-    raise ValueError(f"{folder}: none of its checkpoints can be read ({damage})")
-
-
-def _from_checkpoint(cls, path, model, autoencoder):
-    recorded = read_metadata(path).get("flow") if path.suffix == ".safetensors" else None
-    if recorded is None:  # weights alone, LFM's among them: the paper's path and autoencoder
-        return cls(model, _opened(autoencoder, DEFAULT_HUB_NAME), Linear(sigma_min=1e-5))
-    return cls(
-        model,
-        _opened(autoencoder, recorded["autoencoder"]),
-        make_path(**recorded["path"]),
-        recorded["class_names"],
-        recorded["sampling"],
-    )
