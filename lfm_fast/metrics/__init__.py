@@ -1,0 +1,1 @@
+"""How good samples are, and whether they follow what they were asked for."""
