@@ -65,14 +65,19 @@ def through_blocks(blocks, head, x: Tensor, modulations: list[Tensor], mode: str
 def region(modules, *tensors):
     """`_region` under `torch.utils.checkpoint`. modules: (blocks, head or None, mode, eps)."""
     blocks, head, mode, eps = modules
-    choice = {"context_fn": _selective} if mode == "selective" else {}
 
     def forward(*tensors):
         return _region(blocks, head, eps, *tensors)
 
-    # there is no dropout inside, so the state of the random generators does not matter
+    return made_again(forward, *tensors, mode=mode)
+
+
+def made_again(function, *tensors, mode: str, dropout: bool = False):
+    """`function(*tensors)`, of which the backward pass finds what `mode`, "selective" or "full", says; None may be
+    among the tensors. dropout: the function draws random numbers, which the second time have to be the same."""
+    choice = {"context_fn": _selective} if mode == "selective" else {}
     with _uncached_autocast(tensors[0].device.type):
-        return checkpoint(forward, *tensors, use_reentrant=False, preserve_rng_state=False, **choice)
+        return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=dropout, **choice)
 
 
 def whole(module, mode: str, *tensors: Tensor):

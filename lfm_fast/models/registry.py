@@ -7,10 +7,13 @@ from torch import nn
 from lfm_fast.models.adm import ADM
 from lfm_fast.models.conditioned import Conditioned
 from lfm_fast.models.dit import DiT
+from lfm_fast.models.layout_unet import LayoutUNet
+from lfm_fast.models.reference_names import in_our_names
+from lfm_fast.models.unet import UNet
 from lfm_fast.models.velocity_network import is_count
 
 # family -> class; a network's `config` names its family
-FAMILIES = {network.family: network for network in (DiT, ADM, Conditioned)}
+FAMILIES = {network.family: network for network in (DiT, ADM, UNet, LayoutUNet, Conditioned)}
 
 _DIT_SIZES = {
     "DiT-S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
@@ -30,22 +33,14 @@ NETWORKS["DiT-Emoji/2"] = (DiT, {"hidden_size": 192, "depth": 5, "num_heads": 6,
 NETWORKS["adm"] = (ADM, {})  # of LFM's FFHQ, LSUN bedroom and ImageNet networks, but for their labels
 NETWORKS["DiT-Emoji/4"] = (DiT, {"hidden_size": 256, "depth": 6, "num_heads": 8, "patch_size": 4})
 
-_EDM_NAMES = {
-    "img_resolution": "image_size",
-    "label_dim": "num_classes",
-    **{name: name for name in ("in_channels", "out_channels", "model_channels", "channel_mult", "num_blocks")},
-    **{name: name for name in ("attn_resolutions", "dropout", "label_dropout")},
-}
-
-# the reference's argument names -> ours, for each family
-_REFERENCE_NAMES = {
-    "dit": {
-        "img_resolution": "image_size",
-        **{name: name for name in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio")},
-        **{name: name for name in ("num_classes", "label_dropout")},
-    },
-    "adm": _EDM_NAMES,
-}
+# arXiv 2307.08698, as released for LSUN church and for inpainting and semantic synthesis (CelebA-HQ 256 has
+# channel_mult (1, 2, 2, 2), CelebA-HQ 512 (1, 2, 2, 2, 4)), the same under a context, and small ones for the embedded
+# data set
+NETWORKS["adm-original"] = (UNet, {})
+NETWORKS["adm-layout"] = (LayoutUNet, {})
+_EMOJI = {"model_channels": 64, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (2,)}
+NETWORKS["ADM-Emoji"] = (UNet, _EMOJI)
+NETWORKS["ADM-Emoji-layout"] = (LayoutUNet, {**_EMOJI, "context_dim": 128})
 
 
 def create_model(
@@ -93,20 +88,15 @@ def from_reference_config(config: dict) -> nn.Module:
     """Build a network from the reference implementation's argument names and `family`.
 
     The reference writes an unlabelled DiT as one class without label dropout; ours is `num_classes=0`, with the same
-    single row in its label table. A parameter count (`params`) beside the arguments is ignored.
+    single row in its label table; its U-Nets without labels have None classes. A parameter count (`params`) beside the
+    arguments is ignored, as are arguments that change nothing of what is computed. Raises ValueError for an argument
+    that does change it and that ours has not.
     """
     config = _copied(config)
     family = config.pop("family", None)
     network = _network_of(family)
     config.pop("params", None)
-    names = _REFERENCE_NAMES[family]
-    unknown = sorted(set(config) - set(names))
-    if unknown:
-        raise ValueError(f"the reference's {family!r} network has no argument {', '.join(unknown)}.")
-    arguments = {names[name]: value for name, value in config.items()}
-    if family == DiT.family and arguments.get("num_classes", 0) in (0, 1) and not arguments.get("label_dropout", 0.0):
-        arguments["num_classes"] = 0
-    return _build(network, arguments)
+    return _build(network, in_our_names(family, config))
 
 
 def num_parameters(model: nn.Module) -> int:
