@@ -4,12 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from lfm_fast.models.box_encoder import BoxEncoder
+from lfm_fast.models.label_map_encoder import LabelMapEncoder
 from lfm_fast.models.velocity_network import VelocityNetwork
 
 # kind -> class: an encoder is a module encoder(raw) -> tensor with the class attributes `kind` and `argument`, the name
 # of the network's argument that its result is; with `config`, a dict of its own keyword arguments; and with
 # `check(raw, count)`, which raises ValueError, in one sentence, for what it cannot encode for `count` samples
-ENCODERS: dict[str, type[nn.Module]] = {BoxEncoder.kind: BoxEncoder}
+ENCODERS: dict[str, type[nn.Module]] = {encoder.kind: encoder for encoder in (BoxEncoder, LabelMapEncoder)}
 
 
 class Conditioned(VelocityNetwork):
