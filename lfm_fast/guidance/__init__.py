@@ -11,6 +11,7 @@ guidance_scale:
     CFGZeroStar            with a fitted unconditional velocity, and without the first steps (Fan et al., 2503.18886)
     Autoguidance           away from a weaker network instead of the unconditional one (Karras et al., 2406.02507)
     ClassifierGuidance     by the gradient of a classifier of noisy latents (Dhariwal and Nichol, arXiv 2105.05233)
+    KnownLatents           around latents that are known, with any of these for the others (Lugmayr et al., 2201.09865)
 
 A guidance object is anything called
 
@@ -34,6 +35,7 @@ What it may have besides:
 from lfm_fast.guidance.autoguidance import Autoguidance
 from lfm_fast.guidance.classifier import ClassifierGuidance
 from lfm_fast.guidance.field import GuidedField, Run
+from lfm_fast.guidance.known import KnownLatents
 from lfm_fast.guidance.linear import LinearGuidance
 from lfm_fast.guidance.network import Network, Rows
 from lfm_fast.guidance.projected import APG
@@ -45,6 +47,7 @@ __all__ = [
     "CFGZeroStar",
     "ClassifierGuidance",
     "GuidedField",
+    "KnownLatents",
     "LinearGuidance",
     "Network",
     "Rescale",

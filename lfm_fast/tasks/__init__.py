@@ -1,0 +1,1 @@
+"""What a flow is conditioned on beside its labels, task by task."""
