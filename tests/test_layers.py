@@ -15,6 +15,7 @@ PACKAGE = ROOT / "lfm_fast"
 ROWS = (
     {"cli"},
     {"pipeline", "train", "tuning", "approximations", "interop", "metrics"},
+    {"tasks"},
     {"sampling", "likelihood", "data", "pictures"},
     {"solvers", "guidance", "flow", "autoencoder", "models", "checkpoint"},
     {"ops"},
