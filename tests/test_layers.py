@@ -19,7 +19,7 @@ ROWS = (
     {"sampling", "likelihood", "data", "pictures"},
     {"solvers", "guidance", "flow", "autoencoder", "models", "checkpoint"},
     {"ops"},
-    {"kernels", "_cache", "_library", "distributed"},
+    {"kernels", "_cache", "_graphs", "_library", "distributed"},
 )
 WITHIN_A_ROW = {("pipeline", "interop"), ("train", "metrics"), ("guidance", "flow"), ("checkpoint", "models")}
 ABOVE_ALL = ("train_fast", "scripts", "tests", "benchmarks")

@@ -74,6 +74,9 @@ class TrainConfig:
     compile: str = _setting(
         "auto", str, "torch.compile: auto is block on CUDA, and off on CPUs that have the compiled kernels", COMPILE
     )
+    cuda_graph: bool = _setting(
+        False, bool, "replay the forward and backward pass as one CUDA graph (one rank; never run on a GPU so far)"
+    )
     activation_checkpointing: str = _setting(
         "none", str, "what the backward pass makes again; selective: all but products and attention", MODES
     )

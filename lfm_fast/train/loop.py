@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import shlex
 import sys
 import time
@@ -19,12 +20,13 @@ from lfm_fast.models.precision import why_not
 from lfm_fast.train import report, resume
 from lfm_fast.train.compiling import compile_network
 from lfm_fast.train.ema import EMA
+from lfm_fast.train.graphed import GraphedGradients
 from lfm_fast.train.journal import Journal, read_metrics
 from lfm_fast.train.optimizer import AdamW
 from lfm_fast.train.samples import SAMPLING, sample_grid, save_grid
 from lfm_fast.train.schedule import learning_rate, total_steps
 from lfm_fast.train.source import check_settings, check_source, facts, open_source, resolve_labels
-from lfm_fast.train.step import TrainState, train_step
+from lfm_fast.train.step import TrainState, add_gradients_of_part, train_step
 from lfm_fast.train.stop import StopSignals
 
 
@@ -171,6 +173,9 @@ def _run(config, source, autoencoder, world):
             damaged = folder
             folder = world.from_main(lambda: resume.start_anew(config, instead_of=damaged))
             journal = Journal(folder, active=world.is_main)
+        if config.cuda_graph:
+            add_gradients = functools.partial(add_gradients_of_part, state, config, path, world)
+            state.graph = GraphedGradients(add_gradients, state.trained, world.device)
         if world.is_main:
             resume.truncate_metrics(folder, state.step)
             resume.write_config(folder, config)

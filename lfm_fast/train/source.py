@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from lfm_fast import _graphs
 from lfm_fast.autoencoder import DEFAULT_HUB_NAME, load_autoencoder
 from lfm_fast.data import open_images
 from lfm_fast.data.latents import CachedLatents, EncodedImages, LatentCache, encode_images
@@ -148,6 +149,12 @@ def check_settings(config, latent_shape, world):
     """Raise ValueError where the settings cannot work with latents of this shape, a dry run's or a real one's."""
     if config.batch_size < world.size:
         raise ValueError(f"batch_size is {config.batch_size} for {world.size} ranks; it must be at least one each")
+    if config.cuda_graph:
+        reason = _graphs.why_not(world.device)
+        if world.size > 1:
+            reason = f"gradients are exchanged between {world.size} ranks while the backward pass still runs"
+        if reason is not None:
+            raise ValueError(f"--cuda-graph cannot be: {reason}; leave it out")
     if len(latent_shape) != 3 or latent_shape[1] != latent_shape[2]:
         raise ValueError(f"latents have shape {tuple(latent_shape)}; the networks take square ones, (C, h, h)")
     if config.guidance_scale != 1.0 and not config.label_dropout:

@@ -1,7 +1,9 @@
 """One optimizer step of flow matching, the whole pass on one screen."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -27,6 +29,7 @@ class TrainState:
     optimizer: AdamW
     ema: EMA
     copies: dict | None = None
+    graph: Callable | None = None  # what stands for add_gradients_of_part: lfm_fast.train.graphed
     step: int = 0  # optimizer steps done
     samples: int = 0  # samples drawn, over all ranks; the next one's global number
     flow: dict | None = None  # what its checkpoints say about sampling from it: path, autoencoder, class names
@@ -54,26 +57,16 @@ def train_step(state, source, config, path, world):
     depends on (seed, sample number) alone and each loss is divided by the GLOBAL batch size, so the step is the same,
     up to rounding, however the batch is split over ranks and parts.
     """
-    seed = config.seed
     numbers = world.shard(config.batch_size, first=state.samples)  # (b,) int64
     parts = numbers.tensor_split(min(config.accumulation_steps, numbers.numel()))
+    add_gradients = state.graph or partial(add_gradients_of_part, state, config, path, world)
     for part, numbers in enumerate(parts):
         # data -> z_0
-        z_0, y = source.batch(numbers, seed)  # (B, C, h, w) and (B,)
+        z_0, y = source.batch(numbers, config.seed)  # (B, C, h, w) and (B,)
         z_0, y, index = (tensor.to(world.device, non_blocking=True) for tensor in (z_0, y, numbers))
-        # t, noise -> z_t and the velocity to be learned
-        t = time_samplers.draw(config.time_sampler, index, seed, path.t_min, path.t_max)  # (B,)
-        coefficients = path.coefficients(t)  # (4, B): alpha, sigma, d_alpha, d_sigma
-        z_t, target = ops.interpolate(z_0, coefficients, index=index, seed=seed)
-        # model -> velocity -> loss -> gradient
-        y = _some_dropped(y, index, config, state.model.null_label) if config.num_classes else None
-        last = part == len(parts) - 1
-        with _products(config, world.device), _gradients_summed_over_ranks(state.network, last):
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision in AUTOCAST):
-                velocity = state.network(t, z_t, y)
-            loss = ops.velocity_loss(velocity, target).sum() / config.batch_size
-            (loss * world.size).backward()  # DistributedDataParallel divides by the number of ranks
-        state.loss_sum += loss.detach()
+        # z_0 -> z_t -> model -> velocity -> loss -> gradient
+        with _gradients_summed_over_ranks(state.network, last=part == len(parts) - 1):
+            state.loss_sum += add_gradients(z_0, y, index)
     # AdamW and the average of the weights, in one pass over them (ops.adamw_ema)
     state.grad_norm, scale = _clip(state.trained, config.clip_grad_norm)
     ema = state.ema
@@ -84,6 +77,26 @@ def train_step(state, source, config, path, world):
     state.step += 1
     state.loss_steps += 1
     state.samples += config.batch_size
+
+
+def add_gradients_of_part(state, config, path, world, z_0, y, index):
+    """Add to the gradients those of the samples z_0 (B, C, h, w), y (B,), numbered index (B,) among all drawn; returns
+    their part of the loss, ().
+
+    A function of what the three tensors hold and of the weights: nothing in it is read by the host, and nothing that
+    Python knows changes from step to step, so that a CUDA graph can hold it (lfm_fast.train.graphed).
+    """
+    # t, noise -> z_t and the velocity to be learned
+    t = time_samplers.draw(config.time_sampler, index, config.seed, path.t_min, path.t_max)  # (B,)
+    coefficients = path.coefficients(t)  # (4, B): alpha, sigma, d_alpha, d_sigma
+    z_t, target = ops.interpolate(z_0, coefficients, index=index, seed=config.seed)
+    y = _some_dropped(y, index, config, state.model.null_label) if config.num_classes else None
+    with _products(config, world.device):
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision in AUTOCAST):
+            velocity = state.network(t, z_t, y)
+        loss = ops.velocity_loss(velocity, target).sum() / config.batch_size
+        (loss * world.size).backward()  # DistributedDataParallel divides by the number of ranks
+    return loss.detach()
 
 
 def _products(config, device):
