@@ -6,6 +6,7 @@ from PIL import Image
 from lfm_fast.data import embedded, label_maps, open_images
 from lfm_fast.data.palettes import PALETTES, bit_colours, get_palette
 from lfm_fast.data.reading import centre_crop
+from lfm_fast.metrics.segmentation import map_agreement
 
 EACH = sorted(PALETTES)
 
@@ -197,6 +198,16 @@ def test_maps_of_the_embedded_set():
     off = (drawn.float() - on_white.float()).abs()[opaque]
     assert (off == 0).float().mean() > 0.4  # the rest are mixtures along edges, which are wide at this size
     assert off.mean() < 0.2 * (drawn.roll(1, 0).float() - on_white.float()).abs()[opaque].mean()
+
+
+def test_embedded_pictures_agree_with_their_own_maps_alone():
+    images = open_images("embedded", 32, split="held_out")
+    pictures = images.batch(range(len(images)))
+    maps = label_maps.of_embedded(torch.stack([images.rgba(i) for i in range(len(images))]))
+    own, others = map_agreement(pictures, maps), map_agreement(pictures.roll(7, 0), maps)
+    assert own.mean_iou > 0.8  # what is missing are mixtures along edges
+    assert own.accuracy > 0.9
+    assert others.mean_iou < 0.15
 
 
 def test_images_and_maps_are_paired_by_stem(tmp_path):
