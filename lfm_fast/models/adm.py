@@ -93,7 +93,3 @@ class ADM(EDMUNet):
         if self.map_label is not None:
             emb = emb + self.map_label(self.one_hot(y, dtype))
         return F.silu(emb)
-
-    def head(self, x: Tensor) -> Tensor:
-        """The last maps (B, C, H, W) -> velocity (B, out_channels, H, W)."""
-        return self.out_conv(self.out_norm(x))

@@ -80,13 +80,6 @@ def made_again(function, *tensors, mode: str, dropout: bool = False):
         return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=dropout, **choice)
 
 
-def whole(module, mode: str, *tensors: Tensor):
-    """module(*tensors), keeping for backward what `mode` says; dropout, if there is any, drops the same again."""
-    choice = {"context_fn": _selective} if mode == "selective" else {}
-    with _uncached_autocast(tensors[0].device.type):
-        return checkpoint(module, *tensors, use_reentrant=False, **choice)
-
-
 def _region(blocks, head, eps, x, branch, preceding, *modulations):
     """(x, branch) -> (x, branch): x without the MLP's output, and that output; with a head, what it makes of the sum.
 

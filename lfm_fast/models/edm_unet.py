@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lfm_fast.models import checkpointing
 from lfm_fast.models.compiling import Compiled
@@ -21,8 +22,8 @@ from lfm_fast.models.velocity_network import (
 class EDMUNet(VelocityNetwork):
     """U-Net of blocks under the time's and the label's embedding (B, E), which a subclass makes in `embedding`.
 
-    A subclass fills `enc` and `dec` by `build`, and gives `embedding(t, y, dtype)`, `head(x)`, `initialise()`. Blocks
-    are named SIDExSIDE_KIND, as in the checkpoints of these networks.
+    A subclass fills `enc` and `dec` by `build`, and gives `embedding(t, y, dtype)`, `out_norm`, `out_conv` and
+    `initialise()`. Blocks are named SIDExSIDE_KIND, as in the checkpoints of these networks.
 
     Source: arXiv 2206.00364, appendix F.1 and table 7.
     """
@@ -101,8 +102,17 @@ class EDMUNet(VelocityNetwork):
         for name, block in self.dec.items():
             if "_block" in name:  # in0, in1 and up take no skip
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = self.run(block, x, emb)
-        return self.head(x)
+            if isinstance(block, UNetBlock):
+                x = self.run(block, x, emb)
+        return self.out_conv(self.out_norm(x))
+
+    def flops_per_sample(self) -> int:
+        """Floating-point operations of one forward on one sample: 2 per multiply-add of products and convolutions."""
+        shape = (1, self.in_channels, self.image_size, self.image_size)
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            same = type(self)(**{name: value for name, value in self.config.items() if name != "family"})
+            same.velocity(torch.empty(1), torch.empty(shape), torch.empty(1, dtype=torch.int64))
+        return counter.get_total_flops()
 
     def encoded(self, x: Tensor, emb: Tensor) -> list[Tensor]:
         """What every layer of the encoder gives, from the first on."""
@@ -114,9 +124,10 @@ class EDMUNet(VelocityNetwork):
 
     def run(self, block: UNetBlock, x: Tensor, emb: Tensor) -> Tensor:
         """A block, keeping for its backward pass what `activation_checkpointing` says."""
-        if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
+        mode, dropout = self.activation_checkpointing, self.training and self.config["dropout"] > 0
+        if mode == "none" or not torch.is_grad_enabled():
             return block(x, emb)
-        return checkpointing.whole(block, self.activation_checkpointing, x, emb)
+        return checkpointing.made_again(block, x, emb, mode=mode, dropout=dropout)
 
     def one_hot(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, num_classes); all zero for the null label, which is none of them."""

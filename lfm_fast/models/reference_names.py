@@ -2,6 +2,8 @@
 
 _DIT = ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio", "num_classes", "label_dropout")
 _EDM = ("in_channels", "out_channels", "model_channels", "channel_mult", "num_blocks", "attn_resolutions", "dropout")
+_EDM = {"img_resolution": "image_size", "label_dim": "num_classes", **{n: n for n in (*_EDM, "label_dropout")}}
+_SONG = ("embedding_type", "channel_mult_noise", "encoder_type", "decoder_type", "resample_filter")
 _UNET = ("image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks", "channel_mult")
 _UNET += ("attention_resolutions", "num_heads", "num_head_channels", "dropout", "conv_resample", "num_classes")
 _UNET += ("use_scale_shift_norm", "resblock_updown")
@@ -9,7 +11,8 @@ _UNET += ("use_scale_shift_norm", "resblock_updown")
 # family -> {the reference's name: ours}
 NAMES = {
     "dit": {"img_resolution": "image_size"} | {name: name for name in _DIT},
-    "adm": {"img_resolution": "image_size", "label_dim": "num_classes", **{n: n for n in (*_EDM, "label_dropout")}},
+    "adm": _EDM,
+    "song": {**_EDM, **{name: name for name in _SONG}},
     "guided_diffusion": {n: n for n in (*_UNET, "num_heads_upsample", "use_new_attention_order")},
     "guided_diffusion_layout": {n: n for n in (*_UNET, "transformer_depth", "context_dim")},
 }

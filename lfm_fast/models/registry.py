@@ -9,11 +9,12 @@ from lfm_fast.models.conditioned import Conditioned
 from lfm_fast.models.dit import DiT
 from lfm_fast.models.layout_unet import LayoutUNet
 from lfm_fast.models.reference_names import in_our_names
+from lfm_fast.models.song import SongUNet
 from lfm_fast.models.unet import UNet
 from lfm_fast.models.velocity_network import is_count
 
 # family -> class; a network's `config` names its family
-FAMILIES = {network.family: network for network in (DiT, ADM, UNet, LayoutUNet, Conditioned)}
+FAMILIES = {network.family: network for network in (DiT, ADM, SongUNet, UNet, LayoutUNet, Conditioned)}
 
 _DIT_SIZES = {
     "DiT-S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
@@ -30,8 +31,13 @@ NETWORKS = {
     for patch_size in (2, 4, 8)
 }
 NETWORKS["DiT-Emoji/2"] = (DiT, {"hidden_size": 192, "depth": 5, "num_heads": 6, "patch_size": 2})
-NETWORKS["adm"] = (ADM, {})  # of LFM's FFHQ, LSUN bedroom and ImageNet networks, but for their labels
 NETWORKS["DiT-Emoji/4"] = (DiT, {"hidden_size": 256, "depth": 6, "num_heads": 8, "patch_size": 4})
+NETWORKS["adm"] = (ADM, {})  # of LFM's FFHQ, LSUN bedroom and ImageNet networks, but for their labels
+NETWORKS["ddpm++"] = (SongUNet, {})  # arXiv 2206.00364, table 7, its CIFAR-10 networks
+NETWORKS["ncsn++"] = (
+    SongUNet,
+    {"embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual", "resample_filter": [1, 3, 3, 1]},
+)
 
 # arXiv 2307.08698, as released for LSUN church and for inpainting and semantic synthesis (CelebA-HQ 256 has
 # channel_mult (1, 2, 2, 2), CelebA-HQ 512 (1, 2, 2, 2, 4)), the same under a context, and small ones for the embedded
@@ -55,10 +61,11 @@ def create_model(
 ) -> nn.Module:
     """Build a network by its name, with fresh weights, for images of `image_size` pixels.
 
-    Names: DiT-S, DiT-B, DiT-L and DiT-XL with patches /2, /4 and /8 (arXiv 2212.09748, table 1), and DiT-Emoji/2 and
-    /4, small ones for the embedded data set. The network sees latents of side image_size / downsampling with
-    `in_channels` channels. `overrides` replace arguments of the named network. Raises ValueError for an unknown name or
-    argument and for sizes that do not divide.
+    Names: DiT-S, DiT-B, DiT-L and DiT-XL with patches /2, /4 and /8 (arXiv 2212.09748, table 1); the U-Nets adm, ddpm++
+    and ncsn++ (arXiv 2206.00364, table 7), adm-original (arXiv 2105.05233) and adm-layout; small ones for the embedded
+    data set, DiT-Emoji/2 and /4, ADM-Emoji and ADM-Emoji-layout. The network sees latents of side image_size /
+    downsampling with `in_channels` channels. `overrides` replace arguments of the named network. Raises ValueError for
+    an unknown name or argument and for sizes that do not divide.
 
     >>> model = create_model("DiT-S/8", image_size=64, num_classes=10, label_dropout=0.1)
     >>> model.config["image_size"], model.null_label

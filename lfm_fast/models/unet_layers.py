@@ -46,11 +46,17 @@ def resample(x: Tensor, factor: str, taps: tuple[int, ...], kernel: Tensor) -> T
     """
     if taps == (1, 1):
         return F.avg_pool2d(x, 2) if factor == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
-    channels, padding = x.shape[1], (len(taps) - 1) // 2
-    kernel = kernel.to(x).expand(channels, 1, -1, -1)
+    padding = (len(taps) - 1) // 2
     if factor == "down":
-        return F.conv2d(x, kernel, stride=2, padding=padding, groups=channels)
-    return F.conv_transpose2d(x, 4 * kernel, stride=2, padding=padding, groups=channels)
+        return filtered(x, kernel, padding, stride=2)
+    kernel = 4 * kernel.to(x).expand(x.shape[1], 1, -1, -1)
+    return F.conv_transpose2d(x, kernel, stride=2, padding=padding, groups=x.shape[1])
+
+
+def filtered(x: Tensor, kernel: Tensor, padding: int, stride: int = 1) -> Tensor:
+    """Every channel of maps x (B, C, H, W) filtered by the same kernel (1, 1, k, k)."""
+    kernel = kernel.to(x).expand(x.shape[1], 1, -1, -1)
+    return F.conv2d(x, kernel, stride=stride, padding=padding, groups=x.shape[1])
 
 
 def filter_of(taps: tuple[int, ...]) -> Tensor:

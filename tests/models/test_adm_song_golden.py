@@ -1,4 +1,4 @@
-"""ADM against what the reference implementation computed, and against the format of its checkpoints."""
+"""ADM, DDPM++ and NCSN++ against what the reference implementation computed, and its checkpoints' format."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ import torch
 
 import lfm_fast
 from lfm_fast import ops
-from lfm_fast.models import adm, from_reference_config, num_parameters, unet_layers
+from lfm_fast.models import adm, from_reference_config, num_parameters, song, unet_layers
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-NAMES = ["adm_uncond", "adm_labelled", "adm_heads"]
+NAMES = ["adm_uncond", "adm_labelled", "adm_heads", "ddpmpp", "ncsnpp"]
 # The stored outputs are float32, and their own rounding is up to 1e-6 here. A wrong epsilon is off by more.
 UNGUIDED, GUIDED = 2.5e-6, 5e-6
 FLOAT32 = 1e-5  # a float32 evaluation against the float64 one; measured 1e-6
@@ -76,24 +76,37 @@ def test_float32_evaluation_matches_the_float64_one(name, backend, layout, golde
     assert relative_error(found, exact) <= FLOAT32
 
 
-# mistake -> (where, which name, how it is broken)
+def swapped(make):
+    """Cosines for sines."""
+    return lambda *arguments: make(*arguments).roll(make(*arguments).shape[1] // 2, dims=1)
+
+
+def of_the_first_sample(make):
+    return lambda norm, x, scale, shift: make(norm, x, scale[:1].expand_as(scale), shift)
+
+
+# (golden file, where, which name, how it is broken)
 MISTAKES = {
-    "epsilon of the norms": (adm, "_NORM_EPS", lambda _: 1e-6),
-    "sine before cosine": (adm, "time_features", lambda make: lambda t, w, d: make(t, w, d).roll(w // 2, dims=-1)),
-    "heads of another width": (adm, "_HEAD_SIZE", lambda _: 32),
-    "no factor in the mean": (unet_layers, "resample", lambda make: lambda x, *rest: 1.01 * make(x, *rest)),
-    "one modulation for all": (
-        unet_layers.GroupNorm, "modulated", lambda make: lambda n, x, s, b: make(n, x, s[:1].expand_as(s), b)
-    ),
-}  # fmt: skip
+    "ADM, epsilon of the norms": ("adm_labelled", adm, "_NORM_EPS", lambda _: 1e-6),
+    "ADM, sine before cosine": ("adm_labelled", adm, "time_features", swapped),
+    "ADM, heads of another width": ("adm_labelled", adm, "_HEAD_SIZE", lambda _: 32),
+    "ADM, one modulation for all": ("adm_labelled", unet_layers.GroupNorm, "modulated", of_the_first_sample),
+    "DDPM++, epsilon of the norms": ("ddpmpp", song, "_NORM_EPS", lambda _: 1e-5),
+    "DDPM++, cosine before sine": ("ddpmpp", song.PositionalFeatures, "forward", swapped),
+    "DDPM++, labels in units of one": ("ddpmpp", song.SongUNet, "one_hot", lambda f: lambda *a: f(*a) * 10**-0.5),
+    "NCSN++, cosine before sine": ("ncsnpp", song.FourierFeatures, "forward", swapped),
+    "NCSN++, input half as strong": ("ncsnpp", song.AuxiliaryInput, "forward", lambda f: lambda *a: f(*a) / 2),
+    "NCSN++, sums as they are": ("ncsnpp", song, "_HALF", lambda _: 1.0),
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_golden_outputs_tell_a_mistake(mistake, golden_networks, build_golden, monkeypatch):
-    where, name, broken = MISTAKES[mistake]
-    monkeypatch.setattr(where, name, broken(getattr(where, name)))
-    golden = golden_networks["adm_labelled"]
-    assert errors(build_golden(golden), golden.tensors)["v_cond"] > UNGUIDED
+    name, where, attribute, broken = MISTAKES[mistake]
+    monkeypatch.setattr(where, attribute, broken(getattr(where, attribute)))
+    golden = golden_networks[name]
+    found = errors(build_golden(golden), golden.tensors)
+    assert found.get("v_cond", found.get("v")) > UNGUIDED
 
 
 def assert_layout(config, state_shapes, params):
