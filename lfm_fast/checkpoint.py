@@ -28,6 +28,7 @@ from lfm_fast.models.recognise import differences, recognise, shapes_of
 
 _TRAINING_PREFIXES = ("model.", "ema.", "optimizer.")
 _PARTIAL = ".partial"
+_CONVERT = "their time or prediction is not ours: convert it, as `lfm-fast convert --from sit` does"
 _UMASK = os.umask(0)
 os.umask(_UMASK)  # it can only be read by setting it
 
@@ -46,19 +47,16 @@ def load_checkpoint(path: str | os.PathLike, model: nn.Module | None = None, *, 
 
         model = lfm_fast.load_checkpoint("model_475.pth")
     """
-    if weights not in ("ema", "model"):
-        raise ValueError(f'weights must be "ema" or "model", but is {weights!r}.')
-    if not isinstance(path, str | os.PathLike):
-        raise ValueError(f"path is a {type(path).__name__}; give the checkpoint file's path.")
     if model is not None and not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}; give a torch.nn.Module, or none to have it built.")
-    path = Path(path)
-    state_dict, config, hints = _read_network(path, weights)
-    with _naming(path):
+    state_dict, config, hints = read_state_dict(path, weights)
+    with _naming(Path(path)):
         if model is not None:
             _require_fit(model, state_dict)
             model.load_state_dict(state_dict)
             return model.eval()
+        if hints.get("project"):
+            raise ValueError(f"this is a training checkpoint {hints['project']}; {_CONVERT}.")
         if config is None:
             model = recognise(shapes_of(state_dict), hints)
         else:
@@ -228,8 +226,17 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def _read_network(path: Path, weights: str) -> tuple[dict[str, Tensor], dict | None, dict]:
-    """(state dict, configuration or None, hints about it) of whichever kind of file this is."""
+def read_state_dict(path: str | os.PathLike, weights: str = "ema") -> tuple[dict[str, Tensor], dict | None, dict]:
+    """(state dict, configuration or None, hints about it) of any file that `load_checkpoint` reads, and of the training
+    checkpoints of DiT, SiT and those after them: dicts with entries "model" and "ema".
+
+    Hints are the arguments that a pickle keeps beside the weights and, as "project", whose file it seems to be.
+    """
+    if weights not in ("ema", "model"):
+        raise ValueError(f'weights must be "ema" or "model", but is {weights!r}.')
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"path is a {type(path).__name__}; give the checkpoint file's path.")
+    path = Path(path)
     _require_file(path)
     with open(path, "rb") as file:
         head = file.read(9)
@@ -240,10 +247,15 @@ def _read_network(path: Path, weights: str) -> tuple[dict[str, Tensor], dict | N
     _refuse_text(path)
     content = _read_pickle(path, zipped=head.startswith(b"PK\x03\x04"))
     hints = {}
-    if isinstance(content, dict) and "model_dict" in content:
+    if isinstance(content, dict):
         arguments = content.get("args")
-        hints = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
-        content = content["model_dict"]
+        hints = dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
+        entries = [name for name in (weights, "ema", "model") if isinstance(content.get(name), dict)]
+        if "model_dict" in content:
+            content = content["model_dict"]
+        elif entries:
+            hints["project"] = f"with entries {', '.join(map(repr, content))}, as DiT and SiT write them"
+            content = content[entries[0]]
     return _plain_state_dict(path, content), None, hints
 
 

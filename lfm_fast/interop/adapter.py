@@ -18,6 +18,7 @@ from lfm_fast.models.recognise import dit_from_weights, require_same
 
 PREDICTIONS = ("velocity", "noise", "data", "score", "v")
 _HALF = (torch.bfloat16, torch.float16)
+_OF_THE_NETWORK = ("config", "image_size", "in_channels", "out_channels", "num_classes", "num_labels")  # if it is ours
 _SLACK = 1e-6  # times are rounded to float32 on the way
 
 
@@ -53,6 +54,9 @@ class Adapter(nn.Module):
         self.network, self.predicts, self.path, self.learned_sigma = network, predicts, path, learned_sigma
         if null_label is not None or self.needs_labels:  # as None it says that there is no velocity without a label
             self.null_label = null_label
+
+    def __getattr__(self, name):
+        return getattr(self.network, name) if name in _OF_THE_NETWORK else super().__getattr__(name)
 
     def forward(self, t: Tensor, z: Tensor, y: Tensor | None = None, **kwargs) -> Tensor:
         """Velocity (B, ...) of z (B, ...) at our times t (B,) or (), labels y (B,)."""

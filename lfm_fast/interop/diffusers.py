@@ -40,7 +40,7 @@ _OUTSIDE = {
 _QKV = ("attn1.to_q.", "attn1.to_k.", "attn1.to_v.")
 _POSITIONS = "pos_embed"  # ours stores the table, theirs recomputes it
 _SETTINGS = ("family", "image_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio")
-_SETTINGS += ("num_classes", "label_dropout")
+_SETTINGS += ("num_classes", "label_dropout", "out_channels")
 _FIXED = {"activation_fn": "gelu-approximate", "attention_bias": True, "norm_elementwise_affine": False}
 
 
@@ -51,7 +51,9 @@ def to_diffusers(model: DiT):
 
     z (B, C, H, W), t (B,) in [0, 1], y (B,) integer labels; float64 agrees up to the time features, which diffusers
     always computes in float32. An unlabelled network takes labels of zeros. `save_pretrained` keeps weights and
-    configuration; `align` what was loaded again.
+    configuration; `align` what was loaded again. A FlowMatchEulerDiscreteScheduler(num_train_timesteps=1), its times
+    given as set_timesteps(sigmas=[1.0, ...]), then samples from it in diffusers. A network with a condition takes it
+    behind the latents, in one z of all its input channels.
 
     Raises ValueError for a network whose MLP is not four times as wide as its tokens, or that has layers or another
     position table than diffusers' class knows.
@@ -72,7 +74,7 @@ def to_diffusers(model: DiT):
         num_attention_heads=config["num_heads"],
         attention_head_dim=config["hidden_size"] // config["num_heads"],
         in_channels=config["in_channels"],
-        out_channels=config["in_channels"],
+        out_channels=model.out_channels,
         num_layers=config["depth"],
         sample_size=config["image_size"],
         patch_size=config["patch_size"],
@@ -119,6 +121,7 @@ def from_diffusers(transformer, *, num_classes: int | None = None, label_dropout
         image_size=config.sample_size,
         patch_size=config.patch_size,
         in_channels=config.in_channels,
+        out_channels=transformer.out_channels,
         hidden_size=config.num_attention_heads * config.attention_head_dim,
         depth=config.num_layers,
         num_heads=config.num_attention_heads,
@@ -283,7 +286,7 @@ def _check_ours(model) -> None:
     if extra:
         raise ValueError(f"diffusers' DiT has no {', '.join(extra)}, which this network was built with.")
     with torch.device("meta"):
-        plain = DiT(**{name: config[name] for name in _SETTINGS if name != "family"})
+        plain = DiT(**{name: config[name] for name in _SETTINGS if name != "family" and name in config})
     unknown = sorted(plain.state_dict().keys() ^ model.state_dict().keys())
     if unknown:
         raise ValueError(f"this network is no plain DiT: its weights differ in {', '.join(unknown[:3])}.")
@@ -310,10 +313,10 @@ def _check_settings(transformer) -> None:
 def _check_theirs(transformer) -> None:
     _check_settings(transformer)
     config = transformer.config
-    if transformer.out_channels != config.in_channels:
+    if transformer.out_channels > config.in_channels:
         raise ValueError(
             f"this transformer returns {transformer.out_channels} channels for {config.in_channels} (learned sigmas), "
-            "but a velocity has as many as the latents."
+            "but a velocity has as many as the latents; lfm_fast.interop.files converts it with its scheduler."
         )
 
 

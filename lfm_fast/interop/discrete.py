@@ -34,7 +34,7 @@ class DiscretePath(Path):
             raise ValueError(f"alphas_cumprod is {tuple(table.shape)}, expected a table of at least two steps.")
         if not bool((table > 0).all() and (table < 1).all() and (table.diff() < 0).all()):
             raise ValueError("alphas_cumprod has to fall from step to step and to stay inside (0, 1).")
-        self.num_timesteps = len(table)
+        self.alphas_cumprod, self.num_timesteps = table, len(table)
         self.t_min, self.t_max = 1 / len(table), 1.0
         self._pieces = _falling_cubics(torch.cat([torch.zeros(1, dtype=torch.float64), table.log()]))
 

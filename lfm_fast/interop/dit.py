@@ -46,6 +46,14 @@ class DiTVelocity(Adapter):
                 "A DiT that predicts a velocity is no noise-predicting DiT; use it as it is, or SiTVelocity."
             )
 
+    def described(self) -> dict:
+        """The arguments that, with the network, make this adapter again; JSON-able."""
+        return {
+            "predicts": self.predicts,
+            "null_label": getattr(self, "null_label", None),
+            "alphas_cumprod": self.path.alphas_cumprod.tolist(),
+        }
+
     def their_time(self, t: Tensor) -> Tensor:
         return self.path.timestep(t)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lfm_fast.interop.dit import DiTVelocity
 from lfm_fast.interop.sit import SiTVelocity
-from lfm_fast.models.recognise import DiTShapes, dit_from_weights, read_dit_shapes, shapes_of
+from lfm_fast.models.recognise import DiTShapes, dit_from_weights, foreign_parts, read_dit_shapes, shapes_of
 
 _IMAGENET_ROWS = 1001  # of the label table of the published networks: 1000 classes and the null label
 
@@ -64,6 +64,8 @@ def recognise(state_dict: Mapping[str, Tensor]) -> Recognised:
     ('lfm',)
     """
     state_dict = _plain(state_dict)
+    if foreign := foreign_parts(shapes_of(state_dict)):
+        return Recognised("a descendant of DiT", (), None, False, f"{foreign}.")
     found = read_dit_shapes(shapes_of(state_dict))
     if found is not None:
         projects = _projects(found)

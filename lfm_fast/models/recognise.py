@@ -1,5 +1,6 @@
 """Which of our networks a state dict without a configuration belongs to, by its keys and shapes."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,15 @@ _SAME = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bf
 
 # rows of the label table -> (num_classes, label_dropout) of the released networks: unlabelled, and ImageNet
 _KNOWN_LABELS = {1: (0, 0.0), 1001: (1000, 0.1)}
+
+
+# what networks descended from DiT have and ours has not -> the keys that show it
+_FOREIGN = {
+    "a SwiGLU (an MLP with a gate)": r"blocks\.\d+\.mlp\.w\d+\.weight",
+    "norms with weights (RMSNorm)": r"blocks\.\d+\.norm[12]\.weight",
+    "rotary positions (RoPE)": r".*\brope|.*_rope\b",
+    "norms of queries and keys with a bias": r"blocks\.\d+\.attn\.[qk]_norm\.bias",
+}
 
 
 def shapes_of(state_dict: dict) -> Shapes:
@@ -36,6 +46,22 @@ def differences(expected: Shapes, given: Shapes, limit: int = 3) -> str:
     return "; ".join(f"{kind}: {_capped(names, limit)}" for kind, names in kinds if names)
 
 
+def foreign_parts(shapes: Shapes) -> str:
+    """What these weights of a DiT have that ours does not, in a sentence; "" where they have nothing such, or are none.
+
+    LightningDiT (arXiv 2501.01423, section 4.2) is the best known of those.
+    """
+    if not {"x_embedder.proj.weight", "t_embedder.mlp.0.weight"} <= shapes.keys():
+        return ""
+    found = [part for part, keys in _FOREIGN.items() if any(re.match(keys, name) for name in shapes)]
+    if not found:
+        return ""
+    return (
+        f"these weights are of a DiT with {', '.join(found)}, as LightningDiT has, which our DiT has not; load them in "
+        "the class they were trained in and wrap that in an adapter of lfm_fast.interop"
+    )
+
+
 def recognise(shapes: Shapes, hints: dict | None = None) -> nn.Module:
     """The known network, on the meta device, whose state dict has exactly these keys and shapes.
 
@@ -43,6 +69,8 @@ def recognise(shapes: Shapes, hints: dict | None = None) -> nn.Module:
     with a null label and N + 1 classes without, which have the same shapes.
     Raises ValueError with the nearest network and how it differs.
     """
+    if foreign := foreign_parts(shapes):
+        raise ValueError(f"{foreign}.")
     candidates = []  # (how many keys differ, name, how, configuration)
     for name, config in _dit_candidates(shapes):
         with torch.device("meta"):
@@ -88,7 +116,9 @@ def read_dit_shapes(shapes: Shapes) -> DiTShapes | None:
     config |= {"in_channels": in_channels, "hidden_size": hidden_size, "mlp_ratio": mlp_size / hidden_size}
     config["depth"] = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
     config |= {"qk_norm": True} if "blocks.0.attn.q_norm.weight" in shapes else {}
-    return DiTShapes(config, rows, features == 2 * patch_size**2 * in_channels)
+    out_channels = features // patch_size**2
+    config |= {"out_channels": out_channels} if out_channels < in_channels else {}  # the others are a condition
+    return DiTShapes(config, rows, out_channels == 2 * in_channels)
 
 
 def dit_from_weights(state_dict: dict, num_heads: int | None = None, num_classes: int | None = None) -> DiT:
@@ -98,7 +128,9 @@ def dit_from_weights(state_dict: dict, num_heads: int | None = None, num_classes
     the label table's rows less one, the last one meaning "no label", unless told otherwise.
     Raises ValueError, with how they differ, for weights that are not exactly a DiT's.
     """
-    found = read_dit_shapes(shapes_of(state_dict))
+    found, foreign = read_dit_shapes(shapes_of(state_dict)), foreign_parts(shapes_of(state_dict))
+    if foreign:
+        raise ValueError(f"{foreign}.")
     if found is None:
         raise ValueError(f"these weights are no DiT's (their keys begin with {_capped(list(state_dict), 3)}).")
     config, size = dict(found.config), (found.config["hidden_size"], found.config["depth"])
@@ -192,6 +224,7 @@ def _dit_candidates(shapes: Shapes):
         _, tokens, hidden_size = shapes["pos_embed"]
         _, in_channels, patch_size, _ = shapes["x_embedder.proj.weight"]
         rows, _ = shapes["y_embedder.embedding_table.weight"]
+        features, _ = shapes["final_layer.linear.weight"]
     except (KeyError, ValueError):
         return
     named = [(name, arguments) for name, (network, arguments) in NETWORKS.items() if network is DiT]
@@ -200,7 +233,9 @@ def _dit_candidates(shapes: Shapes):
         side = round(tokens**0.5) * arguments["patch_size"]
         table = {"num_classes": rows - 1, "label_dropout": 0.1} if rows > 1 else {}
         norm = {"qk_norm": True} if "blocks.0.attn.q_norm.weight" in shapes else {}
-        yield name, {"family": DiT.family, **arguments, "image_size": side, "in_channels": in_channels, **table, **norm}
+        out_channels = min(max(features // arguments["patch_size"] ** 2, 1), in_channels)
+        channels = {"in_channels": in_channels, "out_channels": out_channels}
+        yield name, {"family": DiT.family, **arguments, "image_size": side, **channels, **table, **norm}
 
 
 def _with_labels(config: dict, shapes: Shapes, hints: dict) -> nn.Module:

@@ -1,44 +1,36 @@
 """A flow on the disk: a folder in diffusers' layout, a training run's folder, or a file of weights."""
 
-import json
 import warnings
 from pathlib import Path
 
 from lfm_fast import __version__
-from lfm_fast.autoencoder import DEFAULT_HUB_NAME, EMBEDDED_FOLDER, WEIGHTS_FILE, Autoencoder, load_autoencoder
-from lfm_fast.checkpoint import (
-    atomic_write,
-    load_checkpoint,
-    read_metadata,
-    replace_files,
-    run_checkpoints,
-    save_weights,
-)
+from lfm_fast.autoencoder import DEFAULT_HUB_NAME, EMBEDDED_FOLDER, Autoencoder, load_autoencoder
+from lfm_fast.checkpoint import load_checkpoint, read_metadata, replace_files, run_checkpoints
 from lfm_fast.flow.paths import Linear, describe, make_path
-from lfm_fast.models import from_config
+from lfm_fast.interop.folder import component, prepare_network, read_json, read_network, write_json, write_network
+from lfm_fast.interop.released import find_weights
 
 INDEX = "model_index.json"
 
 
-def write(flow, folder, dtype):
-    """model_index.json, transformer/ and vae/ of a `LatentFlow`, weights as `dtype`; what is there stays until then."""
-    kind = type(flow.model).__name__
+def write(flow, folder, dtype, as_diffusers=False):
+    """model_index.json, the network's folder and vae/ of a `LatentFlow`, weights as `dtype`; what is there stays until
+    then."""
+    name, network, entries = prepare_network(flow.model, as_diffusers)
     index = {
         "_class_name": "LatentFlow",
         "_lfm_fast_version": __version__,
-        "transformer": ["lfm_fast", kind],
-        "vae": _component(flow.autoencoder.network),
-        "path": describe(flow.path),
+        **entries,
+        "vae": component(flow.autoencoder.network),
+        "path": None if "adapter" in entries else describe(flow.path),
         "class_names": list(flow.class_names),
         "sampling": flow.sampling,
     }
     index |= {"task": flow.task} if flow.task else {}
-    weights = {key: value.to(dtype) for key, value in flow.model.state_dict().items()}
     with replace_files(folder, last=INDEX) as temporary:
-        save_weights(temporary / "transformer" / WEIGHTS_FILE, weights)
-        _write_json(temporary / "transformer" / "config.json", {"_class_name": kind, **flow.model.config})
+        write_network(temporary / name, network, dtype)
         flow.autoencoder.save_pretrained(temporary / "vae")
-        _write_json(temporary / INDEX, index)
+        write_json(temporary / INDEX, index)
 
 
 def read(source, autoencoder):
@@ -46,18 +38,10 @@ def read(source, autoencoder):
     folder = EMBEDDED_FOLDER if str(source) == "embedded" else Path(source).expanduser()
     if (folder / INDEX).is_file():
         return _from_folder(folder, autoencoder)
-    if folder.is_dir():
+    if folder.is_dir() and run_checkpoints(folder):
         return _from_checkpoint(*_newest_whole(folder), autoencoder)
+    folder = _lfms(folder) if folder.is_dir() else folder
     return _from_checkpoint(folder, load_checkpoint(folder), autoencoder)
-
-
-def _component(network):
-    return [type(network).__module__.split(".")[0], type(network).__name__]
-
-
-def _write_json(path, content):
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _opened(autoencoder, otherwise):
@@ -67,38 +51,28 @@ def _opened(autoencoder, otherwise):
 
 
 def _from_folder(folder, autoencoder):
-    index = _read_json(folder / INDEX, "path", "class_names", "sampling")
-    config = _read_json(folder / "transformer" / "config.json", "family")
-    model = from_config({key: value for key, value in config.items() if not key.startswith("_")})
-    model = load_checkpoint(folder / "transformer" / WEIGHTS_FILE, model)
+    index = read_json(folder / INDEX, "path", "class_names", "sampling")
+    model = read_network(folder, index)
     if autoencoder is None and not (folder / "vae").is_dir():
         raise ValueError(f"{folder} has no folder vae; give the autoencoder by name or folder")
     autoencoder = _opened(autoencoder, "embedded" if folder == EMBEDDED_FOLDER else folder / "vae")
     return _arguments(model, autoencoder, index)
 
 
-def _read_json(path, *needed):
-    """The object in a JSON file. Raises ValueError, naming the file, for anything else and where a name is missing."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}; the folder is incomplete")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error})") from error
-    missing = [name for name in needed if not isinstance(content, dict) or name not in content]
-    if missing:
-        raise ValueError(f"{path} holds no {', '.join(missing)}; save the flow again")
-    return content
+def _lfms(folder):
+    """The file of LFM's that a folder stands for."""
+    found = find_weights(folder)
+    if found is None:
+        raise ValueError(
+            f"{folder} holds neither {INDEX} nor a checkpoint of a training run (checkpoints/*.safetensors) nor one of "
+            "LFM's (model_<epoch>.pth)"
+        )
+    return found
 
 
 def _newest_whole(folder):
     """(path, network) of a run's newest checkpoint that can be read; each one passed over gets a warning."""
-    files = run_checkpoints(folder)
-    if not files:
-        raise ValueError(
-            f"{folder} holds neither {INDEX} nor a checkpoint of a training run (checkpoints/*.safetensors)"
-        )
-    for path in files:
+    for path in run_checkpoints(folder):
         try:
             return path, load_checkpoint(path)
         except ValueError as error:
@@ -120,5 +94,6 @@ def _from_checkpoint(path, model, autoencoder):
 
 def _arguments(model, autoencoder, recorded):
     named = {name: recorded[name] for name in ("class_names", "sampling")}
-    path, task = make_path(**recorded["path"]), recorded.get("task", {})  # older flows have no task of their own
+    path = model.path if recorded["path"] is None else make_path(**recorded["path"])  # None: an adapter's own
+    task = recorded.get("task", {})  # older flows have no task of their own
     return {"model": model, "autoencoder": autoencoder, "path": path, **named, "task": task}

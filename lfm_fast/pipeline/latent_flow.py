@@ -206,22 +206,26 @@ class LatentFlow:
             raise ValueError(f"label {value} is out of range: the network knows 0 to {count - 1}")
         return label
 
-    def save_pretrained(self, folder, dtype=torch.float32):
-        """Write model_index.json, transformer/ and vae/ into `folder` (diffusers' layout); `dtype` of the weights.
+    def save_pretrained(self, folder, dtype=torch.float32, as_diffusers=False):
+        """Write model_index.json, transformer/ (a U-Net: unet/) and vae/ into `folder`, diffusers' layout.
 
-        A flow that is there already stays whole until the new one is on the disk, and is replaced then. Raises
-        ValueError for a dtype that is not floating, OSError where `folder` cannot be written.
+        dtype: of the network's weights. as_diffusers: a DiT as diffusers' own DiTTransformer2DModel, which is read back
+        here as well. A flow that is there already stays whole until the new one is on the disk, and is replaced then.
+        Raises ValueError for a dtype that is not floating and a network that cannot be written so, OSError where
+        `folder` cannot be written.
         """
         if not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; weights are saved in a floating-point type")
-        folders.write(self, folder, dtype)
+        folders.write(self, folder, dtype, as_diffusers)
 
     @classmethod
     def from_pretrained(cls, source, autoencoder=None, device=None):
         """Load from "embedded", a folder that `save_pretrained` wrote, a training run's folder, or a checkpoint file.
 
         Args:
-            source: any of these. A run's folder gives its newest checkpoint that can be read; `.pth` files are LFM's.
+            source: any of these. A run's folder gives its newest checkpoint that can be read. `.pth` files are LFM's,
+                as is a folder of `model_<epoch>.pth`, of which the highest epoch is taken, or one above a single such
+                folder (saved_info/latent_flow/<dataset>/<experiment>).
             autoencoder: an `Autoencoder`, or a name or folder for `load_autoencoder`; None takes the one recorded with
                 the weights, and for LFM's files, which record none, stabilityai/sd-vae-ft-mse.
             device: where to put it; None is the CPU.
