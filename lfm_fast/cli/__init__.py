@@ -4,11 +4,11 @@ import argparse
 import sys
 
 from lfm_fast import __version__
-from lfm_fast.cli import bench, convert, encode, info, sample, tune_grid
+from lfm_fast.cli import bench, convert, encode, evaluate, info, sample, tune_grid
 
 # modules with add(commands), which makes the sub-command's parser and sets `run`, a function of its arguments that
 # returns the exit status or None; in the order of the help
-COMMANDS = (sample, tune_grid, encode, convert, bench, info)
+COMMANDS = (sample, evaluate, tune_grid, encode, convert, bench, info)
 
 
 def main(argv=None):

@@ -6,9 +6,8 @@ from pathlib import Path
 from lfm_fast.cli.arguments import device_named
 
 _GUIDANCE = {"plain": "LinearGuidance", "rescale": "Rescale", "apg": "APG", "cfg-zero": "CFGZeroStar"}
+_CONDITIONS = {}  # flag that tells what to condition on -> task that makes images of it
 _COMPARED = 4  # images that --reuse solves both ways
-
-
 _GRIDS = "uniform, quadratic, karras, karras:RHO, shift:S, step:H, lfm or a .json file that tune-grid wrote"
 
 
@@ -53,13 +52,25 @@ def run(args):
     sampling = {name: value for name, value in chosen.items() if value is not None}
     if args.reuse is not None:
         sampling = _reusing(flow, args, sampling)
-    images = flow.sample(args.num_images, y=args.label, seed=args.seed, batch_size=args.batch_size, **sampling)
+    common = {"num_images": args.num_images, "y": args.label, "seed": args.seed, "batch_size": args.batch_size}
+    task = _task(args)
+    images = flow.sample(**common, **sampling) if task is None else task.generated(flow, args, **common, **sampling)
     if as_grid:
         save(grid(images), output)
     else:
         for number, image in enumerate(images):
             save(grid(image[None], padding=0), output / f"{number:06d}.png")
     print(f"wrote {len(images)} images to {output}")
+
+
+def _task(args):
+    """The task whose flag says what to condition on, or None."""
+    from lfm_fast.tasks import task_named
+
+    named = [flag for flag in _CONDITIONS if getattr(args, flag) is not None]
+    if len(named) > 1:
+        raise ValueError(f"--{named[0]} and --{named[1]} belong to different tasks; give one of them")
+    return task_named(_CONDITIONS[named[0]]) if named else None
 
 
 def _guidance(args, flow):

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from lfm_fast.flow.paths import PATHS
 from lfm_fast.flow.time_samplers import TIME_SAMPLERS
 from lfm_fast.models.checkpointing import MODES
+from lfm_fast.tasks import TASKS
 from lfm_fast.train.presets import PRESETS
 
-TASKS = ("unconditional", "labelled")
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "bf16-pure", "fp8")
 AUTOCAST = ("bf16", "fp8")  # of which the rest of the network is in bf16, weights in float32
 SCHEDULES = ("constant", "cosine")
@@ -38,7 +38,10 @@ class TrainConfig:
     flip: bool = _curve(False, bool, "mirror half of the images at random")
     model: str = _curve("DiT-B/2", str, "the network, a name create_model knows")
     image_size: int = _curve(256, int, "side of the images in pixels")
-    task: str | None = _curve(None, str, "default: labelled when the data has two or more classes", TASKS)
+    task: str | None = _curve(None, str, "default: labelled when the data has two or more classes", tuple(TASKS))
+    conditions: str | None = _curve(None, str, "folder of what the task conditions on, a file for each image by name")
+    palette: str | None = _curve(None, str, "of label maps: names and colours of their ids")
+    compat: str | None = _curve(None, str, "lfm: train as the reference does where we would not", ("lfm",))
     num_classes: int | None = _curve(None, int, "number of labels, at least the data's; default: the data's")
     autoencoder: str = _curve(
         "stabilityai/sd-vae-ft-mse", str, "'embedded', a folder or a hub name (diffusers' layout)"

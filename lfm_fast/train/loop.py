@@ -13,17 +13,18 @@ import torch
 from lfm_fast import distributed
 from lfm_fast.checkpoint import check_output
 from lfm_fast.flow import paths
-from lfm_fast.models import create_model, num_parameters
+from lfm_fast.models import num_parameters
 from lfm_fast.models.checkpointing import set_mode
 from lfm_fast.models.fp8 import train_in_fp8, why_not_sizes
 from lfm_fast.models.precision import why_not
+from lfm_fast.tasks import task_named
 from lfm_fast.train import report, resume
 from lfm_fast.train.compiling import compile_network
 from lfm_fast.train.ema import EMA
 from lfm_fast.train.graphed import GraphedGradients
 from lfm_fast.train.journal import Journal, read_metrics
 from lfm_fast.train.optimizer import AdamW
-from lfm_fast.train.samples import SAMPLING, sample_grid, save_grid
+from lfm_fast.train.samples import SAMPLING, columns, sample_grid, save_grid
 from lfm_fast.train.schedule import learning_rate, total_steps
 from lfm_fast.train.source import check_settings, check_source, facts, open_source, resolve_labels
 from lfm_fast.train.step import TrainState, add_gradients_of_part, train_step
@@ -104,16 +105,9 @@ def resolve_precision(precision, device):
 
 def build_state(config, source, world):
     """A fresh `TrainState`: weights by the seed alone, so equal on all ranks."""
-    channels, side, _ = source.latent_shape
     torch.manual_seed(config.seed)
-    model = create_model(
-        config.model,
-        image_size=side,
-        downsampling=1,
-        in_channels=channels,
-        num_classes=config.num_classes,
-        label_dropout=config.label_dropout,
-    ).to(world.device)
+    task = task_named(config.task)
+    model = task.network(config, source.latent_shape).to(world.device)
     ema = EMA(model, config.ema_decay)  # before compiling: sampling uses other batch sizes
     network, copies = _for_precision(model, config.precision)
     set_mode(network, config.activation_checkpointing)
@@ -134,6 +128,7 @@ def build_state(config, source, world):
         "autoencoder": config.autoencoder,
         "class_names": list(source.class_names) if config.num_classes else [],
         "sampling": {**SAMPLING, "guidance_scale": config.guidance_scale},
+        "task": {"name": config.task, **task.settings(config)},
     }
     return TrainState(model, network, optimizer, ema, copies, flow=flow, loss_sum=loss_sum)
 
@@ -291,7 +286,7 @@ class Run:
         images, captions = sample_grid(self.state, self.source, self.autoencoder, self.config, self.path, self.world)
         if self.world.is_main:
             file = self.folder / "samples" / f"{self.state.step:07d}.png"
-            self.journal.attempt(file, lambda: save_grid(file, images, self.config.samples_per_class, captions))
+            self.journal.attempt(file, lambda: save_grid(file, images, columns(self.config), captions))
 
     def save(self, must):
         """Write a checkpoint. A failure ends the run only if `must`: the next one may find room again."""

@@ -77,8 +77,9 @@ def to_bfloat16(model) -> None:
                 module._parameters[name] = torch.nn.Parameter(low, parameter.requires_grad)
 
 
-def of_step(model, samples: int, latent_shape, precision: str) -> StepMemory:
+def of_step(model, samples: int, latent_shape, precision: str, condition: Tensor | None = None) -> StepMemory:
     """Run a forward and backward pass on `samples` latents of `latent_shape`, real or fake as the weights are."""
+    given = {} if condition is None else {"condition": condition}
     live = LiveBytes()
     for parameter in model.parameters():
         live.ignore(parameter)
@@ -89,7 +90,7 @@ def of_step(model, samples: int, latent_shape, precision: str) -> StepMemory:
         with live, torch.device(device):
             t, z, target = torch.rand(samples), torch.zeros(samples, *latent_shape), torch.zeros(samples, *latent_shape)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision in AUTOCAST):
-                velocity = model(t, z)
+                velocity = model(t, z, **given)
             kept = live.held
             ops.velocity_loss(velocity, target).sum().backward()
             del velocity

@@ -6,8 +6,9 @@ import sys
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lfm_fast.models import create_model, num_parameters
+from lfm_fast.models import num_parameters
 from lfm_fast.models.checkpointing import set_mode
+from lfm_fast.tasks import task_named
 from lfm_fast.train import memory
 from lfm_fast.train.schedule import total_steps
 
@@ -42,19 +43,16 @@ def describe(config, world, latent_shape, num_items=None):
     """The dry run's text: resolved settings, parameters, FLOPs per image and a memory estimate."""
     pure = config.precision == "bf16-pure"
     with FakeTensorMode(), torch.device(world.device.type):  # shapes alone: no memory, whatever the size
-        model = create_model(
-            config.model,
-            image_size=latent_shape[1],
-            downsampling=1,
-            in_channels=latent_shape[0],
-            num_classes=config.num_classes,
-            label_dropout=config.label_dropout,
-        )
+        task = task_named(config.task)
+        model = task.network(config, latent_shape)
         if pure:
             memory.to_bfloat16(model)
         set_mode(model, config.activation_checkpointing)
         samples = -(-config.batch_size // (world.size * config.accumulation_steps))
-        step, one_more = (memory.of_step(model, n, latent_shape, config.precision) for n in (samples, samples + 1))
+        step, one_more = (
+            memory.of_step(model, n, latent_shape, config.precision, task.example(config, n, latent_shape))
+            for n in (samples, samples + 1)
+        )
     parameters = num_parameters(model)
     flops = model.flops_per_sample()
     state = {"weights": 6 if pure else 4, "AdamW": 8, "EMA": 4}  # bytes per parameter, float32, and a copy in bfloat16

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from lfm_fast import _graphs
 from lfm_fast.autoencoder import DEFAULT_HUB_NAME, load_autoencoder
-from lfm_fast.data import open_images
 from lfm_fast.data.latents import CachedLatents, EncodedImages, LatentCache, encode_images
 from lfm_fast.data.source import ImageSource
+from lfm_fast.tasks import CONDITIONED, task_named
 
 LARGEST_IN_MEMORY = 64 * 1024 * 1024  # pixels: a smaller set is encoded at the start and kept in memory
 
@@ -20,11 +20,13 @@ def open_source(config, world, say=print):
     latent_format(config.autoencoder)  # its complaints, before anything is read or loaded
     if is_latent_cache(config.data):
         _refuse_second_cache(config)
+        _refuse_cache(config)
         autoencoder = load_autoencoder(config.autoencoder, device=world.device)
         cache = LatentCache.open(config.data, fingerprint=autoencoder.fingerprint, image_size=config.image_size)
         _require_whole(config, cache)
         return CachedLatents(cache, flip=config.flip), autoencoder
-    images = open_images(config.data, config.image_size, flip=config.flip)
+    task = task_named(config.task)
+    images = task.images(config)
     if world.is_main and images.report.skipped:
         say(images.report.summary())
     if world.is_main and config.autoencoder == "embedded" and config.data != "embedded":
@@ -32,13 +34,18 @@ def open_source(config, world, say=print):
     if config.max_items is not None and config.max_items < len(images):
         images = FirstImages(images, config.max_items)
     autoencoder = load_autoencoder(config.autoencoder, device=world.device)
+    return task.source(config, _latents_of(images, autoencoder, config, world), images, autoencoder), autoencoder
+
+
+def _latents_of(images, autoencoder, config, world):
+    """Latents and labels of images: in shards on the disk, in memory where they are few, or encoded as they come."""
     if config.cache_latents is not None:
         world.from_main(lambda: encode_images(images, autoencoder, config.cache_latents, flip=config.flip) and None)
         cache = LatentCache.open(config.cache_latents, fingerprint=autoencoder.fingerprint)
-        return CachedLatents(cache, flip=config.flip), autoencoder
+        return CachedLatents(cache, flip=config.flip)
     if len(images) * config.image_size**2 <= LARGEST_IN_MEMORY:
-        return CachedLatents.from_images(images, autoencoder, flip=config.flip), autoencoder
-    return EncodedImages(images, autoencoder, flip=config.flip), autoencoder
+        return CachedLatents.from_images(images, autoencoder, flip=config.flip)
+    return EncodedImages(images, autoencoder, flip=config.flip)
 
 
 def is_latent_cache(data):
@@ -53,6 +60,7 @@ def facts(config):
     channels, downsampling = latent_format(config.autoencoder)
     if config.data is not None and is_latent_cache(config.data):
         _refuse_second_cache(config)
+        _refuse_cache(config)
         cache = LatentCache.open(config.data, image_size=config.image_size)
         _require_whole(config, cache)
         return cache.num_items, len(cache.class_names), cache.latent_shape
@@ -63,8 +71,16 @@ def facts(config):
     shape = (channels, config.image_size // downsampling, config.image_size // downsampling)
     if config.data is None:
         return None, config.num_classes or 0, shape
-    images = open_images(config.data, config.image_size)
+    images = task_named(config.task).images(config)
     return min(len(images), config.max_items or len(images)), images.num_classes, shape
+
+
+def _refuse_cache(config):
+    if config.task in CONDITIONED:
+        raise ValueError(
+            f"{config.data} is a latent cache, but task {config.task} conditions on the images; give the images as "
+            "--data, with --cache-latents to encode them once"
+        )
 
 
 def _refuse_second_cache(config):
@@ -122,9 +138,16 @@ class FirstImages(ImageSource):
     def load(self, position):
         return self._source.load(position)
 
+    def __getattr__(self, name):  # what else a source knows of its images, for a task: masks, boxes
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._source, name)
+
 
 def resolve_labels(config, data_classes):
     """`config` with task, num_classes and label_dropout as the data has them. Raises ValueError where they disagree."""
+    if config.task in CONDITIONED and not config.num_classes:  # labels beside the condition only when asked for
+        return dataclasses.replace(config, num_classes=0, label_dropout=0.0, guidance_scale=1.0)
     classes = data_classes if config.num_classes is None else config.num_classes
     task = config.task or ("labelled" if classes >= 2 else "unconditional")
     if task == "unconditional":

@@ -64,9 +64,10 @@ def train_step(state, source, config, path, world):
         # data -> z_0
         z_0, y = source.batch(numbers, config.seed)  # (B, C, h, w) and (B,)
         z_0, y, index = (tensor.to(world.device, non_blocking=True) for tensor in (z_0, y, numbers))
+        condition = _condition(source, numbers, config.seed, world.device)
         # z_0 -> z_t -> model -> velocity -> loss -> gradient
         with _gradients_summed_over_ranks(state.network, last=part == len(parts) - 1):
-            state.loss_sum += add_gradients(z_0, y, index)
+            state.loss_sum += add_gradients(z_0, y, index, condition)
     # AdamW and the average of the weights, in one pass over them (ops.adamw_ema)
     state.grad_norm, scale = _clip(state.trained, config.clip_grad_norm)
     ema = state.ema
@@ -79,11 +80,11 @@ def train_step(state, source, config, path, world):
     state.samples += config.batch_size
 
 
-def add_gradients_of_part(state, config, path, world, z_0, y, index):
-    """Add to the gradients those of the samples z_0 (B, C, h, w), y (B,), numbered index (B,) among all drawn; returns
-    their part of the loss, ().
+def add_gradients_of_part(state, config, path, world, z_0, y, index, condition=None):
+    """Add to the gradients those of the samples z_0 (B, C, h, w), y (B,), numbered index (B,) among all drawn, and of
+    what each is conditioned on, (B, ...) or None; returns their part of the loss, ().
 
-    A function of what the three tensors hold and of the weights: nothing in it is read by the host, and nothing that
+    A function of what the tensors hold and of the weights: nothing in it is read by the host, and nothing that
     Python knows changes from step to step, so that a CUDA graph can hold it (lfm_fast.train.graphed).
     """
     # t, noise -> z_t and the velocity to be learned
@@ -91,9 +92,10 @@ def add_gradients_of_part(state, config, path, world, z_0, y, index):
     coefficients = path.coefficients(t)  # (4, B): alpha, sigma, d_alpha, d_sigma
     z_t, target = ops.interpolate(z_0, coefficients, index=index, seed=config.seed)
     y = _some_dropped(y, index, config, state.model.null_label) if config.num_classes else None
+    given = {} if condition is None else {"condition": condition}
     with _products(config, world.device):
         with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision in AUTOCAST):
-            velocity = state.network(t, z_t, y)
+            velocity = state.network(t, z_t, y, **given)
         loss = ops.velocity_loss(velocity, target).sum() / config.batch_size
         (loss * world.size).backward()  # DistributedDataParallel divides by the number of ranks
     return loss.detach()
@@ -102,6 +104,13 @@ def add_gradients_of_part(state, config, path, world, z_0, y, index):
 def _products(config, device):
     """Products of float32 tensors: of TF32 on CUDA unless float32 was asked for, forward and backward."""
     return float32_products(config.precision != "fp32") if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _condition(source, numbers, seed, device):
+    """What each sample is conditioned on beside its label, as its task has it (lfm_fast/tasks), or None."""
+    if not hasattr(source, "condition"):
+        return None
+    return source.condition(numbers, seed).to(device, non_blocking=True)
 
 
 def _some_dropped(y, index, config, null_label):

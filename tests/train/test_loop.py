@@ -12,6 +12,7 @@ from tiny_run import SETTINGS, TinyAutoencoder, TinySource, flags
 
 import lfm_fast
 from lfm_fast.autoencoder import Autoencoder, SmallVAE
+from lfm_fast.data import open_images
 from lfm_fast.data.latents import CachedLatents, EncodedImages
 from lfm_fast.distributed import World
 from lfm_fast.models import DiT, checkpointing, create_model, num_parameters
@@ -284,7 +285,7 @@ def test_the_first_images_alone(tmp_path, monkeypatch, photos, vae):
     config = settings(tmp_path, data=photos, autoencoder=vae, image_size=8, max_items=4)
     found, _ = open_source(config, World())
     assert found.num_items == 4
-    images = FirstImages(source.open_images(photos, 8), 4)
+    images = FirstImages(open_images(photos, 8), 4)
     assert images.names == ["a/0.png", "a/2.png", "a/4.png", "b/1.png"]
     assert images.batch([0, 3]).shape == (2, 3, 8, 8)
     assert torch.equal(images.labels, torch.tensor([0, 0, 0, 1]))
