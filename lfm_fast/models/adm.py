@@ -74,11 +74,8 @@ class ADM(EDMUNet):
         """Draw fresh weights as published: PyTorch's own, but for the last layer of every branch and of the network,
         which are zero, and the labels' embedding, which is normal."""
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, nn.Conv2d | nn.Linear | GroupNorm):
                 module.reset_parameters()
-            elif isinstance(module, GroupNorm):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
         blocks = [module for module in self.modules() if isinstance(module, UNetBlock)]
         for layer in [self.out_conv, *(layer for block in blocks for layer in block.last_layers())]:
             nn.init.zeros_(layer.weight)

@@ -4,13 +4,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from lfm_fast.models import checkpointing
-from lfm_fast.models.compiling import Compiled
+from lfm_fast.models.convolutional import ConvolutionalNetwork
 from lfm_fast.models.unet_layers import UNetBlock
 from lfm_fast.models.velocity_network import (
-    VelocityNetwork,
     check_channels,
     check_label_sizes,
     is_count,
@@ -19,7 +16,7 @@ from lfm_fast.models.velocity_network import (
 )
 
 
-class EDMUNet(VelocityNetwork):
+class EDMUNet(ConvolutionalNetwork):
     """U-Net of blocks under the time's and the label's embedding (B, E), which a subclass makes in `embedding`.
 
     A subclass fills `enc` and `dec` by `build`, and gives `embedding(t, y, dtype)`, `out_norm`, `out_conv` and
@@ -27,8 +24,6 @@ class EDMUNet(VelocityNetwork):
 
     Source: arXiv 2206.00364, appendix F.1 and table 7.
     """
-
-    _compiled_velocity = None
 
     def build(self, first: int, block: Callable[..., UNetBlock], only_last_attends: bool) -> None:
         """Encoder and decoder: `block(in_channels, out_channels, attends, factor)` makes one block.
@@ -70,29 +65,6 @@ class EDMUNet(VelocityNetwork):
     def between_levels(self, side: int, channels: int) -> None:
         """Add what a network has behind the block that halves the side to `side`; most have nothing there."""
 
-    def forward(self, t: Tensor, z: Tensor, y: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
-        """Velocity (B, C, H, W) at times t (B,) (or one time for all, ()), latents z (B, C, H, W) and labels y (B,)."""
-        z = self.joined(z, condition)
-        self.check_inputs(t, z, y)
-        if y is None:
-            y = torch.full((z.shape[0],), self.num_classes, device=z.device)
-        t = t.expand(z.shape[0])
-        if self._compiled_velocity is None:
-            return self.velocity(t, z, y)
-        # in one layout and in tensors of our own: a graph is made for strides, and marks those it is called with
-        t, z, y = (x.contiguous().view(x.shape) for x in (t, z, y.long()))
-        return self._compiled_velocity(self, t, z, y)
-
-    def compile(self, part: str = "velocity", **options) -> None:
-        """Compile in place, with torch.compile's options: one graph of the whole network, for batches of any size,
-        labelled and unlabelled. (Its blocks have as many shapes as there are blocks, so there is none that they share.)
-
-        Raises ValueError for a `part` other than "velocity". Copies of the network are not compiled.
-        """
-        if part != "velocity":
-            raise ValueError(f"part is {part!r}, but a U-Net is compiled as a whole: 'velocity'.")
-        self._compiled_velocity = Compiled(type(self).velocity, **options)
-
     def velocity(self, t: Tensor, z: Tensor, y: Tensor) -> Tensor:
         """The network proper, all inputs explicit: compile this and labelled and unlabelled calls share one graph."""
         dtype = self.map_layer0.weight.dtype
@@ -106,14 +78,6 @@ class EDMUNet(VelocityNetwork):
                 x = self.run(block, x, emb)
         return self.out_conv(self.out_norm(x))
 
-    def flops_per_sample(self) -> int:
-        """Floating-point operations of one forward on one sample: 2 per multiply-add of products and convolutions."""
-        shape = (1, self.in_channels, self.image_size, self.image_size)
-        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            same = type(self)(**{name: value for name, value in self.config.items() if name != "family"})
-            same.velocity(torch.empty(1), torch.empty(shape), torch.empty(1, dtype=torch.int64))
-        return counter.get_total_flops()
-
     def encoded(self, x: Tensor, emb: Tensor) -> list[Tensor]:
         """What every layer of the encoder gives, from the first on."""
         skips = []
@@ -121,13 +85,6 @@ class EDMUNet(VelocityNetwork):
             x = layer(x) if name.endswith("_conv") else self.run(layer, x, emb)
             skips.append(x)
         return skips
-
-    def run(self, block: UNetBlock, x: Tensor, emb: Tensor) -> Tensor:
-        """A block, keeping for its backward pass what `activation_checkpointing` says."""
-        mode, dropout = self.activation_checkpointing, self.training and self.config["dropout"] > 0
-        if mode == "none" or not torch.is_grad_enabled():
-            return block(x, emb)
-        return checkpointing.made_again(block, x, emb, mode=mode, dropout=dropout)
 
     def one_hot(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, num_classes); all zero for the null label, which is none of them."""

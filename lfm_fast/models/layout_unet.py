@@ -74,7 +74,7 @@ class LayoutUNet(UNet):
         context: Tensor | None = None,
     ) -> Tensor:
         """Velocity (B, C, H, W) as `UNet` gives it, under the context (B, L, D)."""
-        return self._checked_velocity(t, z, y, condition, self._checked_context(context, z))
+        return self.checked_velocity(t, z, y, condition, self._checked_context(context, z))
 
     def _checked_context(self, context: Tensor | None, z: Tensor) -> Tensor:
         width = self.config["context_dim"]
@@ -88,5 +88,5 @@ class LayoutUNet(UNet):
             raise ValueError(f"context holds {context.shape[0]} entries for {z.shape[0]} samples of z.")
         return context.to(self.out[2].weight.dtype)
 
-    def _one_sample(self) -> tuple[Tensor, ...]:
-        return *super()._one_sample(), torch.empty(1, _CONTEXT_TOKENS, self.config["context_dim"])
+    def one_sample(self) -> tuple[Tensor, ...]:
+        return *super().one_sample(), torch.empty(1, _CONTEXT_TOKENS, self.config["context_dim"])

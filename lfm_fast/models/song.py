@@ -103,8 +103,7 @@ class SongUNet(EDMUNet):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, GroupNorm):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
+                module.reset_parameters()
             elif isinstance(module, FourierFeatures):
                 nn.init.normal_(module.freqs, std=_FOURIER_SCALE)
         blocks = [module for module in self.modules() if isinstance(module, UNetBlock)]

@@ -4,14 +4,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from lfm_fast.models import checkpointing
-from lfm_fast.models.compiling import Compiled
+from lfm_fast.models.convolutional import ConvolutionalNetwork
 from lfm_fast.models.layers import time_features
 from lfm_fast.models.unet_blocks import AttentionBlock, Downsample, GroupNorm, ResidualBlock, Upsample, down, up
 from lfm_fast.models.velocity_network import (
-    VelocityNetwork,
     check_channels,
     check_label_sizes,
     is_count,
@@ -32,7 +29,7 @@ class Stage(nn.Sequential):
         return x
 
 
-class UNet(VelocityNetwork):
+class UNet(ConvolutionalNetwork):
     """The U-Net of guided diffusion, "adm-original", that returns the velocity: v = model(t, z, y).
 
     t (B,) in [0, 1] is used raw, z is (B, C, H, W) in any floating dtype (it is cast to the weights'), y (B,) holds
@@ -66,7 +63,6 @@ class UNet(VelocityNetwork):
     """
 
     family = "guided_diffusion"
-    _compiled_velocity = None
 
     def __init__(
         self,
@@ -166,30 +162,18 @@ class UNet(VelocityNetwork):
         nn.init.zeros_(self.out[2].weight)
         nn.init.zeros_(self.out[2].bias)
 
-    def forward(self, t: Tensor, z: Tensor, y: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
-        """Velocity (B, C, H, W) at times t (B,) (or one time for all, ()), latents z (B, C, H, W) and labels y (B,)."""
-        return self._checked_velocity(t, z, y, condition)
-
-    def _checked_velocity(self, t, z, y, condition, *context: Tensor) -> Tensor:
-        z = self.joined(z, condition)
-        self.check_inputs(t, z, y)
-        if y is None:
-            if self.null_label is None:
-                raise ValueError(
-                    f"this network knows {self.num_classes} classes and no label that means none of them; give y, or "
-                    "build it with label_dropout."
-                )
-            y = torch.full((z.shape[0],), self.null_label, device=z.device)
-        inputs = t.expand(z.shape[0]), z, y, *context
-        if self._compiled_velocity is None:
-            return self.velocity(*inputs)
-        # in one layout and in tensors of our own: a graph is made for strides, and marks those it is called with
-        inputs = (x.contiguous().view(x.shape) for x in (*inputs[:2], y.long(), *context))
-        return self._compiled_velocity(self, *inputs)
+    def no_label(self) -> int:
+        """What stands for y=None. Raises ValueError where nothing does."""
+        if self.null_label is None:
+            raise ValueError(
+                f"this network knows {self.num_classes} classes and no label that means none of them; give y, or "
+                "build it with label_dropout."
+            )
+        return self.null_label
 
     def velocity(self, t: Tensor, z: Tensor, y: Tensor, context: Tensor | None = None) -> Tensor:
         """The network proper, all inputs explicit: compile this and labelled and unlabelled calls share one graph."""
-        emb, run = nn.functional.silu(self.embedding(t, y)), self._run_stage
+        emb, run = nn.functional.silu(self.embedding(t, y)), self.run
         h, skips = z.to(self.out[2].weight.dtype), []
         for stage in self.input_blocks:
             h = run(stage, h, emb, context)
@@ -205,42 +189,6 @@ class UNet(VelocityNetwork):
         features = time_features(t, self.config["model_channels"], torch.promote_types(dtype, torch.float32))
         emb = self.time_embed(features.to(dtype))
         return emb + self.label_emb(y) if self.num_classes else emb
-
-    def _run_stage(self, stage: Stage, *tensors: Tensor | None) -> Tensor:
-        mode = self.activation_checkpointing
-        if mode == "none" or not torch.is_grad_enabled():
-            return stage(*tensors)
-        return checkpointing.made_again(
-            stage, *tensors, mode=mode, dropout=self.training and self.config["dropout"] > 0
-        )
-
-    def compile(self, part: str = "velocity", **options) -> None:
-        """Compile in place, with torch.compile's options: one graph of the whole network, which serves batches of any
-        size, labelled and unlabelled calls. `part` may be "block" as well, as for a DiT: the blocks of a U-Net all
-        differ in shape, so it is the same.
-
-        Raises ValueError for another `part`. Copies of the network are not compiled.
-
-        >>> model = UNet(image_size=8, model_channels=32, channel_mult=(1,), num_res_blocks=1)
-        >>> model.compile(backend="eager")
-        >>> model(torch.rand(1), torch.randn(1, 4, 8, 8)).shape
-        torch.Size([1, 4, 8, 8])
-        """
-        if part not in ("velocity", "block"):
-            raise ValueError(f"part is {part!r}, expected 'velocity' or 'block'.")
-        self._compiled_velocity = Compiled(type(self).velocity, **options)
-
-    def flops_per_sample(self) -> int:
-        """Floating-point operations of one forward on one sample: 2 per multiply-add of products and convolutions."""
-        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            same = type(self)(**{name: value for name, value in self.config.items() if name != "family"})
-            same.velocity(*same._one_sample())
-        return counter.get_total_flops()
-
-    def _one_sample(self) -> tuple[Tensor, ...]:
-        """Inputs of `velocity` for one sample."""
-        side = self.image_size
-        return torch.empty(1), torch.empty(1, self.in_channels, side, side), torch.empty(1, dtype=torch.int64)
 
 
 def heads(config: dict, channels: int, rising: bool) -> int:

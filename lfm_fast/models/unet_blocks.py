@@ -1,30 +1,17 @@
 """Blocks of the U-Net of arXiv 2105.05233. Shapes: B batch, C channels, H and W sides, T = H W positions."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lfm_fast import ops
+from lfm_fast.models import unet_layers
 
 
-class GroupNorm(nn.GroupNorm):
-    """32 groups, on the op `group_norm_silu`: the norm and the SiLU behind it are one pass over memory."""
+class GroupNorm(unet_layers.GroupNorm):
+    """32 groups."""
 
     def __init__(self, channels: int, eps: float = 1e-5):
-        super().__init__(32, channels, eps)
-
-    def forward(self, x: Tensor, silu: bool = True) -> Tensor:
-        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, silu)
-
-    def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """SiLU(norm(x) (1 + scale) + shift) with scale and shift (B, C) of each sample."""
-        scale = 1 + scale.to(self.weight.dtype)
-        if torch.compiler.is_compiling() or not x.is_contiguous():
-            return F.silu(torch.addcmul(shift[..., None, None], self(x, False), scale.to(x.dtype)[..., None, None]))
-        # samples in the place of channels: then a weight and bias of each sample are weights and biases of channels
-        weight, bias = self.weight * scale, torch.addcmul(shift.to(scale.dtype), self.bias, scale)
-        groups = x.shape[0] * self.num_groups
-        return ops.group_norm_silu(x.flatten(0, 1)[None], groups, weight.flatten(), bias.flatten(), self.eps).view_as(x)
+        super().__init__(channels, eps, 32)
 
 
 def up(x: Tensor) -> Tensor:

@@ -7,34 +7,38 @@ from torch import Tensor, nn
 from lfm_fast import ops
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(nn.GroupNorm):
     """Group normalisation of maps x (B, C, H, W) in min(32, C / 4) groups, or as many as given, and SiLU behind it.
 
-        h = weight (x - mean) / sqrt(var + eps) + bias;      with a modulation h (1 + scale) + shift;      h sigmoid(h)
+        h = weight (x - mean) / sqrt(var + eps) + bias;      modulated: h (1 + scale) + shift;      result: h sigmoid(h)
 
-    Raises ValueError for channels that the groups do not divide.
+    On the op `group_norm_silu`, all of it one pass over memory. Raises ValueError for channels that the groups do not
+    divide.
 
     Source: Wu and He 2018, "Group normalization" (arXiv 1803.08494), equations 1 to 3.
     """
 
     def __init__(self, channels: int, eps: float, num_groups: int | None = None):
-        super().__init__()
-        self.num_groups, self.eps = min(32, channels // 4) if num_groups is None else num_groups, eps
-        if self.num_groups < 1 or channels % self.num_groups:
+        num_groups = max(1, min(32, channels // 4)) if num_groups is None else num_groups
+        if channels % num_groups:
             raise ValueError(
-                f"maps of {channels} channels do not divide into {self.num_groups} groups to be normed; choose other "
+                f"maps of {channels} channels do not divide into {num_groups} groups to be normed; choose other "
                 "model_channels or channel_mult."
             )
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        super().__init__(num_groups, channels, eps)
 
     def forward(self, x: Tensor, silu: bool = True) -> Tensor:
         return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, silu)
 
     def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """With scale and shift (B, C), each sample its own, before SiLU."""
-        h = self(x, silu=False)
-        return F.silu(torch.addcmul(shift[..., None, None].to(h), h, 1 + scale[..., None, None].to(h)))
+        """With scale and shift (B, C), each sample its own."""
+        scale = 1 + scale.to(self.weight.dtype)
+        if torch.compiler.is_compiling() or not x.is_contiguous():
+            return F.silu(torch.addcmul(shift.to(x)[..., None, None], self(x, False), scale.to(x)[..., None, None]))
+        # samples in the place of channels: then a weight and bias of each sample are weights and biases of channels
+        weight, bias = self.weight * scale, torch.addcmul(shift.to(scale), self.bias, scale)
+        groups = x.shape[0] * self.num_groups
+        return ops.group_norm_silu(x.flatten(0, 1)[None], groups, weight.flatten(), bias.flatten(), self.eps).view_as(x)
 
 
 def resample(x: Tensor, factor: str, taps: tuple[int, ...], kernel: Tensor) -> Tensor:

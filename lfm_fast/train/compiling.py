@@ -6,7 +6,7 @@ import sysconfig
 from pathlib import Path
 
 from lfm_fast import _library
-from lfm_fast.models import DiT
+from lfm_fast.models.velocity_network import VelocityNetwork
 
 SHORTEST_COMPILED = 300  # steps of a CPU run for which --compile auto compiles
 
@@ -18,7 +18,7 @@ def compile_network(model, config, device):
         mode = "block" if device.type == "cuda" or _pays_on_a_cpu(config) else "off"
     if mode == "full":
         model.compile()
-    elif mode == "block" and isinstance(model, DiT):
+    elif mode == "block" and isinstance(model, VelocityNetwork):
         model.compile("block")
     elif mode == "block":
         for block in model.blocks:
