@@ -31,9 +31,6 @@ def read_label_map(path, palette, *, size: int | None = None, holds: str = "auto
         ValueError: the file cannot be read, or holds an id or a colour that the palette does not know; it names both
             the value and the place.
     """
-    palette = get_palette(palette)
-    if holds not in HOLDS:
-        raise ValueError(f"holds={holds!r} is not known: choose one of {', '.join(HOLDS)}.")
     path = Path(path).expanduser()
     if path.suffix.lower() in (".jpg", ".jpeg", ".jpe", ".jfif"):
         raise ValueError(f"{path.name} is a JPEG, whose loss invents ids along every edge: save the label map as PNG.")
@@ -42,15 +39,48 @@ def read_label_map(path, palette, *, size: int | None = None, holds: str = "auto
     except UnusableImage as error:
         raise ValueError(f"The label map {path} cannot be used: {error}.") from error
     try:
-        if holds == "colours" or (holds == "auto" and picture.mode in ("RGB", "RGBA")):
-            if picture.mode == "RGBA" and np.array(picture.getchannel("A")).min() < 255:
-                raise ValueError("it has transparent pixels, which are no palette colour")
-            ids = from_colours(torch.from_numpy(np.array(picture.convert("RGB"))), palette)
-        else:
-            ids = from_stored(torch.from_numpy(_values(picture)), palette)
+        ids = from_picture(picture, palette, holds)
     except ValueError as error:
         raise ValueError(f"The label map {path}: {error}") from error
     return ids if size is None else centre_square(ids, size)
+
+
+def from_picture(picture, palette, holds: str = "auto") -> torch.Tensor:
+    """The ids (H, W) int64 in a PIL image; arguments and errors as of `read_label_map`."""
+    if holds not in HOLDS:
+        raise ValueError(f"holds={holds!r} is not known: choose one of {', '.join(HOLDS)}.")
+    if holds == "ids" or (holds == "auto" and picture.mode not in ("RGB", "RGBA")):
+        return from_stored(torch.from_numpy(_values(picture)), palette)
+    if picture.mode == "RGBA" and picture.getchannel("A").getextrema()[0] < 255:
+        raise ValueError("it has transparent pixels, which are no palette colour.")
+    return from_colours(torch.from_numpy(np.array(picture.convert("RGB"))), palette)
+
+
+def as_label_maps(given, palette, holds: str = "auto") -> torch.Tensor:
+    """Label maps (N, H, W) int64 of a file's path, a PIL image, or a NumPy or PyTorch array.
+
+    Arrays hold the palette's ids, (H, W) or (N, H, W), or its colours, (H, W, 3) uint8. Files and pictures hold what
+    published files do.
+
+    Raises:
+        ValueError: anything else, and what is no id or colour of the palette, with its place.
+    """
+    if isinstance(given, (str, os.PathLike)):
+        return read_label_map(given, palette, holds=holds)[None]
+    if isinstance(given, Image.Image):
+        return from_picture(given, palette, holds)[None]
+    try:
+        maps = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"label_map is {type(given).__name__}; expected a path, a PIL image, or an array (H, W)."
+        ) from None
+    if maps.ndim == 3 and maps.shape[-1] == 3 and maps.dtype == torch.uint8:
+        return from_colours(maps, palette)[None]
+    if maps.ndim not in (2, 3):
+        raise ValueError(f"label_map has shape {tuple(maps.shape)}; expected (H, W), (N, H, W) or (H, W, 3) colours.")
+    ids = check_ids(maps, palette)
+    return ids if ids.ndim == 3 else ids[None]
 
 
 def _values(picture) -> np.ndarray:
@@ -213,16 +243,13 @@ def write_label_map(path, label_map, palette) -> None:
 def nearest_colour(pixels, colours) -> torch.Tensor:
     """Index of the closest colour: argmin_k |pixel - colour_k|^2, the first of equals; (..., 3) -> (...) int64.
 
-    Both on one scale, floating or whole numbers; compared in float32, where differences of bytes are exact.
+    Both in 0 to 255, in float32, where whole numbers make every sum below exact: |pixel|^2 changes no order.
     """
     colours = torch.as_tensor(colours).float()
-    flat = pixels.reshape(-1, 3)
-    return torch.cat(
-        [
-            (part.float()[:, None] - colours).square().sum(-1).argmin(1) if len(part) else part.new_empty(0).long()
-            for part in flat.split(65536)
-        ]
-    ).view(pixels.shape[:-1])
+    squares, found = colours.square().sum(-1), []
+    for part in pixels.reshape(-1, 3).split(1 << 18):
+        found.append(torch.addmm(squares, part.float(), colours.t(), alpha=-2.0).argmin(1))
+    return torch.cat(found).view(pixels.shape[:-1])
 
 
 def of_embedded(rgba) -> torch.Tensor:
@@ -239,44 +266,48 @@ def pair_by_stem(names, folder) -> tuple[list[Path | None], Report]:
     """The label map of each image: same name below `folder`, whatever its suffix.
 
     Args:
-        names: of the images, paths relative to their folder (or bare names).
-        folder: where the maps are, in the same sub-folders or all in one.
+        names: of the images, paths relative to their folder.
+        folder: where the maps are, in the same sub-folders or all in the folder itself.
 
     Returns:
         (path or None for each image, a report that names images without a map).
 
     Raises:
-        ValueError: the folder does not exist or holds no image file, or two files have one stem.
+        ValueError: the folder does not exist or holds no map, an image has two, or two images have one.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise ValueError(f"The folder of label maps {folder} does not exist.")
-    by_path, by_stem = _maps_below(folder)
-    if not by_path:
+    maps = _maps_below(folder)
+    if not maps:
         raise ValueError(f"{folder} holds no label map ({', '.join(MAP_SUFFIXES)}).")
-    report = Report()
-    found = []
+    report, found, owners = Report(), [], {}
     for name in names:
         stem = _without_suffix(name)
-        candidates = by_path.get(stem) or by_stem.get(os.path.basename(stem), [])
+        candidates = maps.get(stem) or maps.get(os.path.basename(stem), [])
         if len(candidates) > 1:
-            both = " and ".join(str(path.relative_to(folder)) for path in candidates[:2])
+            both = " and ".join(path.name for path in candidates[:2])
             raise ValueError(f"{folder} has two label maps for {name}: {both}.")
         if not candidates:
             report.skipped.append((name, "it has no label map"))
+        elif candidates[0] in owners:
+            raise ValueError(
+                f"{candidates[0]} would be the label map of both {owners[candidates[0]]} and {name}: put the maps into "
+                "the sub-folders of the images."
+            )
+        else:
+            owners[candidates[0]] = name
         found.append(candidates[0] if candidates else None)
     return found, report
 
 
-def _maps_below(folder: Path):
-    """Files that may be maps, by their path without suffix and by their bare stem."""
-    by_path, by_stem = {}, {}
+def _maps_below(folder: Path) -> dict[str, list[Path]]:
+    """Files that may be maps, by their path without suffix."""
+    maps = {}
     for path in sorted(folder.rglob("*")):
-        if path.name.startswith(".") or path.suffix.lower() not in MAP_SUFFIXES or not path.is_file():
-            continue
-        by_path.setdefault(_without_suffix(path.relative_to(folder)), []).append(path)
-        by_stem.setdefault(path.stem, []).append(path)
-    return by_path, by_stem
+        if not path.name.startswith(".") and path.suffix.lower() in MAP_SUFFIXES and path.is_file():
+            maps.setdefault(_without_suffix(path.relative_to(folder).as_posix()), []).append(path)
+    return maps
 
 
 def _without_suffix(name) -> str:

@@ -122,7 +122,7 @@ def test_what_cannot_be_a_map_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"broken\.png cannot be used: it is not an image"):
         label_maps.read_label_map(tmp_path / "broken.png", "celebamask-hq")
     with pytest.raises(ValueError, match="holds='numbers' is not known"):
-        label_maps.read_label_map(tmp_path / "broken.png", "celebamask-hq", holds="numbers")
+        label_maps.read_label_map(save(tmp_path, grey), "celebamask-hq", holds="numbers")
 
 
 def test_ids_are_checked():
@@ -211,17 +211,38 @@ def test_embedded_pictures_agree_with_their_own_maps_alone():
 
 
 def test_images_and_maps_are_paired_by_stem(tmp_path):
-    for name in ("a/1.png", "a/2.png", "b/1.png"):
+    for name in ("a/1.png", "a/2.png", "b/1.png", "4.png", "5.png", "5.bmp", "c/6.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         save(tmp_path, np.zeros((2, 2), np.uint8), name)
-    paths, report = label_maps.pair_by_stem(["a/1.jpg", "a/2.webp", "b/1.png", "b/3.jpg", "2.jpg"], tmp_path)
+    # in the same sub-folder, or in the folder itself; never in another sub-folder
+    paths, report = label_maps.pair_by_stem(["a/1.jpg", "a/2.webp", "b/1.png", "b/3.jpg", "b/2.jpg", "b/4.x"], tmp_path)
     found = [path and path.relative_to(tmp_path).as_posix() for path in paths]
-    assert found == ["a/1.png", "a/2.png", "b/1.png", None, "a/2.png"]
-    assert report.skipped == [("b/3.jpg", "it has no label map")]
-    with pytest.raises(ValueError, match=r"has two label maps for 1\.jpg: a/1\.png and b/1\.png"):
-        label_maps.pair_by_stem(["1.jpg"], tmp_path)
+    assert found == ["a/1.png", "a/2.png", "b/1.png", None, None, None]
+    assert report.skipped == [(name, "it has no label map") for name in ("b/3.jpg", "b/2.jpg", "b/4.x")]
+    assert label_maps.pair_by_stem(["b/4.jpg"], tmp_path)[0] == [tmp_path / "4.png"]
+    with pytest.raises(ValueError, match=r"has two label maps for a/5\.jpg: 5\.bmp and 5\.png"):
+        label_maps.pair_by_stem(["a/5.jpg"], tmp_path)
+    with pytest.raises(ValueError, match=r"4\.png would be the label map of both a/4\.jpg and b/4\.jpg"):
+        label_maps.pair_by_stem(["a/4.jpg", "b/4.jpg"], tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
         label_maps.pair_by_stem(["1.jpg"], tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no label map"):
         label_maps.pair_by_stem(["1.jpg"], tmp_path / "empty")
+
+
+def test_maps_in_any_form():
+    ids = random_map(PALETTES["coco-stuff"], (6, 8))
+    colours = label_maps.draw(ids, "coco-stuff").permute(1, 2, 0)
+    stored = torch.where(ids == 0, 255, ids - 1).numpy().astype(np.uint8)
+    for given in (ids, ids.numpy(), ids.tolist(), ids.short(), colours, colours.numpy(), Image.fromarray(stored)):
+        assert torch.equal(label_maps.as_label_maps(given, "coco-stuff"), ids[None])
+    assert torch.equal(label_maps.as_label_maps(torch.stack([ids, ids]), "coco-stuff"), torch.stack([ids, ids]))
+    for wrong, says in (
+        (ids.float(), "expected whole-number ids"),
+        (ids[0], r"label_map has shape \(8,\); expected \(H, W\), \(N, H, W\) or \(H, W, 3\) colours"),
+        (None, "label_map is NoneType; expected a path, a PIL image, or an array"),
+        (ids + 183, "but the ids of coco-stuff are 0 to 182"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            label_maps.as_label_maps(wrong, "coco-stuff")

@@ -1,0 +1,98 @@
+"""Images that have a label map each: the embedded set, and folders paired by name."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from tqdm import tqdm
+
+from lfm_fast.data import label_maps
+from lfm_fast.data.palettes import get_palette
+from lfm_fast.data.source import ImageSource
+
+_THREADS = min(16, os.cpu_count() or 1)
+_AT_ONCE = 256  # maps read ahead
+_IN_MEMORY = 64 * 1024 * 1024  # pixels of maps that are kept, a byte each
+
+
+class MappedImages(ImageSource):
+    """An `ImageSource` with the label map of every image: `label_maps(positions)`.
+
+    Args:
+        images: the embedded set, whose maps are made of its alpha and colours, or images in a folder.
+        palette: of the maps, a `Palette` or its name.
+        folder: the maps of a folder of images, one for each by name (`label_maps.pair_by_stem`). Images without a map
+            are left out and named in `.report`.
+
+    Raises:
+        ValueError: no folder for a folder of images, one or another palette for the embedded set, or no image with a
+            map.
+    """
+
+    def __init__(self, images, palette, folder=None):
+        self.palette = get_palette(palette)
+        if images.name == "embedded":
+            self._paths, kept = None, range(len(images))
+            _require_own_maps(self.palette, folder)
+        else:
+            if folder is None:
+                raise ValueError(f"{images.name} comes without label maps; give the folder that holds them.")
+            paths, report = label_maps.pair_by_stem(images.names, folder)
+            images.report.skipped += report.skipped
+            kept = [i for i, path in enumerate(paths) if path is not None]
+            if not kept:
+                raise ValueError(f"None of the {len(images)} images has a label map of its name in {folder}.")
+            self._paths = [paths[i] for i in kept]
+        names = [images.names[i] for i in kept]
+        super().__init__(images.image_size, images.labels[list(kept)], images.class_names, names, images.report)
+        self.name, self.flip = images.name, images.flip
+        self._images, self._kept, self._maps = images, list(kept), None
+        self._fit = len(self) * self.image_size**2 <= _IN_MEMORY
+
+    def load(self, position: int) -> torch.Tensor:
+        """Picture number `position` as (3, H, W) uint8."""
+        return self._images.load(self._kept[position])
+
+    def batch(self, positions) -> torch.Tensor:
+        """The pictures at `positions` as (B, 3, H, W) uint8."""
+        return self._images.batch([self._kept[int(i)] for i in positions])
+
+    def label_maps(self, positions) -> torch.Tensor:
+        """The maps of the pictures at `positions`, cut and scaled as these are, (B, H, W) int64.
+
+        Raises:
+            ValueError: a map cannot be read, or holds what the palette does not know.
+        """
+        positions = torch.as_tensor(positions, dtype=torch.int64)
+        if self._maps is None and self._fit:
+            self._maps = torch.stack(list(self._each(range(len(self)))))
+        found = self._maps[positions] if self._fit else torch.stack(list(self._each(positions.tolist())))
+        return found.long()
+
+    def check_maps(self) -> None:
+        """Read every map once. Raises ValueError for the first that cannot be used."""
+        if self._fit:
+            self.label_maps([0])
+            return
+        for _ in tqdm(self._each(range(len(self))), "checking label maps", len(self), leave=False, disable=None):
+            pass
+
+    def _each(self, positions):
+        """Maps (H, W) uint8 one by one: palettes have fewer than 256 classes."""
+        if self._paths is None:
+            for position in positions:
+                yield label_maps.of_embedded(self._images.rgba(position)).to(torch.uint8)
+            return
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for first in range(0, len(positions), _AT_ONCE):
+                yield from pool.map(self._read, positions[first : first + _AT_ONCE])
+
+    def _read(self, position):
+        return label_maps.read_label_map(self._paths[position], self.palette, size=self.image_size).to(torch.uint8)
+
+
+def _require_own_maps(palette, folder):
+    if palette.name != "embedded":
+        raise ValueError(f"palette is {palette.name!r}, but the label maps of the embedded set are of its own colours.")
+    if folder is not None:
+        raise ValueError("the embedded set makes its own label maps; leave the folder of maps out.")
