@@ -35,28 +35,41 @@ def write(flow, folder, dtype, as_diffusers=False):
 
 def read(source, autoencoder):
     """The arguments of a `LatentFlow` that stands at `source`, as `LatentFlow.from_pretrained` takes it."""
+    model, recorded, its_own = _read(source)
+    if autoencoder is None and isinstance(its_own, Path) and not its_own.is_dir():
+        raise ValueError(f"{its_own.parent} has no folder vae; give the autoencoder by name or folder")
+    if not isinstance(autoencoder, Autoencoder):
+        autoencoder = load_autoencoder(its_own if autoencoder is None else autoencoder)
+    named = {name: recorded[name] for name in ("class_names", "sampling")}
+    named["task"] = recorded.get("task", {})  # older flows have no task of their own
+    return {"model": model, "autoencoder": autoencoder, "path": _path(model, recorded), **named}
+
+
+def read_network_of(source):
+    """(network, path) of what `read` reads, whose autoencoder is not looked for."""
+    model, recorded, _ = _read(source)
+    return model, _path(model, recorded)
+
+
+def _read(source):
+    """(network, what is recorded beside it, its autoencoder's name or folder)."""
     folder = EMBEDDED_FOLDER if str(source) == "embedded" else Path(source).expanduser()
     if (folder / INDEX).is_file():
-        return _from_folder(folder, autoencoder)
+        index = read_json(folder / INDEX, "path", "class_names", "sampling")
+        return read_network(folder, index), index, "embedded" if folder == EMBEDDED_FOLDER else folder / "vae"
     if folder.is_dir() and run_checkpoints(folder):
-        return _from_checkpoint(*_newest_whole(folder), autoencoder)
-    folder = _lfms(folder) if folder.is_dir() else folder
-    return _from_checkpoint(folder, load_checkpoint(folder), autoencoder)
+        path, model = _newest_whole(folder)
+    else:
+        path = _lfms(folder) if folder.is_dir() else folder
+        model = load_checkpoint(path)
+    recorded = read_metadata(path).get("flow") if path.suffix == ".safetensors" else None
+    if recorded is None:  # weights alone, LFM's among them: the paper's path and autoencoder
+        recorded = {"path": describe(Linear(sigma_min=1e-5)), "class_names": (), "sampling": {}}
+    return model, recorded, recorded.get("autoencoder", DEFAULT_HUB_NAME)
 
 
-def _opened(autoencoder, otherwise):
-    if isinstance(autoencoder, Autoencoder):
-        return autoencoder
-    return load_autoencoder(otherwise if autoencoder is None else autoencoder)
-
-
-def _from_folder(folder, autoencoder):
-    index = read_json(folder / INDEX, "path", "class_names", "sampling")
-    model = read_network(folder, index)
-    if autoencoder is None and not (folder / "vae").is_dir():
-        raise ValueError(f"{folder} has no folder vae; give the autoencoder by name or folder")
-    autoencoder = _opened(autoencoder, "embedded" if folder == EMBEDDED_FOLDER else folder / "vae")
-    return _arguments(model, autoencoder, index)
+def _path(model, recorded):
+    return model.path if recorded["path"] is None else make_path(**recorded["path"])  # None: an adapter's own
 
 
 def _lfms(folder):
@@ -79,21 +92,3 @@ def _newest_whole(folder):
             damage = error
             warnings.warn(f"skipping a checkpoint that cannot be read ({error})", stacklevel=4)
     raise ValueError(f"{folder}: none of its checkpoints can be read ({damage})")
-
-
-def _from_checkpoint(path, model, autoencoder):
-    recorded = read_metadata(path).get("flow") if path.suffix == ".safetensors" else None
-    if recorded is None:  # weights alone, LFM's among them: the paper's path and autoencoder
-        return {
-            "model": model,
-            "autoencoder": _opened(autoencoder, DEFAULT_HUB_NAME),
-            "path": Linear(sigma_min=1e-5),
-        }
-    return _arguments(model, _opened(autoencoder, recorded["autoencoder"]), recorded)
-
-
-def _arguments(model, autoencoder, recorded):
-    named = {name: recorded[name] for name in ("class_names", "sampling")}
-    path = model.path if recorded["path"] is None else make_path(**recorded["path"])  # None: an adapter's own
-    task = recorded.get("task", {})  # older flows have no task of their own
-    return {"model": model, "autoencoder": autoencoder, "path": path, **named, "task": task}
