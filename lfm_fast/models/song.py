@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lfm_fast.models.edm_unet import EDMUNet, check_config
-from lfm_fast.models.unet_layers import GroupNorm, UNetBlock, filter_of, filtered
+from lfm_fast.models.unet_layers import Filtered, GroupNorm, UNetBlock, filtered
 from lfm_fast.models.velocity_network import is_count, require_count
 
 _NORM_EPS = 1e-6
@@ -170,7 +170,7 @@ class FourierFeatures(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-class AuxiliaryInput(nn.Conv2d):
+class AuxiliaryInput(Filtered, nn.Conv2d):
     """Maps (B, C_in, H, W) -> (B, C, H / 2, W / 2): a 3x3 convolution, then the filter, every second pixel.
 
     Both are convolutions and may change places. The filter first, and then every second pixel of the other is a quarter
@@ -180,7 +180,7 @@ class AuxiliaryInput(nn.Conv2d):
     def __init__(self, in_channels: int, channels: int, taps: tuple[int, ...]):
         super().__init__(in_channels, channels, 3, stride=2)
         self.around = 1 + (len(taps) - 1) // 2
-        self.register_buffer("resample_filter", filter_of(taps))
+        self.set_filter(taps)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(filtered(x, self.resample_filter, self.around))

@@ -69,25 +69,42 @@ def filter_of(taps: tuple[int, ...]) -> Tensor:
     return (row[:, None] * row / row.sum().square())[None, None]
 
 
-class Resampling(nn.Module):
-    """Maps with half or twice the side. The filter is a buffer, as checkpoints have it."""
+class Filtered(nn.Module):
+    """A layer with a filter of its own taps among its buffers, as checkpoints have it."""
+
+    def set_filter(self, taps: tuple[int, ...]) -> None:
+        self.taps = taps
+        self.register_buffer("resample_filter", filter_of(taps))
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        """The taps decide how the layer is computed, so weights that bring another filter belong to another network."""
+        key, own = prefix + "resample_filter", filter_of(self.taps)
+        given = state_dict.get(key)
+        if given is not None and given.device.type != "meta" and given.shape == own.shape:
+            if not torch.allclose(given.detach().cpu().float(), own, rtol=1e-2):  # it may have been rounded to bfloat16
+                errors.append(f"{key} is another filter than that of the taps {', '.join(map(str, self.taps))}")
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+
+class Resampling(Filtered):
+    """Maps with half or twice the side."""
 
     def __init__(self, factor: str, taps: tuple[int, ...]):
         super().__init__()
-        self.factor, self.taps = factor, taps
-        self.register_buffer("resample_filter", filter_of(taps))
+        self.factor = factor
+        self.set_filter(taps)
 
     def forward(self, x: Tensor) -> Tensor:
         return resample(x, self.factor, self.taps, self.resample_filter)
 
 
-class ResamplingConv2d(nn.Conv2d):
+class ResamplingConv2d(Filtered, nn.Conv2d):
     """Maps with half or twice the side, then a convolution that keeps it."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, factor: str, taps: tuple[int, ...]):
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
-        self.factor, self.taps = factor, taps
-        self.register_buffer("resample_filter", filter_of(taps))
+        self.factor = factor
+        self.set_filter(taps)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(resample(x, self.factor, self.taps, self.resample_filter))
