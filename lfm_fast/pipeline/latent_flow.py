@@ -138,6 +138,12 @@ class LatentFlow:
             images.append(self.decode(z_0))
         return torch.cat(images)
 
+    def from_semantic_map(self, label_map, num_samples=1, seed=0, **options):
+        """Draw images for a label map: see `lfm_fast.tasks.semantic.from_semantic_map`."""
+        from lfm_fast.tasks.semantic import from_semantic_map
+
+        return from_semantic_map(self, label_map, num_samples, seed, **options)
+
     def decode(self, z_0):
         """Images (B, 3, H, W) in [0, 1] on the CPU of latents (B, C, h, w)."""
         return (self.autoencoder.decode(z_0).cpu() + 1) / 2

@@ -11,6 +11,7 @@ from lfm_fast.models import create_model
 TASKS = {
     "unconditional": "lfm_fast.tasks.base:Task",
     "labelled": "lfm_fast.tasks.base:Task",
+    "semantic": "lfm_fast.tasks.semantic:Semantic",
 }
 CONDITIONED = tuple(name for name in TASKS if name not in ("unconditional", "labelled"))  # labels only when asked for
 

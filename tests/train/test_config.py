@@ -84,7 +84,7 @@ BAD = [
     ({"ema_decay": 1.0}, "ema_decay is 1.0"),
     ({"label_dropout": 1.5}, "label_dropout is 1.5"),
     ({"precision": "fp7"}, "precision is 'fp7'; there is auto, fp32, tf32, bf16, bf16-pure and fp8"),
-    ({"task": "inpainting"}, "task is 'inpainting'; there is unconditional and labelled"),
+    ({"task": "drawing"}, "task is 'drawing'; there is unconditional, labelled"),
     ({"schedule": "linear"}, "schedule is 'linear'"),
     ({"compile": "yes"}, "compile is 'yes'"),
     ({"path": "curved"}, "path is 'curved'"),
