@@ -39,7 +39,21 @@ def test_presets_hold_the_published_numbers(name):
 
 
 def test_every_preset_is_tested():
-    assert set(PRESETS) == set(PUBLISHED) | {"embedded"}
+    assert set(PRESETS) == set(PUBLISHED) | {"embedded"} | set(EMOJI)
+
+
+# name -> task: what a task's page trains on the embedded set
+EMOJI = {"emoji-semantic": "semantic"}
+
+
+@pytest.mark.parametrize("name", EMOJI)
+def test_presets_of_tasks_differ_from_the_embedded_one_where_they_must(name):
+    config, plain = from_preset(name), from_preset("embedded")
+    assert config.task == EMOJI[name]
+    assert (config.data, config.autoencoder, config.image_size) == ("embedded", "embedded", 64)
+    free = {"preset", "task", "palette", "model", "batch_size", "steps", "label_dropout", "guidance_scale"}
+    assert set(plain.different_curve(config.as_dict())) <= free
+    assert (config.label_dropout, config.guidance_scale) == (0.0, 1.0)
 
 
 def test_no_argument_means_the_embedded_preset():
