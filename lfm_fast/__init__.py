@@ -16,6 +16,7 @@ _EXPORTS = {
     "flow_matching_loss": "lfm_fast.flow.objective",
     "sample": "lfm_fast.sampling",
     "SampleStats": "lfm_fast.sampling",
+    "Sampler": "lfm_fast.sampler",
     "tune_grid": "lfm_fast.tuning",
     "LatentFlow": "lfm_fast.pipeline",
     # the classes that saved folders name

@@ -130,17 +130,15 @@ def sample(
 
     Source: Dao et al., arXiv 2307.08698, section 3; Lipman et al., arXiv 2210.02747.
     """
-    _check_tensors(model, z1, y, indices, model_kwargs, callback)
-    _check_numbers(num_steps, atol, rtol, max_nfe, seed, compat)
+    check_tensors(model, z1, y, indices, model_kwargs, callback)
+    check_numbers(num_steps, atol, rtol, max_nfe, seed, compat)
     if null_label is not None:
-        _check_null_label(null_label, torch.int64 if y is None else y.dtype)
-    guidance = _choose_guidance(guidance, guidance_scale, guidance_interval)
-    solver = get_solver(_of_torchdiffeq(method) if compat == "lfm" else method)
-    path = choose_path(model, path)
-    times = _times(solver, time_grid, num_steps, t_start, t_end, path, compat)
+        check_null_label(null_label, torch.int64 if y is None else y.dtype)
+    guidance = choose_guidance(guidance, guidance_scale, guidance_interval)
+    solver, path, times = planned(model, method, num_steps, time_grid, t_start, t_end, path, compat)
     if hasattr(guidance, "begin"):
-        guidance = guidance.begin(_run(solver, model, z1, y, null_label, path))
-    grid, times = times, _after_zero_steps(guidance, times)
+        guidance = guidance.begin(guided_run(solver, model, z1, y, null_label, path))
+    grid, times = times, after_zero_steps(guidance, times)
     _check_budget(solver, max_nfe, len(times) - 1, trajectory)
 
     started = time.perf_counter()
@@ -167,7 +165,8 @@ def sample(
     return (result, _stats(solution, field, z.device, started)) if return_stats else result
 
 
-def _run(solver, model, z1, y, null_label, path):
+def guided_run(solver, model, z1, y, null_label, path):
+    """What a guidance object may ask."""
     return Run(
         model=model,
         batch_size=z1.shape[0],
@@ -179,12 +178,19 @@ def _run(solver, model, z1, y, null_label, path):
     )
 
 
-def _after_zero_steps(guidance, times):
+def after_zero_steps(guidance, times):
     """The times that are left when the state stays as it is in the guidance's `zero_steps`."""
     count, num_steps = getattr(guidance, "zero_steps", 0), len(times) - 1
     if count >= num_steps:
         raise ValueError(f"guidance leaves out the first {count} of {num_steps} steps (zero_steps): none is left.")
     return times[count:]
+
+
+def planned(model, method, num_steps, time_grid, t_start, t_end, path, compat):
+    """(solver, path, times), which no batch decides. Raises ValueError for what makes none."""
+    solver = get_solver(_of_torchdiffeq(method) if compat == "lfm" else method)
+    path = choose_path(model, path)
+    return solver, path, _times(solver, time_grid, num_steps, t_start, t_end, path, compat)
 
 
 def _of_torchdiffeq(method):
@@ -265,7 +271,7 @@ def _times(solver, time_grid, num_steps, t_start, t_end, path, compat):
     return times
 
 
-def _choose_guidance(guidance, scale, interval):
+def choose_guidance(guidance, scale, interval):
     if guidance is None:
         return LinearGuidance(scale, interval)
     if not callable(guidance):
@@ -277,14 +283,14 @@ def _choose_guidance(guidance, scale, interval):
     return guidance
 
 
-def _check_null_label(null_label, dtype):
+def check_null_label(null_label, dtype):
     if not isinstance(null_label, int) or isinstance(null_label, bool) or null_label < 0:
         raise ValueError(f"null_label is {null_label!r}, expected a label (an integer from 0 on) or None.")
     if null_label > torch.iinfo(dtype).max:
         raise ValueError(f"null_label is {null_label}, more than {dtype} holds, which is the type of the labels y.")
 
 
-def _check_tensors(model, z1, y, indices, model_kwargs, callback):
+def check_tensors(model, z1, y, indices, model_kwargs, callback):
     check_model(model, model_kwargs)
     if not isinstance(z1, torch.Tensor) or z1.dtype not in FLOATS or z1.ndim < 2 or z1.numel() == 0:
         raise ValueError(
@@ -310,7 +316,7 @@ def _check_tensors(model, z1, y, indices, model_kwargs, callback):
         raise ValueError(f"callback is {callback!r}, expected a function callback(step, t, z).")
 
 
-def _check_numbers(num_steps, atol, rtol, max_nfe, seed, compat):
+def check_numbers(num_steps, atol, rtol, max_nfe, seed, compat):
     for name, value in (("num_steps", num_steps), ("max_nfe", max_nfe)):
         if (name, value) != ("max_nfe", None) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name} is {value!r}, expected a whole number from 1 on.")

@@ -17,12 +17,12 @@ ROWS = (
     {"pipeline", "train", "tuning", "approximations", "interop"},
     {"tasks"},
     {"metrics"},
-    {"sampling", "likelihood", "data", "pictures"},
+    {"sampler", "sampling", "likelihood", "data", "pictures"},
     {"solvers", "guidance", "flow", "autoencoder", "models", "checkpoint"},
     {"ops"},
     {"kernels", "_cache", "_graphs", "_library", "distributed"},
 )
-WITHIN_A_ROW = {("pipeline", "interop"), ("guidance", "flow"), ("checkpoint", "models")}
+WITHIN_A_ROW = {("pipeline", "interop"), ("sampler", "sampling"), ("guidance", "flow"), ("checkpoint", "models")}
 ABOVE_ALL = ("train_fast", "scripts", "tests", "benchmarks")
 RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}
 

@@ -60,6 +60,7 @@ class Network:
     """
 
     samples = None
+    recorded = False  # whether it runs inside a CUDA graph, which the host must not be waited for in
     times = None  # (B,) the times of the evaluation under way, on the host, where the solver knows them
 
     def __init__(self, model, z, y=None, null_label=None, model_kwargs=None):
@@ -93,6 +94,13 @@ class Network:
             other._take(model)
             self._others[key] = other
         return self._others[key]
+
+    def restart(self, y, entries):
+        """Count from zero, for as many samples under other labels, with other entries; what is prepared stays."""
+        self._others = {key: other for key, other in self._others.items() if key[1] is None}
+        count = Count(self.count.batch_size)
+        for network in (self, *self._others.values()):
+            network.y, network.entries, network._chosen, network.count = y, entries, None, count
 
     def select(self, rows):
         """The network of some samples of the whole batch, Rows; counted together with it."""
@@ -134,17 +142,25 @@ class Network:
         """Announce times (floats, in order of use); guided, labelled: the unconditional, the conditional velocity will
         be asked for.
 
-        What the model computes beforehand is of its weights of now; it lives as long as this network.
+        What the model computes beforehand is of its weights of now; it lives as long as this network, and serves again
+        for the same times.
         """
         if not self.prepares:
+            self._prepared, self._numbers = None, {}
             return
-        self._numbers = {time: number for number, time in enumerate(dict.fromkeys(times))}
-        moments = torch.tensor(list(self._numbers), dtype=torch.float64).to(self._like).to(self.time_dtype)
+        numbers = {time: number for number, time in enumerate(dict.fromkeys(times))}
         named = guided and self.null_label is not None
         labels = [self.y] if labelled and self.y is not None else []
         labels += [self._null(self._like)] if named else []
         unlabelled = (labelled and self.y is None) or (guided and not named)
-        self._prepared = self.model.prepare(moments, torch.cat(labels) if labels else None, unlabelled=unlabelled)
+        y = torch.cat(labels) if labels else None
+        if self._prepared is None or numbers != self._numbers:
+            moments = torch.tensor(list(numbers), dtype=torch.float64).to(self._like).to(self.time_dtype)
+            self._prepared, self._numbers = self.model.prepare(moments, y, unlabelled=unlabelled), numbers
+        elif not self.recorded:
+            self._prepared.relabel(y, unlabelled)
+        if self.recorded:
+            self._prepared.relabel(y, unlabelled, distinct=False)
 
     def conditional(self, t, z, time=None, rows=None):
         """model(t, z, y) (B, ...); time: t as a float, where all samples share one that the host knows; `rows`: the

@@ -177,12 +177,21 @@ class _Prepared:
     def __init__(self, adapter, times, y, unlabelled):
         self.adapter, self.times = adapter, times
         self.dtype = weight_type(adapter.network)
-        null = getattr(adapter, "null_label", None)
-        if unlabelled and null is not None:  # what y=None stands for is a label like others
-            null = torch.full((1,), null, device=times.device)
-            y, unlabelled = null if y is None else torch.cat([y, null.to(y.dtype)]), False
         theirs = adapter.their_time(times).to(torch.float32 if self.dtype in _HALF else self.dtype)
+        y, unlabelled = self._named(y, unlabelled)
         self.network = adapter.network.prepare(theirs, y, unlabelled=unlabelled)
+
+    def relabel(self, y, unlabelled, distinct=True):
+        """Prepare for other labels: see lfm_fast.models.prepared."""
+        self.network.relabel(*self._named(y, unlabelled), distinct)
+
+    def _named(self, y, unlabelled):
+        """What y=None stands for is a label like others, where there is one."""
+        null = getattr(self.adapter, "null_label", None)
+        if not unlabelled or null is None:
+            return y, unlabelled
+        null = torch.full((1,), null, device=self.times.device)
+        return null if y is None else torch.cat([y, null.to(y.dtype)]), False
 
     def __call__(self, k, z, y=None, samples=None):
         count = len(z) if samples is None else len(samples)

@@ -254,11 +254,9 @@ class DiT(VelocityNetwork):
             raise ValueError(
                 f"times must be floating and (N,), one time or more, but is {times.dtype} {tuple(times.shape)}."
             )
-        if y is not None:
-            self.check_labels(y, y.numel())
         if not is_count(max_bytes) or max_bytes < 1:
             raise ValueError(f"max_bytes must be a positive integer, but is {max_bytes!r}.")
-        return Prepared(self, times, y, unlabelled or y is None, max_bytes)
+        return Prepared(self, times, y, unlabelled, max_bytes)
 
     def flops_per_sample(self) -> int:
         """Floating-point operations of one forward on one sample: 2 per multiply-add of its matrix products."""

@@ -18,16 +18,33 @@ class Prepared:
         device = model.pos_embed.device
         self.model, self.times = model, times.to(device)
         self.default = model.num_labels - 1  # what y=None means
+        self.parts, self.max_bytes = len(model.blocks) + 1, max_bytes
+        self.labels = None
+        self.relabel(y, unlabelled)
+
+    def relabel(self, y: Tensor | None, unlabelled: bool, distinct: bool = True) -> None:
+        """Prepare for other labels than before; where they are the same ones, the table stays.
+
+        distinct: of equal labels one is prepared, which the host has to wait for. Otherwise each is, and anew: a table
+        whose size is known beforehand, as a CUDA graph wants it. ValueError for labels that the network does not have.
+        """
+        model, device = self.model, self.times.device
+        if y is not None:
+            model.check_labels(y, y.numel())
         known = [] if y is None else [y.to(device, torch.int64)]
-        known += [torch.tensor([self.default], device=device)] if unlabelled else []
-        self.labels = torch.cat(known).unique()  # (L,)
-        places = torch.arange(len(self.labels), device=device)
-        self.place = torch.full((model.num_labels,), -1, device=device).index_copy(0, self.labels, places)
-        self.parts = len(model.blocks) + 1
+        known += [torch.full((1,), self.default, device=device)] if unlabelled or y is None else []
+        labels = torch.cat(known)
+        if distinct:
+            labels = labels.unique()
+            if self.labels is not None and torch.equal(labels, self.labels):
+                return
+        self.labels = labels  # (L,)
+        places = torch.arange(len(labels), device=device)
+        self.place = torch.full((model.num_labels,), -1, device=device).index_copy(0, labels, places)
         width = 6 * model.hidden_size * model.pos_embed.element_size()
         # the parts, one by one, and the table made of them exist at once
-        self.times_at_once = max(1, max_bytes // (2 * self.parts * len(self.labels) * width))
-        self.parts_start = len(self.labels) * torch.arange(self.parts, device=device)[:, None]
+        self.times_at_once = max(1, self.max_bytes // (2 * self.parts * len(labels) * width))
+        self.parts_start = len(labels) * torch.arange(self.parts, device=device)[:, None]
         self.first, self.table = 0, None  # the number of the table's first time, and (times, parts L, 6 D)
 
     def __call__(

@@ -18,6 +18,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from lfm_fast.solvers import adaptive, embedded, external, fixed, tableaus
 from lfm_fast.solvers.multistep import AdamsBashforth, DPMSolverPP2M, UniPC
@@ -54,6 +55,7 @@ class Solver:
     evaluations: Callable[[int], int] | None = None
     equidistant: bool = False  # its formula holds on equidistant times only
     stops: bool = True  # can stop at a budget of evaluations, keeping the last state
+    formula: Any = None  # that of a method of fixed steps
     stochastic: bool = False  # draws noise on the way, so that finer steps do not come nearer to one result
 
 
@@ -63,6 +65,7 @@ def _fixed(formula):
         partial(fixed.integrate, formula),
         formula.order,
         evaluations=formula.evaluations,
+        formula=formula,
         stochastic=isinstance(formula, Stochastic),
     )
 

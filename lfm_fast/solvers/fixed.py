@@ -20,12 +20,7 @@ def integrate(formula, field, z, times, settings):
     direction. settings: a Settings. Returns a Solution. Raises RuntimeError for a velocity that is not finite.
     """
     run = Run(formula, field, z, times, settings)
-    watched = _reading_is_free(z)
-    solution = run(settings.on_step, watched)
-    if not watched and not bool(solution.z.isfinite().all()):
-        run(watched=True)  # once more, to find out where
-        run.check(solution.z)
-    return solution
+    return run.watched(settings.on_step)
 
 
 def _reading_is_free(z):
@@ -34,24 +29,44 @@ def _reading_is_free(z):
 
 
 class Run:
-    """A method compiled for one field, state and grid. Calling it integrates, without reading anything back."""
+    """A method compiled for one field, grid and kind of state. Calling it integrates, without reading anything back.
+
+    `start` lets it begin anew: from another state, and with what has changed in the field.
+    """
 
     def __init__(self, formula, field, z, times, settings):
         self.program = compile_schedule(formula, times, settings.path)
-        if hasattr(field, "prepare"):
-            field.prepare(list(self.program.moments))
+        self.field, self.times, self.settings = field, times, settings
+        self.start(z, settings.index, settings.seed)
         field_at = getattr(field, "at", lambda time: field)
         fields = [field_at(time) for time in self.program.moments]
         self.moves = list(zip(fields, *self.program.numbers(z), self.program.instructions))
         self.blocks = (z[0].numel() + 3) // 4  # of the counter, that one normal takes
-        self.z, self.times, self.settings = z, times, settings
-        self.index = None
+
+    def start(self, z, index=None, seed=0):
+        """The next calls integrate from z, with the noise of samples `index` (B,), None being 0, 1, ..., of `seed`."""
+        if hasattr(self.field, "prepare"):
+            self.field.prepare(list(self.program.moments))
+        self.z, self.seed, self.index = z, seed, None
         if self.program.noise is not None:
-            index = torch.arange(z.shape[0]) if settings.index is None else settings.index
-            self.index = index.to(z.device)
+            self.index = (torch.arange(z.shape[0]) if index is None else index).to(z.device)
+
+    def watched(self, on_step=None):
+        """Call it, and raise RuntimeError if a velocity was not finite."""
+        watched = _reading_is_free(self.z)
+        solution = self(on_step, watched)
+        if not watched:
+            self.check_end(solution.z)
+        return solution
+
+    def check_end(self, z):
+        """Raise RuntimeError if the state at the end is not finite, and say where it became so."""
+        if not bool(z.isfinite().all()):
+            self(watched=True)  # once more, to find out where
+            self.check(z)
 
     def __call__(self, on_step=None, watched=False):
-        z, seed, steps, nfe, guided_step = self.z, self.settings.seed, 0, 0, GuidedSteps()
+        z, seed, steps, nfe, guided_step = self.z, self.seed, 0, 0, GuidedSteps()
         states = [z] if self.settings.trajectory else None
         store = [None] * self.program.num_places
         store[0] = z
