@@ -250,8 +250,9 @@ def _check_levels(config: dict) -> None:
                 f"model_channels {config['model_channels']} times channel_mult gives {channels} channels, which is no "
                 "multiple of 32, the number of groups of the norms."
             )
-        for rising in (False, True):
-            if not heads(config, channels, rising) or channels % heads(config, channels, rising):
-                raise ValueError(
-                    f"{channels} channels cannot be split into {heads(config, channels, rising)} heads of attention."
-                )
+        width = config["num_head_channels"]
+        if width != -1 and channels % width:
+            raise ValueError(f"{channels} channels cannot be split into heads of {width} channels.")
+        for number in (heads(config, channels, rising) for rising in (False, True)):
+            if channels % number:
+                raise ValueError(f"{channels} channels cannot be split into {number} heads.")

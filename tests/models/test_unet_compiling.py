@@ -1,0 +1,75 @@
+"""Compiled U-Nets: one graph without a break for every batch, labelled or not, equal to the plain network."""
+
+import copy
+
+import pytest
+import torch
+from test_compiling import fresh_compiler  # noqa: F401 (a fixture that runs by itself)
+from test_unet import KINDS, difference, gradients, inputs, unet
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from lfm_fast.models.layout_unet import LayoutUNet
+from lfm_fast.train.compiling import can_compile_for_cpu
+
+
+def compiled_unet(kind, backend="aot_eager", **arguments):
+    model, counter = unet(kind, **arguments), CompileCounterWithBackend(backend)
+    model.compile(backend=counter)
+    return model, counter
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+def test_one_graph_serves_every_batch_with_and_without_labels(kind, checkpointing):
+    plain, (model, counter) = unet(kind), compiled_unet(kind, "eager" if checkpointing == "none" else "aot_eager")
+    model.activation_checkpointing = checkpointing
+    for batch in (1, 4):
+        given = inputs(model, batch)
+        for labels in (given["y"], None, given["y"].int()):
+            found, expected = (gradients(m, {**given, "y": labels}) for m in (model, plain))
+            for one, other in zip(found, expected, strict=True):
+                # the same but for the order in which the adaptive norms multiply and add
+                assert (one - other).abs().max() <= 1e-5 * other.abs().max() + 1e-6 * max(map(torch.max, expected))
+    assert counter.frame_count == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_layouts_and_conditions_make_no_further_graph(precision):
+    model, counter = compiled_unet("unet", "eager", in_channels=9, out_channels=4)
+    given = inputs(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16):
+        expected = model(**given)
+        given["z"] = given["z"].contiguous(memory_format=torch.channels_last)
+        assert torch.equal(model(**given), expected)
+        given["z"], condition = given["z"][:, :4], given["z"][:, 4:]
+        assert torch.equal(model(**given, condition=condition), expected)
+    assert counter.frame_count == 1
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not can_compile_for_cpu(), reason="there is no C++ compiler for Inductor")
+def test_inductors_code_serves_every_batch():
+    plain, (model, counter) = unet("layout"), compiled_unet("layout", "inductor")
+    for batch in (1, 3):
+        given = inputs(model, batch)
+        assert difference(model(**given), plain(**given)) < 1e-5  # its kernels add in another order
+    assert counter.frame_count == 1
+
+
+@torch.no_grad()
+def test_a_copy_is_not_compiled():
+    model, counter = compiled_unet("unet", "eager")
+    other = copy.deepcopy(model)
+    assert torch.equal(other(**inputs(other)), unet("unet")(**inputs(other)))
+    assert counter.frame_count == 0
+
+
+def test_another_part_is_refused():
+    with pytest.raises(ValueError, match="part is 'blocks'"):
+        unet().compile("blocks")
+
+
+def test_the_context_keeps_its_width():
+    assert compiled_unet("layout")[0].config["context_dim"] == 24
+    assert LayoutUNet.sample_arguments == ("condition", "context")
