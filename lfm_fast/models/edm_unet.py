@@ -69,7 +69,7 @@ class EDMUNet(ConvolutionalNetwork):
         """The network proper, all inputs explicit: compile this and labelled and unlabelled calls share one graph."""
         dtype = self.map_layer0.weight.dtype
         emb = self.embedding(t, y, dtype)
-        skips = self.encoded(z.to(dtype), emb)
+        skips = self.encoded(self.maps(z), emb)
         x = skips[-1]
         for name, block in self.dec.items():
             if "_block" in name:  # in0, in1 and up take no skip

@@ -174,7 +174,7 @@ class UNet(ConvolutionalNetwork):
     def velocity(self, t: Tensor, z: Tensor, y: Tensor, context: Tensor | None = None) -> Tensor:
         """The network proper, all inputs explicit: compile this and labelled and unlabelled calls share one graph."""
         emb, run = nn.functional.silu(self.embedding(t, y)), self.run
-        h, skips = z.to(self.out[2].weight.dtype), []
+        h, skips = self.maps(z), []
         for stage in self.input_blocks:
             h = run(stage, h, emb, context)
             skips.append(h)
