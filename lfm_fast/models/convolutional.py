@@ -37,7 +37,7 @@ class ConvolutionalNetwork(VelocityNetwork):
         return self.num_classes
 
     def maps(self, z: Tensor) -> Tensor:
-        """z in the weights' dtype, and with channels innermost where convolutions run in 16 bits: they are faster so."""
+        """z in the weights' dtype, and with channels innermost where convolutions run in 16 bits, which is faster."""
         weight = next(self.parameters())
         z, device, dtype = z.to(weight.dtype), z.device.type, weight.dtype
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):

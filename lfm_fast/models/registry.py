@@ -44,7 +44,7 @@ NETWORKS["ncsn++"] = (
 # data set
 NETWORKS["adm-original"] = (UNet, {})
 NETWORKS["adm-layout"] = (LayoutUNet, {})
-_EMOJI = {"model_channels": 64, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (2,)}
+_EMOJI = {"model_channels": 64, "channel_mult": (1, 2, 2), "num_res_blocks": 1, "attention_resolutions": (2, 4)}
 NETWORKS["ADM-Emoji"] = (UNet, _EMOJI)
 NETWORKS["ADM-Emoji-layout"] = (LayoutUNet, {**_EMOJI, "context_dim": 128})
 
