@@ -6,7 +6,7 @@ from pathlib import Path
 from lfm_fast.cli.arguments import device_named
 
 _GUIDANCE = {"plain": "LinearGuidance", "rescale": "Rescale", "apg": "APG", "cfg-zero": "CFGZeroStar"}
-_CONDITIONS = {"label_map": "semantic"}  # flag that tells what to condition on -> task that makes images of it
+_CONDITIONS = {"label_map": "semantic", "layout": "layout"}  # flag of what to condition on -> task that does
 _COMPARED = 4  # images that --reuse solves both ways
 _GRIDS = "uniform, quadratic, karras, karras:RHO, shift:S, step:H, lfm or a .json file that tune-grid wrote"
 
@@ -29,6 +29,7 @@ def add(commands):
     add("--tolerance", type=float, help="atol and rtol of an adaptive solver")
     add("--reuse", type=float, metavar="ERROR", help="extrapolate velocities where the relative error is below this")
     add("--label-map", metavar="FILE", help="for a flow of task semantic: a PNG of ids, or of the palette's colours")
+    add("--layout", metavar="FILE", help="for a flow of task layout: a .json file of boxes, or of several such lists")
     add("--seed", type=int, default=0, help="image i depends on the seed and i alone (default: %(default)s)")
     add("--batch-size", type=int, help="images at a time (default: 64)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")

@@ -12,6 +12,7 @@ TASKS = {
     "unconditional": "lfm_fast.tasks.base:Task",
     "labelled": "lfm_fast.tasks.base:Task",
     "semantic": "lfm_fast.tasks.semantic:Semantic",
+    "layout": "lfm_fast.tasks.layout:Layout",
 }
 CONDITIONED = tuple(name for name in TASKS if name not in ("unconditional", "labelled"))  # labels only when asked for
 
