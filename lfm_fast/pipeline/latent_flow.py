@@ -144,6 +144,12 @@ class LatentFlow:
 
         return from_semantic_map(self, label_map, num_samples, seed, **options)
 
+    def from_layout(self, boxes, num_samples=1, seed=0, **options):
+        """Draw images with things in the boxes asked for: see `lfm_fast.tasks.layout.from_layout`."""
+        from lfm_fast.tasks.layout import from_layout
+
+        return from_layout(self, boxes, num_samples, seed, **options)
+
     def decode(self, z_0):
         """Images (B, 3, H, W) in [0, 1] on the CPU of latents (B, C, h, w)."""
         return (self.autoencoder.decode(z_0).cpu() + 1) / 2

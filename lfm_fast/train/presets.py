@@ -91,3 +91,16 @@ PRESETS = {
         "guidance_scale": 1.5,
     },
 }
+
+# pictures of several emoji, each in the box it was asked for: 4.1 M parameters, minutes on two CPU cores
+PRESETS["emoji-layout"] = {
+    **PRESETS["embedded"],
+    "task": "layout",
+    "model": "ADM-Emoji-layout",
+    "batch_size": 64,
+    "steps": 3000,
+    "label_dropout": 0.0,
+    "guidance_scale": 1.0,
+    "sample_every": 1000,
+    "samples_per_class": 4,
+}

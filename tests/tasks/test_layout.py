@@ -131,7 +131,7 @@ def test_a_condition_depends_on_seed_and_number_alone_and_one_in_ten_is_withheld
 
 
 def test_from_layout_samples_each_layout_in_turn(flow):
-    images = from_layout(flow, [[CAT], [CAT, DOG]], num_samples=2, seed=3, **SETTINGS)
+    images = flow.from_layout([[CAT], [CAT, DOG]], num_samples=2, seed=3, **SETTINGS)
     assert images.shape == (4, 3, SIZE, SIZE)
     boxes = torch.stack([as_boxes([CAT], NAMES, 4)] * 2 + [as_boxes([CAT, DOG], NAMES, 4)] * 2)
     assert torch.equal(images, flow.sample(4, condition=boxes, seed=3, **SETTINGS))
