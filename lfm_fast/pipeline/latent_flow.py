@@ -231,7 +231,7 @@ class LatentFlow:
         folders.write(self, folder, dtype, as_diffusers)
 
     @classmethod
-    def from_pretrained(cls, source, autoencoder=None, device=None):
+    def from_pretrained(cls, source, autoencoder=None, device=None, model=None):
         """Load from "embedded", a folder that `save_pretrained` wrote, a training run's folder, or a checkpoint file.
 
         Args:
@@ -241,10 +241,11 @@ class LatentFlow:
             autoencoder: an `Autoencoder`, or a name or folder for `load_autoencoder`; None takes the one recorded with
                 the weights, and for LFM's files, which record none, stabilityai/sd-vae-ft-mse.
             device: where to put it; None is the CPU.
+            model: the network of weights that do not tell which it is; they are copied into it.
 
         Raises ValueError with one sentence when nothing usable is there.
         """
-        flow = cls(**folders.read(source, autoencoder))
+        flow = cls(**folders.read(source, autoencoder, model))
         flow.model.eval()
         return flow.to(device) if device is not None else flow
 
