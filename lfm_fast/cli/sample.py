@@ -6,7 +6,8 @@ from pathlib import Path
 from lfm_fast.cli.arguments import device_named
 
 _GUIDANCE = {"plain": "LinearGuidance", "rescale": "Rescale", "apg": "APG", "cfg-zero": "CFGZeroStar"}
-_CONDITIONS = {"label_map": "semantic", "layout": "layout"}  # flag of what to condition on -> task that does
+# flag that tells what to condition on -> task that makes images of it
+_CONDITIONS = {"image": "inpainting", "label_map": "semantic"}
 _COMPARED = 4  # images that --reuse solves both ways
 _GRIDS = "uniform, quadratic, karras, karras:RHO, shift:S, step:H, lfm or a .json file that tune-grid wrote"
 
@@ -28,8 +29,11 @@ def add(commands):
     add("--time-grid", metavar="GRID", help="times of a fixed-step solver: " + _GRIDS)
     add("--tolerance", type=float, help="atol and rtol of an adaptive solver")
     add("--reuse", type=float, metavar="ERROR", help="extrapolate velocities where the relative error is below this")
+    add("--image", metavar="FILE", help="inpaint: a picture of any size; needs --mask")
+    add("--mask", metavar="FILE", help="of the same size, white where the hole is")
+    add("--fit", default="resize", choices=("resize", "tile", "refuse"), help="of a picture of another size")
+    add("--approach", help="condition, project or project:resample; default: what suits the model")
     add("--label-map", metavar="FILE", help="for a flow of task semantic: a PNG of ids, or of the palette's colours")
-    add("--layout", metavar="FILE", help="for a flow of task layout: a .json file of boxes, or of several such lists")
     add("--seed", type=int, default=0, help="image i depends on the seed and i alone (default: %(default)s)")
     add("--batch-size", type=int, help="images at a time (default: 64)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
@@ -69,6 +73,8 @@ def _task(args):
     """The task whose flag says what to condition on, or None."""
     from lfm_fast.tasks import task_named
 
+    if args.image is None and args.mask is not None:
+        raise ValueError("--mask belongs to --image, the picture to paint holes of; give both")
     named = [flag for flag in _CONDITIONS if getattr(args, flag) is not None]
     if len(named) > 1:
         raise ValueError(f"--{named[0]} and --{named[1]} belong to different tasks; give one of them")

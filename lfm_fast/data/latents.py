@@ -15,7 +15,7 @@ from lfm_fast.data.latent_cache import LatentCache
 from lfm_fast.data.order import item_of
 from lfm_fast.ops.streams import STREAM_AUGMENTATION
 
-__all__ = ["CachedLatents", "EncodedImages", "LatentCache", "encode_images", "flips_of"]
+__all__ = ["CachedLatents", "EncodedImages", "LatentCache", "ReadAhead", "drawn_images", "encode_images", "flips_of"]
 
 
 def flips_of(sample_numbers: torch.Tensor, seed: int) -> torch.Tensor:
@@ -80,24 +80,32 @@ class EncodedImages:
         self.class_names = source.class_names
         self.num_classes = len(source.class_names)
         self.labels = source.labels
-        self._ahead = _ReadAhead(self._images)
+        self._ahead = ReadAhead(self._images)
 
     def batch(self, sample_numbers: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """z_0 (B, C, h, w) float32 on the autoencoder's device and y (B,) int64 on the CPU."""
-        images, items = self._ahead.get(sample_numbers, seed)
+        return self.of_images(*self._ahead.get(sample_numbers, seed), sample_numbers, seed)
+
+    def of_images(self, images, items, sample_numbers, seed):
+        """The batch of images (B, 3, H, W) uint8 that somebody has read already, those of `items` (B,)."""
         posterior = self.autoencoder.encode(to_model_range(images, device_of(self.autoencoder)))
         return posterior.sample(sample_numbers.to(posterior.mean.device), seed), self.labels[items]
 
     def _images(self, sample_numbers, seed):
-        items = item_of(sample_numbers, self.num_items, seed)
-        images = self.source.batch(items.tolist())
-        if self.flip:
-            flips = flips_of(sample_numbers, seed)
-            images[flips] = images[flips].flip(-1)
-        return images, items
+        return drawn_images(self.source, sample_numbers, seed, self.flip)
 
 
-class _ReadAhead:
+def drawn_images(source, sample_numbers, seed, flip):
+    """(images (B, 3, H, W) uint8, items (B,)) of an `ImageSource` that the samples are of, some mirrored if `flip`."""
+    items = item_of(sample_numbers, len(source), seed)
+    images = source.batch(items.tolist())
+    if flip:
+        flips = flips_of(sample_numbers, seed)
+        images[flips] = images[flips].flip(-1)
+    return images, items
+
+
+class ReadAhead:
     """Calls `load(sample_numbers, seed)` for the batch it expects next while the caller works on this one.
 
     The step from one batch to the next repeats (with gradient accumulation: as a cycle), so the next step is taken to

@@ -19,7 +19,7 @@ from lfm_fast.data.reading import UnusableImage, open_picture
 from lfm_fast.ops.streams import STREAM_AUGMENTATION
 
 KINDS = ("mixed", "strokes", "boxes")
-SHARE = (0.05, 0.6)  # of the pixels, that holes take
+SHARE = (0.05, 0.75)  # of the pixels, that holes take
 
 _FIRST_BLOCK = 1  # of stream 4's words: those of block 0 decide about mirrors (lfm_fast.data.latents.flips_of)
 _ATTEMPTS = 8  # at a mask whose share is in the range

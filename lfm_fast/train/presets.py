@@ -45,6 +45,17 @@ _EMBEDDED = {
 
 PRESETS = {
     "embedded": _EMBEDDED,
+    # the same with holes to paint
+    "emoji-inpainting": {
+        **_EMBEDDED,
+        "task": "inpainting",
+        "model": "ADM-Emoji",
+        "batch_size": 64,
+        "steps": 1500,
+        "label_dropout": 0.0,
+        "guidance_scale": 1.0,
+        "samples_per_class": 4,
+    },
     # the same with a label map of each picture, of its colours
     "emoji-semantic": {
         **_EMBEDDED,
@@ -53,17 +64,6 @@ PRESETS = {
         "model": "DiT-Emoji/2",
         "batch_size": 64,
         "steps": 1500,
-        "label_dropout": 0.0,
-        "guidance_scale": 1.0,
-        "samples_per_class": 4,
-    },
-    # scenes of several of them, each in the box it was asked for
-    "emoji-layout": {
-        **_EMBEDDED,
-        "task": "layout",
-        "model": "ADM-Emoji-layout",
-        "batch_size": 64,
-        "steps": 3000,
         "label_dropout": 0.0,
         "guidance_scale": 1.0,
         "samples_per_class": 4,

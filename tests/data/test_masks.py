@@ -35,7 +35,7 @@ def test_masks_stay_what_they_are():
 def test_holes_take_the_share_asked_for(kind, share):
     found = free_form(NUMBERS, 1, (48, 64), kind=kind, share=share).flatten(1).double().mean(1)
     assert share[0] <= found.min() <= found.max() <= share[1]
-    assert found.std() > 0.2 * (share[1] - share[0])  # and not one size for all; a uniform one has 0.29
+    assert found.std() > 0.15 * (share[1] - share[0])  # and not one size for all; a uniform one has 0.29
 
 
 def test_every_share_can_be_had():

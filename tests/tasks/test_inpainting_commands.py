@@ -1,0 +1,91 @@
+"""A flow is trained to inpaint, paints and is measured, by commands alone; and the one that ships paints as well."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lfm_fast import LatentFlow
+from lfm_fast.cli import main
+
+SMALL = ("--max-items", "8", "--batch-size", "4", "--steps", "2", "--log-every", "1", "--samples-per-class", "1")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    flags = ("--preset", "emoji-inpainting", "--model", "DiT-Emoji/4", "--device", "cpu", "--output", str(folder))
+    assert main(["train", *flags, *SMALL]) == 0
+    (run,) = folder.iterdir()
+    return run
+
+
+@pytest.fixture
+def files(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    mask = np.zeros((70, 90), np.uint8)
+    mask[20:50, 30:60] = 255
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    return tmp_path, ("--image", str(tmp_path / "image.png"), "--mask", str(tmp_path / "mask.png"))
+
+
+def test_grids_show_what_is_given_and_what_it_was(run):
+    """Six rows: the image with its hole, one sample, the image."""
+    assert sorted(path.name for path in (run / "samples").iterdir()) == ["0000000.png", "0000002.png"]
+    assert Image.open(run / "samples" / "0000002.png").size == (3 * 66 + 2, 6 * 66 + 2)
+
+
+def test_a_run_remembers_its_task(run):
+    flow = LatentFlow.from_pretrained(run)
+    assert flow.task == {"name": "inpainting", "masks": "mixed", "share": [0.05, 0.75]}
+    assert (flow.model.in_channels, flow.model.out_channels) == (9, 4)
+
+
+@pytest.mark.parametrize("fit", ["resize", "tile"])
+def test_holes_of_files_are_painted(run, files, fit):
+    folder, given = files
+    flags = ("--num-images", "2", "--num-steps", "2", "--fit", fit, "--output", str(folder / "painted"))
+    assert main(["sample", "--model", str(run), *given, *flags]) == 0
+    image, mask = (np.array(Image.open(folder / name)) for name in ("image.png", "mask.png"))
+    for name in ("000000.png", "000001.png"):
+        painted = np.array(Image.open(folder / "painted" / name))
+        assert np.array_equal(painted[mask == 0], image[mask == 0])
+        assert not np.array_equal(painted[mask > 0], image[mask > 0])
+
+
+def test_the_flow_that_ships_paints_too(files):
+    folder, given = files
+    flags = ("--num-images", "1", "--num-steps", "2", "--class", "Flags", "--output", str(folder / "painted.png"))
+    assert main(["sample", *given, *flags]) == 0
+    assert Image.open(folder / "painted.png").size == (94, 74)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--mask", "mask.png"), "--mask belongs to --image"),
+        (("--image", "image.png"), "--image needs --mask"),
+        (("--image", "image.png", "--mask", "no.png"), "cannot be opened"),
+        (("--image", "image.png", "--mask", "mask.png", "--approach", "condition"), "was not trained to inpaint"),
+        (("--image", "image.png", "--mask", "mask.png", "--fit", "refuse"), "70x90 pixels and the flow 64x64"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(files, flags, sentence, capsys, monkeypatch):
+    monkeypatch.chdir(files[0])
+    assert main(["sample", *flags]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+
+
+def test_figures_are_printed_and_written(run, tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    flags = ("--num-images", "4", "--num-steps", "2", "--output", str(file))
+    assert main(["evaluate", "--model", str(run), *flags]) == 0
+    figures = json.loads(file.read_text())
+    assert figures["images"] == 4
+    assert {"psnr", "seam", "mean colour: psnr", "another image: psnr", "truth: seam"} <= set(figures)
+    assert "mean colour: psnr: " in capsys.readouterr().out
+    assert main(["evaluate", "--model", "embedded", "--task", "inpainting", *flags]) == 0
