@@ -1,7 +1,8 @@
 """The runs that have a name, as a table.
 
-The DiT rows of the latent flow matching paper (arXiv 2307.08698): AdamW without weight decay, posterior samples of
+The rows of the latent flow matching paper (arXiv 2307.08698): AdamW without weight decay, posterior samples of
 sd-vae-ft-mse, t uniform, the straight path with sigma_min = 1e-5, EMA 0.9999; batch sizes are GPUs x images per GPU.
+Its ADM is `adm-original` for CelebA-HQ 256 and 512, LSUN church and both tasks, `adm` for the others.
 """
 
 _PUBLISHED = {
@@ -16,7 +17,15 @@ _PUBLISHED = {
     "flip": True,
 }
 _UNCONDITIONAL = {**_PUBLISHED, "model": "DiT-L/2", "task": "unconditional", "num_classes": 0, "label_dropout": 0.0}
-_LSUN = {**_UNCONDITIONAL, "max_items": 120_000, "learning_rate": 1e-4, "schedule": "constant", "epochs": 600.0}
+_FIRST = {"max_items": 120_000}  # of LSUN
+_LSUN = {**_UNCONDITIONAL, **_FIRST, "learning_rate": 1e-4, "schedule": "constant", "epochs": 600.0}
+_ADM_FFHQ = {**_UNCONDITIONAL, "model": "adm", "batch_size": 128, "learning_rate": 2e-5}
+_ADM_FFHQ |= {"schedule": "cosine", "epochs": 500.0}
+_ADM_BEDROOM = {**_ADM_FFHQ, **_FIRST, "learning_rate": 1e-5, "schedule": "constant"}
+_ADM_LARGE = {**_UNCONDITIONAL, "batch_size": 8 * 6, "precision": "bf16", "learning_rate": 2e-5}
+_ADM_LARGE |= {"schedule": "constant", "epochs": 1000.0}
+_ADM_TASK = {**_PUBLISHED, "model": "adm-original", "num_classes": 0, "label_dropout": 0.0, "batch_size": 2 * 64}
+_ADM_TASK |= {"learning_rate": 5e-5, "schedule": "cosine"}
 
 # OpenMoji at 64 pixels, made for two CPU cores: minutes, not days
 _EMBEDDED = {
@@ -101,4 +110,31 @@ PRESETS = {
         "epochs": 1000.0,
         "guidance_scale": 1.5,
     },
+    # 1 x 112, FID 5.67
+    "celeba256-adm": {**_ADM_FFHQ, "model": "adm-original-celeba256", "batch_size": 1 * 112},
+    # 1 x 128, FID 6.12
+    "ffhq256-adm": _ADM_FFHQ,
+    # 1 x 128, FID 7.05
+    "bedroom256-adm": _ADM_BEDROOM,
+    # FID 7.7; how it was trained is not published, so these are the bedroom's settings
+    "church256-adm": {**_ADM_BEDROOM, "model": "adm-original"},
+    # 8 x 96, FID 8.58 at guidance scale 1.25
+    "imagenet256-adm": {
+        **_PUBLISHED,
+        "model": "adm",
+        "task": "labelled",
+        "num_classes": 1000,
+        "label_dropout": 0.1,
+        "batch_size": 8 * 96,
+        "learning_rate": 1e-4,
+        "schedule": "constant",
+        "epochs": 1200.0,
+        "guidance_scale": 1.25,
+    },
+    # 8 x 6, FID 6.35
+    "celeba512-adm": {**_ADM_LARGE, "model": "adm-original-celeba512", "image_size": 512},
+    # 8 x 6; neither its FID nor its network's sizes are published, which are those of the 256-pixel ones here
+    "celeba1024-adm": {**_ADM_LARGE, "model": "adm", "image_size": 1024},
+    # 2 x 64, each, with --conditions for the label maps
+    "celeba256-semantic": {**_ADM_TASK, "task": "semantic", "palette": "celebamask-hq", "epochs": 175.0},
 }

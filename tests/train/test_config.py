@@ -22,6 +22,22 @@ PUBLISHED = {
     "bedroom256-dit-l2": ("DiT-L/2", 32, 1e-4, "constant", 600, 0.0),
     "church256-dit-l2": ("DiT-L/2", 96, 1e-4, "constant", 600, 0.0),
     "imagenet256-dit-b2": ("DiT-B/2", 1280, 1e-4, "constant", 1000, 0.1),
+    "celeba256-adm": ("adm-original-celeba256", 112, 2e-5, "cosine", 500, 0.0),
+    "ffhq256-adm": ("adm", 128, 2e-5, "cosine", 500, 0.0),
+    "bedroom256-adm": ("adm", 128, 1e-5, "constant", 500, 0.0),
+    "church256-adm": ("adm-original", 128, 1e-5, "constant", 500, 0.0),  # not published: the bedroom's
+    "imagenet256-adm": ("adm", 768, 1e-4, "constant", 1200, 0.1),
+    "celeba512-adm": ("adm-original-celeba512", 48, 2e-5, "constant", 1000, 0.0),
+    "celeba1024-adm": ("adm", 48, 2e-5, "constant", 1000, 0.0),
+    "celeba256-semantic": ("adm-original", 128, 5e-5, "cosine", 175, 0.0),
+}
+# name -> guidance scale of the published FID, precision and task, where they are not those of most
+SPECIAL = {
+    "imagenet256-dit-b2": (1.5, "auto", "labelled"),
+    "imagenet256-adm": (1.25, "auto", "labelled"),
+    "celeba512-adm": (1.0, "bf16", "unconditional"),
+    "celeba1024-adm": (1.0, "bf16", "unconditional"),
+    "celeba256-semantic": (1.0, "auto", "semantic"),
 }
 
 
@@ -31,7 +47,10 @@ def test_presets_hold_the_published_numbers(name):
     optimisation = (config.batch_size, config.learning_rate, config.schedule, config.epochs)
     found = (config.model, *optimisation, config.label_dropout)
     assert found == PUBLISHED[name]
-    assert (config.image_size, config.autoencoder) == (256, "stabilityai/sd-vae-ft-mse")
+    side = int(re.search("[0-9]+", name)[0])
+    assert (config.image_size, config.autoencoder) == (side, "stabilityai/sd-vae-ft-mse")
+    default = (1.0, "auto", "unconditional")
+    assert (config.guidance_scale, config.precision, config.task) == SPECIAL.get(name, default)
     assert (config.path, config.sigma_min, config.time_sampler) == ("linear", 1e-5, "uniform")
     assert (config.ema_decay, config.weight_decay, config.final_learning_rate) == (0.9999, 0.0, 1e-5)
     assert config.max_items == (120_000 if name.startswith(("bedroom", "church")) else None)
