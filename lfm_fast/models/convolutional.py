@@ -1,5 +1,7 @@
 """What the U-Nets have in common beside how they are called: compiling, checkpointing, counting operations."""
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,6 +15,7 @@ class ConvolutionalNetwork(VelocityNetwork):
     """A network of blocks that all differ in shape. A subclass gives `velocity(t, z, y, *context)`, all inputs being
     explicit, and there calls its blocks by `run`; its `config` has `dropout`."""
 
+    products = contextlib.nullcontext  # what the products of a forward run in (models/precision.py)
     _compiled_velocity = None
 
     def forward(self, t: Tensor, z: Tensor, y: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
@@ -26,11 +29,12 @@ class ConvolutionalNetwork(VelocityNetwork):
         if y is None:
             y = torch.full((z.shape[0],), self.no_label(), device=z.device)
         inputs = t.expand(z.shape[0]), z, y, *context
-        if self._compiled_velocity is None:
-            return self.velocity(*inputs)
-        # in one layout and in tensors of our own: a graph is made for strides, and marks those it is called with
-        inputs = (x.contiguous().view(x.shape) for x in (*inputs[:2], y.long(), *context))
-        return self._compiled_velocity(self, *inputs)
+        with self.products():
+            if self._compiled_velocity is None:
+                return self.velocity(*inputs)
+            # in one layout and in tensors of our own: a graph is made for strides, and marks those it is called with
+            inputs = (x.contiguous().view(x.shape) for x in (*inputs[:2], y.long(), *context))
+            return self._compiled_velocity(self, *inputs)
 
     def no_label(self) -> int:
         """What stands for y=None."""

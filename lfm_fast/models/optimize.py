@@ -8,8 +8,11 @@ from torch import Tensor, nn
 
 from lfm_fast import _library
 from lfm_fast.models import fp8
+from lfm_fast.models.conditioned import Conditioned
+from lfm_fast.models.convolutional import ConvolutionalNetwork
 from lfm_fast.models.dit import DiT
 from lfm_fast.models.packed import PackedLinear, PackedLinearFloat, PackedLinearInt8, PackedMlp
+from lfm_fast.models.packed_convolution import pack_convolutions
 from lfm_fast.models.precision import float32_products, why_not
 from lfm_fast.models.recognise import read_dit_shapes, same_as, shapes_of
 from lfm_fast.ops import _registry
@@ -34,7 +37,8 @@ def optimize(model: nn.Module, precision: str = "bf16", mode: str = "inference")
             multiplies whole numbers in the layers that see every token, with a scale for every token and output.
             fp8, on GPUs that multiply it, is e4m3 in the same layers, gradients e5m2, with a scale for every row of a
             factor; the rest is bf16. tf32, on CUDA, is float32 with products of TF32 (for training,
-            `lfm_fast.models.precision.float32_products` goes around forward and backward pass).
+            `lfm_fast.models.precision.float32_products` goes around forward and backward pass). int8 and fp8 are not
+            for U-Nets; on a CPU, in inference, their convolutions hold packed weights beside the plain ones.
         mode: "inference": a copy that holds the weights in that precision, frozen and in eval mode; once the original
             has been trained on, call `optimize` again. "training": a network on the original's own Parameters, float32,
             that computes under autocast; an optimizer of either trains both.
@@ -54,15 +58,19 @@ def optimize(model: nn.Module, precision: str = "bf16", mode: str = "inference")
 
     Source: Micikevicius et al. 2018, "Mixed precision training" (arXiv 1710.03740), for the float32 copy of weights.
     """
-    if type(model) is not DiT and not _may_be_dit(model):
-        raise ValueError(
-            f"optimize takes a network of lfm_fast.create_model (a DiT), but this is {type(model).__name__}."
-        )
+    ours = isinstance(model, Conditioned | ConvolutionalNetwork) or type(model) is DiT
+    if not ours and not _may_be_dit(model):
+        raise ValueError(f"optimize takes a network of lfm_fast.create_model, but this is {type(model).__name__}.")
     if not isinstance(mode, str) or mode not in _PRECISIONS:
         raise ValueError(f"mode is {mode!r}, expected {' or '.join(_PRECISIONS)}.")
     known = _PRECISIONS[mode]
     if not isinstance(precision, str) or precision not in known:
         raise ValueError(f"precision is {precision!r}, expected {_listed(known)} in {mode}.")
+    if isinstance(model, Conditioned):
+        encoder = model.encoder if mode == "training" else copy.deepcopy(model.encoder).eval().requires_grad_(False)
+        return Conditioned(network=optimize(model.network, precision, mode), encoder=encoder).train(mode == "training")
+    if isinstance(model, ConvolutionalNetwork):
+        return _convolutional(model, precision, mode)
     if type(model) is not DiT:
         return _of_another_class(model, precision, mode)
     return _for_training(model, precision) if mode == "training" else _for_inference(model, precision)
@@ -117,6 +125,27 @@ def _for_inference(model: DiT, precision: str) -> DiT:
     return fast
 
 
+def _convolutional(model: ConvolutionalNetwork, precision: str, mode: str) -> ConvolutionalNetwork:
+    device = next(model.parameters()).device
+    if precision in ("int8", "fp8"):
+        raise ValueError(f"precision {precision} is for a DiT, and this is a {type(model).__name__}; use bf16.")
+    if (reason := why_not(precision, device)) is not None:
+        raise ValueError(f"{reason}.")
+    if mode == "training":
+        fast = _sharing(model)
+        if precision == "bf16":
+            fast.products = functools.partial(torch.autocast, device.type, torch.bfloat16)
+        return fast
+    fast = _frozen(model, _DTYPES[precision])
+    if precision == "tf32":
+        fast.products = functools.partial(float32_products, True)
+    if device.type == "cpu":
+        pack_convolutions(fast)
+        if precision == "bf16" and _library.why_no_tiles() is None:
+            _pack(fast, model, PackedLinear)
+    return fast if device.type == "cpu" else fast.to(memory_format=torch.channels_last)
+
+
 def _frozen(model: DiT, dtype: torch.dtype) -> DiT:
     return copy.deepcopy(model).eval().requires_grad_(False).to(dtype)
 
@@ -152,10 +181,14 @@ class AutocastDiT(DiT):
             return super().forward(t, z, y)
 
 
+def _sharing(model: nn.Module) -> nn.Module:
+    """A copy on the original's own Parameters."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
 def _for_training(model: DiT, precision: str) -> DiT:
     _refuse(model, precision)
-    shared = {id(parameter): parameter for parameter in model.parameters()}
-    fast = copy.deepcopy(model, shared)
+    fast = _sharing(model)
     if precision != "fp32":
         fast.__class__ = AutocastDiT
     if precision == "fp8":

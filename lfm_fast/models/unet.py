@@ -185,7 +185,7 @@ class UNet(ConvolutionalNetwork):
 
     def embedding(self, t: Tensor, y: Tensor) -> Tensor:
         """Of times (B,) and labels (B,): (B, 4 model_channels)."""
-        dtype = self.time_embed[0].weight.dtype
+        dtype = self.time_embed[0].bias.dtype
         features = time_features(t, self.config["model_channels"], torch.promote_types(dtype, torch.float32))
         emb = self.time_embed(features.to(dtype))
         return emb + self.label_emb(y) if self.num_classes else emb

@@ -1,0 +1,60 @@
+"""Convolutions of a network that is only sampled from any more: weights in the order that oneDNN computes with.
+
+PyTorch's own call puts a weight into that order each time, which takes longer than a small convolution itself.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lfm_fast.models.unet_layers import ResamplingConv2d
+from lfm_fast.ops._registry import inside_transform
+
+
+def why_not() -> str | None:
+    """Why no weight can be put into oneDNN's order here, or None."""
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
+    return None if there else "this PyTorch is built without oneDNN"
+
+
+class _Packed:
+    """A convolution beside whose weight stands the same in oneDNN's order, made at the first call and again when the
+    weight has changed. Calls that cannot use it (gradients, other devices and dtypes) are the plain convolution's."""
+
+    _order = None  # (what it was made of, the weight in oneDNN's order)
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not _serves(x, weight):
+            return super()._conv_forward(x, weight, bias)
+        how = (self.padding, self.stride, self.dilation, self.groups)
+        made_of = (weight.data_ptr(), weight._version)
+        if self._order is None or self._order[0] != made_of:
+            self._order = made_of, torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *how, list(x.shape))
+        return torch.ops.mkldnn._convolution_pointwise(x, self._order[1], bias, *how, "none", [], "")
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "_order"}
+
+
+class PackedConv2d(_Packed, nn.Conv2d):
+    """What an nn.Conv2d computes."""
+
+
+class PackedResamplingConv2d(_Packed, ResamplingConv2d):
+    """What a ResamplingConv2d computes."""
+
+
+_CLASSES = {nn.Conv2d: PackedConv2d, ResamplingConv2d: PackedResamplingConv2d}
+
+
+def pack_convolutions(network: nn.Module) -> None:
+    """Let the convolutions of a network use packed weights, in place; their state dicts are what they were."""
+    for module in network.modules():
+        module.__class__ = _CLASSES.get(type(module), type(module))
+
+
+def _serves(x: Tensor, weight: Tensor) -> bool:
+    if torch.compiler.is_compiling() or inside_transform() or x.device.type != "cpu" or not x.numel():
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return False
+    return x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16) and why_not() is None
