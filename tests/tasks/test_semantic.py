@@ -1,4 +1,6 @@
+import runpy
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -259,3 +261,6 @@ def test_from_training_to_pictures_by_commands(tmp_path, capsys):
     assert Image.open(tmp_path / "out.png").size == (2 * 66 + 2, 66 + 2)
     assert not main(["evaluate", "--model", str(folder), "--num-images", "2", *few])
     assert "mean IoU of the autoencoder: " in capsys.readouterr().out
+    show_task = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "show_task.py"))
+    show_task["show"](folder, tmp_path / "grid.png", rows=2, samples=3, nearest=True, num_steps=1)
+    assert Image.open(tmp_path / "grid.png").width == 6 * 130 + 2
