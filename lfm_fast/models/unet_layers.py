@@ -166,9 +166,13 @@ class UNetBlock(nn.Module):
         return x + h if self.sum_scale == 1 else (x + h) * self.sum_scale
 
     def _attention(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).flatten(2).unflatten(1, (self.num_heads, -1, 3))  # (B, heads, d, 3, T)
-        y = ops.attention(*qkv.permute(3, 0, 1, 4, 2))  # (B, heads, T, d)
-        return self.proj(y.transpose(2, 3).reshape(x.shape))
+        tokens, width = x.flatten(2).transpose(1, 2), self.out_channels  # (B, T, C)
+        qkv = ops.linear(tokens, self.qkv.weight.view(3 * width, width), self.qkv.bias)
+        # q, k and v lie innermost, a copy puts them outermost of the channels: in order for the kernels of attention
+        qkv = qkv.unflatten(2, (self.num_heads, -1, 3)).movedim(4, 2).contiguous()
+        y = ops.self_attention(qkv).transpose(1, 2).flatten(2)  # (B, T, C)
+        y = ops.linear(y, self.proj.weight.view(width, width), self.proj.bias)
+        return y.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int, factor: str | None, taps) -> nn.Conv2d:
