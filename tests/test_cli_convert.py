@@ -1,5 +1,7 @@
 """`lfm-fast convert` between projects: the same pictures, and one sentence for each mistake."""
 
+import json
+
 import pytest
 import torch
 
@@ -87,6 +89,27 @@ def lfms(folder):
     return folder
 
 
+def test_a_network_that_its_weights_do_not_tell_is_named(tmp_path, vae):
+    arguments = {"image_size": 64, "model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "num_heads": 2}
+    arguments |= {"use_new_attention_order": True}
+    model = lfm_fast.create_model("adm-original", **arguments).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    lfm_fast.interop.released.save_released(model, tmp_path / "exp", epoch=3)
+    told = ["--network", "adm-original", "--set", *(f"{k}={str(v).lower()}" for k, v in arguments.items())]
+    assert convert("--model", tmp_path / "exp", *told, "--autoencoder", vae, "--output", tmp_path / "flow") == 0
+    flow = LatentFlow.from_pretrained(tmp_path / "flow")
+    assert flow.model.config == model.config
+    t, z = torch.tensor([0.3, 0.8]), torch.randn(2, 4, 8, 8)
+    assert torch.equal(flow.model(t, z), model(t, z))
+    index = json.loads((tmp_path / "flow" / "model_index.json").read_text())
+    assert index["unet"] == ["lfm_fast", "UNet"]
+    assert json.loads((tmp_path / "flow" / "unet" / "config.json").read_text())["_class_name"] == "UNet"
+    output = tmp_path / "lfm"
+    assert convert("--model", tmp_path / "exp", *told, "--to", "lfm", "--output", output) == 0
+    assert list(torch.load(output / "model_0.pth", weights_only=True)) == list(model.state_dict())
+
+
 def of_noise(folder, vae):
     field = DiTVelocity(network(), null_label=0)
     LatentFlow(field, vae, path=field.path).save_pretrained(folder)
@@ -111,6 +134,11 @@ def of_lfm(folder, vae):
         (of_lfm, ["--epoch", "3"], "--epoch is for --to lfm"),
         (of_lfm, ["--num-heads", "4"], "--num-heads is for other projects' files"),
         (of_lfm, ["--weights", "model"], "--weights is for other projects' files"),
+        (of_lfm, ["--set", "num_heads=2"], "--set is for the arguments of --network"),
+        (of_lfm, ["--network", "DiT-Tiny", "--set", "num_heads"], "--set num_heads is not NAME=VALUE"),
+        (of_lfm, ["--network", "DiT-Tiny", "--set", "heads=2"], "DiT has no argument heads"),
+        (of_lfm, ["--network", "DiT-Tiny", "--from", "sit"], "leave --from or --network out"),
+        (of_noise, ["--network", "DiT-Tiny"], "says itself which network it holds; leave model out"),
         (of_lfm, ["--from", "diffusers"], "holds no DiTTransformer2DModel"),
     ],
 )

@@ -25,6 +25,14 @@ def add(commands):
     add("--weights", default="ema", choices=("ema", "model"), help="of files that hold both (default: %(default)s)")
     add("--num-classes", type=int, help="of another project's label table, where its rows leave that open")
     add("--num-heads", type=int, help="of another project's network, where its width leaves that open")
+    add("--network", metavar="NAME", help="of create_model, where the weights alone do not tell which network it is")
+    add(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="arguments of --network, such as num_heads=8 channel_mult=[1,2]",
+    )
     add("--epoch", type=int, default=0, help="in the name that --to lfm writes, model_EPOCH.pth (default: %(default)s)")
     add("--output", type=folder, required=True, help="folder, or a .pth file of LFM's; what is there is replaced")
 
@@ -51,6 +59,10 @@ def run(args):
 def _refuse_idle(args):
     """Raise ValueError for a flag that would be without effect."""
     of_theirs = {"--num-classes": args.num_classes, "--num-heads": args.num_heads}
+    if args.set and args.network is None:
+        raise ValueError("--set is for the arguments of --network; give that too")
+    if args.network and args.project is not None:
+        raise ValueError("--network is for weights of ours and LFM's own; leave --from or --network out")
     idle = [flag for flag, value in of_theirs.items() if value is not None] if args.project is None else []
     idle += ["--weights"] if args.weights != "ema" and args.project in (None, "diffusers") else []
     if idle:
@@ -65,7 +77,7 @@ def _flow(args):
     from lfm_fast.pipeline import LatentFlow
 
     if args.project is None:
-        return LatentFlow.from_pretrained(args.model, args.autoencoder)
+        return LatentFlow.from_pretrained(args.model, args.autoencoder, model=_network(args))
     field = _converted(args)
     beside = Path(args.model).expanduser() / "vae"
     autoencoder = load_autoencoder(args.autoencoder or (beside if beside.is_dir() else DEFAULT_HUB_NAME))
@@ -78,12 +90,32 @@ def _to_lfm(args):
     from lfm_fast.pipeline.folders import read_network_of
 
     if args.project is None:
-        model, path = read_network_of(args.model)
+        model, path = read_network_of(args.model, _network(args))
         if not isinstance(path, Linear):
             raise ValueError(f"LFM's networks are trained on the straight path, and this one on {path}")
     else:
         model = _converted(args)
     return save_released(model, args.output, args.epoch)
+
+
+def _network(args):
+    """The network that --network and --set name, or None."""
+    import json
+
+    from lfm_fast.models import create_model
+
+    if args.network is None:
+        return None
+    arguments = {}
+    for word in args.set:
+        name, equals, value = word.partition("=")
+        if not name or not equals:
+            raise ValueError(f"--set {word} is not NAME=VALUE")
+        try:
+            arguments[name] = json.loads(value)
+        except ValueError:  # a word
+            arguments[name] = value
+    return create_model(args.network, **arguments)
 
 
 def _converted(args):

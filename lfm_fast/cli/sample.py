@@ -7,7 +7,7 @@ from lfm_fast.cli.arguments import device_named
 
 _GUIDANCE = {"plain": "LinearGuidance", "rescale": "Rescale", "apg": "APG", "cfg-zero": "CFGZeroStar"}
 # flag that tells what to condition on -> task that makes images of it
-_CONDITIONS = {"image": "inpainting", "label_map": "semantic"}
+_CONDITIONS = {"image": "inpainting", "label_map": "semantic", "layout": "layout"}
 _COMPARED = 4  # images that --reuse solves both ways
 _GRIDS = "uniform, quadratic, karras, karras:RHO, shift:S, step:H, lfm or a .json file that tune-grid wrote"
 
@@ -34,6 +34,7 @@ def add(commands):
     add("--fit", default="resize", choices=("resize", "tile", "refuse"), help="of a picture of another size")
     add("--approach", help="condition, project or project:resample; default: what suits the model")
     add("--label-map", metavar="FILE", help="for a flow of task semantic: a PNG of ids, or of the palette's colours")
+    add("--layout", metavar="FILE", help="for a flow of task layout: a .json file of boxes, or of several such lists")
     add("--seed", type=int, default=0, help="image i depends on the seed and i alone (default: %(default)s)")
     add("--batch-size", type=int, help="images at a time (default: 64)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")

@@ -104,16 +104,39 @@ def _read_json(path):
         raise ValueError(f"{path} is no JSON ({error}).") from error
 
 
+def folder_classes(folder) -> tuple[list[str], int]:
+    """The classes of a folder of layouts, IMAGE.json each, and how many boxes the longest has.
+
+    The classes are the list in `classes.json` there, or else all names in use, by alphabet. Raises ValueError where
+    there is no layout, or neither a list nor a name.
+    """
+    folder = Path(folder).expanduser()
+    contents = [_read_json(file) for file in sorted(folder.rglob("*.json")) if file.name != CLASSES_FILE]
+    layouts = [content for content in contents if isinstance(content, list)]
+    if not layouts:
+        raise ValueError(f"there is no layout in {folder}; it must hold a file IMAGE.json for each image.")
+    longest = max(1, *map(len, layouts))
+    if (folder / CLASSES_FILE).is_file():
+        names = _read_json(folder / CLASSES_FILE)
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{folder / CLASSES_FILE} must be a list of class names.")
+        return names, longest
+    entries = [entry for layout in layouts for entry in layout if isinstance(entry, dict)]
+    names = sorted({entry["class"] for entry in entries if isinstance(entry.get("class"), str)})
+    if not names:
+        raise ValueError(f"no box in {folder} names its class; name the classes by number in {CLASSES_FILE}.")
+    return names, longest
+
+
 def folder_boxes(images, folder) -> tuple[torch.Tensor, list[str]]:
     """The layouts of a folder of images: (boxes (N, M, 5) float32, class names).
 
     The layout of IMAGE.png is IMAGE.json below `folder`, its coordinates those of the whole picture; they are carried
-    over to the centre crop that training sees, without what lies mostly outside it. Classes are the list in
-    `classes.json` there, or else all names in use, by alphabet.
+    over to the centre crop that training sees, without what lies mostly outside it.
 
     Args:
         images: a `FolderImages`.
-        folder: where the layouts are, in the same sub-folders as the images.
+        folder: where the layouts are, in the same sub-folders as the images; their classes as of `folder_classes`.
 
     Raises:
         ValueError: a picture without a layout, and what `as_boxes` refuses, with the file's name.
@@ -123,28 +146,14 @@ def folder_boxes(images, folder) -> tuple[torch.Tensor, list[str]]:
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise ValueError(f"{len(missing)} of {len(files)} images have no layout, the first of them {missing[0]}.")
-    contents = [_read_json(file) for file in files]
-    class_names = _class_names(folder, contents)
+    class_names, longest = folder_classes(folder)
     layouts = []
-    for file, content, (width, height) in zip(files, contents, images.sizes):
-        try:
-            layouts.append(cropped(as_boxes(content, class_names), width, height))
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+    for file, (width, height) in zip(files, images.sizes):
+        found = read_layouts(file, class_names, longest)
+        if len(found) != 1:
+            raise ValueError(f"{file} holds {len(found)} layouts, but belongs to one image.")
+        layouts.append(cropped(found[0], width, height))
     return _stacked(layouts), class_names
-
-
-def _class_names(folder, contents) -> list[str]:
-    if (folder / CLASSES_FILE).is_file():
-        names = _read_json(folder / CLASSES_FILE)
-        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{folder / CLASSES_FILE} must be a list of class names.")
-        return names
-    entries = [entry for content in contents if isinstance(content, list) for entry in content]
-    names = sorted({e["class"] for e in entries if isinstance(e, dict) and isinstance(e.get("class"), str)})
-    if not names:
-        raise ValueError(f"no box in {folder} names its class; name the classes by number in {CLASSES_FILE}.")
-    return names
 
 
 def cropped(boxes: torch.Tensor, width: int, height: int) -> torch.Tensor:

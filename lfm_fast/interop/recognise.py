@@ -25,12 +25,13 @@ _OTHERS = {
     ),
     "guided-diffusion's U-Net": (
         ("time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.0.in_layers.0.weight"),
-        "LFM, TorchCFM and guided-diffusion share it, with other times and predictions: load it in the class it was "
-        "trained in, which LFM's sample() takes as it is and lfm_fast.interop.torchcfm wraps",
+        "LFM, TorchCFM and guided-diffusion share it, with other times and predictions: lfm_fast.load_checkpoint takes "
+        "LFM's, and others go into create_model('adm-original', ...) and an adapter, as of lfm_fast.interop.torchcfm",
     ),
     "EDM's U-Net": (
         ("map_layer0.weight", "map_layer1.weight"),
-        "LFM and EDM share it, with other times and predictions: load it in the class it was trained in",
+        "LFM and EDM share it, with other times and predictions: lfm_fast.load_checkpoint takes LFM's, and others are "
+        "loaded in the class they were trained in",
     ),
 }
 

@@ -35,6 +35,8 @@ class LayoutUNet(UNet):
 
     family = "guided_diffusion_layout"
     sample_arguments = ("condition", "context")
+    condition_argument = "context"
+    needs_condition = True
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lfm_fast.models.dit import DiT
+from lfm_fast.models.recognise_unet import released_unet, what_is_untold
 from lfm_fast.models.registry import NETWORKS, from_config
 
 Shapes = dict[str, tuple[int, ...]]
@@ -69,8 +70,12 @@ def recognise(shapes: Shapes, hints: dict | None = None) -> nn.Module:
     with a null label and N + 1 classes without, which have the same shapes.
     Raises ValueError with the nearest network and how it differs.
     """
-    if foreign := foreign_parts(shapes):
-        raise ValueError(f"{foreign}.")
+    if untold := foreign_parts(shapes):
+        raise ValueError(f"{untold}.")
+    if unet := released_unet(shapes):
+        return unet
+    if untold := what_is_untold(shapes):
+        raise ValueError(f"{untold}.")
     candidates = []  # (how many keys differ, name, how, configuration)
     for name, config in _dit_candidates(shapes):
         with torch.device("meta"):

@@ -39,10 +39,11 @@ NETWORKS["ncsn++"] = (
     {"embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual", "resample_filter": [1, 3, 3, 1]},
 )
 
-# arXiv 2307.08698, as released for LSUN church and for inpainting and semantic synthesis (CelebA-HQ 256 has
-# channel_mult (1, 2, 2, 2), CelebA-HQ 512 (1, 2, 2, 2, 4)), the same under a context, and small ones for the embedded
-# data set
+# arXiv 2307.08698, as released for LSUN church and for inpainting and semantic synthesis, for CelebA-HQ at two sizes,
+# the same under a context, and small ones for the embedded data set
 NETWORKS["adm-original"] = (UNet, {})
+NETWORKS["adm-original-celeba256"] = (UNet, {"channel_mult": (1, 2, 2, 2)})
+NETWORKS["adm-original-celeba512"] = (UNet, {"channel_mult": (1, 2, 2, 2, 4)})
 NETWORKS["adm-layout"] = (LayoutUNet, {})
 _EMOJI = {"model_channels": 64, "channel_mult": (1, 2, 2), "num_res_blocks": 1, "attention_resolutions": (2, 4)}
 NETWORKS["ADM-Emoji"] = (UNet, _EMOJI)

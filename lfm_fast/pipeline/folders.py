@@ -33,9 +33,9 @@ def write(flow, folder, dtype, as_diffusers=False):
         write_json(temporary / INDEX, index)
 
 
-def read(source, autoencoder):
-    """The arguments of a `LatentFlow` that stands at `source`, as `LatentFlow.from_pretrained` takes it."""
-    model, recorded, its_own = _read(source)
+def read(source, autoencoder, model=None):
+    """The arguments of a `LatentFlow` that stands at `source`, as `LatentFlow.from_pretrained` takes them."""
+    model, recorded, its_own = _read(source, model)
     if autoencoder is None and isinstance(its_own, Path) and not its_own.is_dir():
         raise ValueError(f"{its_own.parent} has no folder vae; give the autoencoder by name or folder")
     if not isinstance(autoencoder, Autoencoder):
@@ -45,23 +45,25 @@ def read(source, autoencoder):
     return {"model": model, "autoencoder": autoencoder, "path": _path(model, recorded), **named}
 
 
-def read_network_of(source):
+def read_network_of(source, model=None):
     """(network, path) of what `read` reads, whose autoencoder is not looked for."""
-    model, recorded, _ = _read(source)
+    model, recorded, _ = _read(source, model)
     return model, _path(model, recorded)
 
 
-def _read(source):
+def _read(source, model=None):
     """(network, what is recorded beside it, its autoencoder's name or folder)."""
     folder = EMBEDDED_FOLDER if str(source) == "embedded" else Path(source).expanduser()
+    if model is not None and (folder / INDEX).is_file():
+        raise ValueError(f"{folder} says itself which network it holds; leave model out")
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX, "path", "class_names", "sampling")
         return read_network(folder, index), index, "embedded" if folder == EMBEDDED_FOLDER else folder / "vae"
     if folder.is_dir() and run_checkpoints(folder):
-        path, model = _newest_whole(folder)
+        path, model = _newest_whole(folder, model)
     else:
         path = _lfms(folder) if folder.is_dir() else folder
-        model = load_checkpoint(path)
+        model = load_checkpoint(path, model)
     recorded = read_metadata(path).get("flow") if path.suffix == ".safetensors" else None
     if recorded is None:  # weights alone, LFM's among them: the paper's path and autoencoder
         recorded = {"path": describe(Linear(sigma_min=1e-5)), "class_names": (), "sampling": {}}
@@ -83,11 +85,11 @@ def _lfms(folder):
     return found
 
 
-def _newest_whole(folder):
+def _newest_whole(folder, model=None):
     """(path, network) of a run's newest checkpoint that can be read; each one passed over gets a warning."""
     for path in run_checkpoints(folder):
         try:
-            return path, load_checkpoint(path)
+            return path, load_checkpoint(path, model)
         except ValueError as error:
             damage = error
             warnings.warn(f"skipping a checkpoint that cannot be read ({error})", stacklevel=4)

@@ -155,6 +155,12 @@ class LatentFlow:
 
         return from_semantic_map(self, label_map, num_samples, seed, **options)
 
+    def from_layout(self, boxes, num_samples=1, seed=0, **options):
+        """Draw images with things in the boxes asked for: see `lfm_fast.tasks.layout.from_layout`."""
+        from lfm_fast.tasks.layout import from_layout
+
+        return from_layout(self, boxes, num_samples, seed, **options)
+
     def decode(self, z_0):
         """Images (B, 3, H, W) in [0, 1] on the CPU of latents (B, C, h, w)."""
         return (self.autoencoder.decode(z_0).cpu() + 1) / 2
@@ -236,7 +242,7 @@ class LatentFlow:
         folders.write(self, folder, dtype, as_diffusers)
 
     @classmethod
-    def from_pretrained(cls, source, autoencoder=None, device=None):
+    def from_pretrained(cls, source, autoencoder=None, device=None, model=None):
         """Load from "embedded", a folder that `save_pretrained` wrote, a training run's folder, or a checkpoint file.
 
         Args:
@@ -246,10 +252,11 @@ class LatentFlow:
             autoencoder: an `Autoencoder`, or a name or folder for `load_autoencoder`; None takes the one recorded with
                 the weights, and for LFM's files, which record none, stabilityai/sd-vae-ft-mse.
             device: where to put it; None is the CPU.
+            model: the network of weights that do not tell which it is; they are copied into it.
 
         Raises ValueError with one sentence when nothing usable is there.
         """
-        flow = cls(**folders.read(source, autoencoder))
+        flow = cls(**folders.read(source, autoencoder, model))
         flow.model.eval()
         return flow.to(device) if device is not None else flow
 

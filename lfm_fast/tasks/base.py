@@ -13,6 +13,7 @@ TASKS = {
     "labelled": "lfm_fast.tasks.base:Task",
     "inpainting": "lfm_fast.tasks.inpainting:Inpainting",
     "semantic": "lfm_fast.tasks.semantic:Semantic",
+    "layout": "lfm_fast.tasks.layout:Layout",
 }
 CONDITIONED = tuple(name for name in TASKS if name not in ("unconditional", "labelled"))  # labels only when asked for
 

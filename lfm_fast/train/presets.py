@@ -77,6 +77,17 @@ PRESETS = {
         "guidance_scale": 1.0,
         "samples_per_class": 4,
     },
+    # scenes of several of them, each in the box it was asked for
+    "emoji-layout": {
+        **_EMBEDDED,
+        "task": "layout",
+        "model": "ADM-Emoji-layout",
+        "batch_size": 64,
+        "steps": 3000,
+        "label_dropout": 0.0,
+        "guidance_scale": 1.0,
+        "samples_per_class": 4,
+    },
     # 1 x 32 images, FID 5.26
     "celeba256-dit-l2": {
         **_UNCONDITIONAL,

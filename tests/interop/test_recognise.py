@@ -57,7 +57,7 @@ def test_networks_that_are_not_built_here_are_named():
         (unet, "a UNet2DModel of diffusers", "DiffusersVelocity"),
         (transformer.state_dict(), "diffusers' DiTTransformer2DModel", "scheduler"),
         (adm, "guided-diffusion's U-Net", "torchcfm"),
-        (edm, "EDM's U-Net", "class it was trained in"),
+        (edm, "EDM's U-Net", "load_checkpoint takes LFM's, and others are loaded in the class"),
     ):
         found = recognise(weights)
         assert (found.network, found.projects) == (name, ())

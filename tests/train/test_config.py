@@ -62,7 +62,7 @@ def test_every_preset_is_tested():
 
 
 # name -> task: what a task's page trains on the embedded set
-EMOJI = {"emoji-inpainting": "inpainting", "emoji-semantic": "semantic"}
+EMOJI = {"emoji-inpainting": "inpainting", "emoji-semantic": "semantic", "emoji-layout": "layout"}
 
 
 @pytest.mark.parametrize("name", EMOJI)
