@@ -22,7 +22,13 @@ ROWS = (
     {"ops"},
     {"kernels", "_cache", "_graphs", "_library", "distributed"},
 )
-WITHIN_A_ROW = {("pipeline", "interop"), ("sampler", "sampling"), ("guidance", "flow"), ("checkpoint", "models")}
+WITHIN_A_ROW = {
+    ("pipeline", "interop"),
+    ("train", "pipeline"),
+    ("sampler", "sampling"),
+    ("guidance", "flow"),
+    ("checkpoint", "models"),
+}
 ABOVE_ALL = ("train_fast", "scripts", "tests", "benchmarks")
 RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}
 

@@ -37,6 +37,11 @@ class TrainConfig:
     cache_latents: str | None = _setting(None, str, "encode the images into this folder first, once, and train from it")
     flip: bool = _curve(False, bool, "mirror half of the images at random")
     model: str = _curve("DiT-B/2", str, "the network, a name create_model knows")
+    start_from: str | None = _curve(
+        None,
+        str,
+        "begin with the weights of a flow ('embedded', a folder, a checkpoint); inputs it has not begin at 0",
+    )
     image_size: int = _curve(256, int, "side of the images in pixels")
     task: str | None = _curve(None, str, "default: labelled when the data has two or more classes", tuple(TASKS))
     conditions: str | None = _curve(None, str, "folder of what the task conditions on, a file for each image by name")

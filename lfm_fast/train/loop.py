@@ -16,7 +16,9 @@ from lfm_fast.flow import paths
 from lfm_fast.models import num_parameters
 from lfm_fast.models.checkpointing import set_mode
 from lfm_fast.models.fp8 import train_in_fp8, why_not_sizes
+from lfm_fast.models.inherit import inherit
 from lfm_fast.models.precision import why_not
+from lfm_fast.pipeline.folders import read_network_of
 from lfm_fast.tasks import task_named
 from lfm_fast.train import report, resume
 from lfm_fast.train.compiling import compile_network
@@ -79,7 +81,7 @@ def train(config, source=None, autoencoder=None):
 
 def _refuse_empty(config):
     """An empty text, a shell variable that is not set, would be the current folder."""
-    for name in ("data", "cache_latents", "autoencoder", "output"):
+    for name in ("data", "cache_latents", "autoencoder", "start_from", "output"):
         if getattr(config, name) == "":
             raise ValueError(f"--{name.replace('_', '-')} is empty; give a name or a folder, or leave it out")
 
@@ -107,7 +109,10 @@ def build_state(config, source, world):
     """A fresh `TrainState`: weights by the seed alone, so equal on all ranks."""
     torch.manual_seed(config.seed)
     task = task_named(config.task)
-    model = task.network(config, source.latent_shape).to(world.device)
+    model = task.network(config, source.latent_shape)
+    if config.start_from is not None:
+        _start_from(config, model)
+    model.to(world.device)
     ema = EMA(model, config.ema_decay)  # before compiling: sampling uses other batch sizes
     network, copies = _for_precision(model, config.precision)
     set_mode(network, config.activation_checkpointing)
@@ -131,6 +136,14 @@ def build_state(config, source, world):
         "task": {"name": config.task, **task.settings(config)},
     }
     return TrainState(model, network, optimizer, ema, copies, flow=flow, loss_sum=loss_sum)
+
+
+def _start_from(config, model):
+    """Begin with the weights of a trained flow. Raises ValueError for one of another network or path."""
+    other, path = read_network_of(config.start_from)
+    if not paths.agree(path, training_path(config)):
+        raise ValueError(f"--start-from {config.start_from} was trained on {path!r}; train on the same path")
+    inherit(model, other)
 
 
 def _for_precision(model, precision):

@@ -54,11 +54,12 @@ _EMBEDDED = {
 
 PRESETS = {
     "embedded": _EMBEDDED,
-    # the same with holes to paint
+    # the same with holes to paint; it begins as the flow that ships
     "emoji-inpainting": {
         **_EMBEDDED,
         "task": "inpainting",
-        "model": "ADM-Emoji",
+        "model": "DiT-Emoji/2",
+        "start_from": "embedded",
         "batch_size": 64,
         "steps": 1500,
         "label_dropout": 0.0,

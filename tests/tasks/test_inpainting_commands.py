@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lfm_fast import LatentFlow
@@ -15,7 +16,7 @@ SMALL = ("--max-items", "8", "--batch-size", "4", "--steps", "2", "--log-every",
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    flags = ("--preset", "emoji-inpainting", "--model", "DiT-Emoji/4", "--device", "cpu", "--output", str(folder))
+    flags = ("--preset", "emoji-inpainting", "--device", "cpu", "--output", str(folder))
     assert main(["train", *flags, *SMALL]) == 0
     (run,) = folder.iterdir()
     return run
@@ -41,6 +42,19 @@ def test_a_run_remembers_its_task(run):
     flow = LatentFlow.from_pretrained(run)
     assert flow.task == {"name": "inpainting", "masks": "mixed", "share": [0.05, 0.75]}
     assert (flow.model.in_channels, flow.model.out_channels) == (9, 4)
+
+
+def test_a_run_begins_as_the_flow_that_ships(run, capsys, tmp_path):
+    """After two steps of warm-up at 2e-5 and 4e-5 each weight is within 6e-5 of where it began, or of 0 where new."""
+    ours, theirs = (LatentFlow.from_pretrained(source).model for source in (run, "embedded"))
+    weights, before = ours.x_embedder.proj.weight, theirs.x_embedder.proj.weight
+    torch.testing.assert_close(weights[:, :4], before, atol=1e-4, rtol=0)
+    assert 0 < weights[:, 4:].abs().max() < 1e-4
+    flags = ("--preset", "emoji-inpainting", "--device", "cpu", "--output", str(tmp_path), *SMALL)
+    assert main(["train", *flags, "--model", "DiT-Emoji/4"]) == 2
+    assert "cannot begin" in capsys.readouterr().err
+    assert main(["train", *flags, "--path", "vp"]) == 2
+    assert "train on the same path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fit", ["resize", "tile"])

@@ -70,7 +70,17 @@ def test_presets_of_tasks_differ_from_the_embedded_one_where_they_must(name):
     config, plain = from_preset(name), from_preset("embedded")
     assert config.task == EMOJI[name]
     assert (config.data, config.autoencoder, config.image_size) == ("embedded", "embedded", 64)
-    free = {"preset", "task", "palette", "model", "batch_size", "steps", "label_dropout", "guidance_scale"}
+    free = {
+        "preset",
+        "task",
+        "palette",
+        "start_from",
+        "model",
+        "batch_size",
+        "steps",
+        "label_dropout",
+        "guidance_scale",
+    }
     assert set(plain.different_curve(config.as_dict())) <= free
     assert (config.label_dropout, config.guidance_scale) == (0.0, 1.0)
 
