@@ -6,6 +6,7 @@ from benchmarks.optimizer import OptimizerStep
 from benchmarks.solving import AtEqualError, Overhead, Solving
 from benchmarks.starting import Importing, Starting
 from benchmarks.training import TrainingStep
+from benchmarks.unets import UNetForward
 from benchmarks.workloads import ForwardBackward, OpWorkload, Workload
 
 KINDS = {
@@ -13,6 +14,7 @@ KINDS = {
     "op and gradient": ForwardBackward,
     "optimizer": OptimizerStep,
     "forward": Forward,
+    "u-net": UNetForward,
     "training": TrainingStep,
     "sampling": GuidedSampling,
     "solver": Solving,

@@ -11,7 +11,7 @@ COPY = "copy of as many bytes"  # half of them read, half written
 FIXED = ("euler", "midpoint", "heun", "rk4", "ab2", "ab3", "dpmpp_2m", "unipc")  # solvers
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun", "tsit5")
 
-GROUPS = ("ops", "forward", "train_step", "sampling", "solvers", "data", "startup")
+GROUPS = ("ops", "forward", "unets", "train_step", "sampling", "solvers", "data", "startup")
 
 
 def at_equal_evaluations(record: dict, name: str) -> float:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lfm_fast import ops as table
-from lfm_fast.models import dit, layers
+from lfm_fast.models import dit, layers, spatial_transformer, unet_blocks, unet_layers
 
 WITHOUT_OPS = "plain"  # among backends: the networks without the ops of the table
 
@@ -26,7 +26,7 @@ def gelu_tanh(x):
     return F.gelu(x, approximate="tanh")
 
 
-def group_norm_silu(x, num_groups, weight, bias, eps, silu):
+def group_norm_silu(x, num_groups, weight, bias, eps, silu=True):
     y = F.group_norm(x, num_groups, weight, bias, eps)
     return F.silu(y, inplace=not y.requires_grad) if silu else y
 
@@ -56,7 +56,7 @@ _OPS = SimpleNamespace(**PLAIN, gelu_tanh=gelu_tanh, linear=F.linear, mlp=mlp)
 @contextmanager
 def plain_pytorch():
     """Within: the networks call these functions instead of the library's ops."""
-    before = {module: module.ops for module in (dit, layers)}
+    before = {module: module.ops for module in (dit, layers, spatial_transformer, unet_blocks, unet_layers)}
     for module in before:
         module.ops = _OPS
     try:

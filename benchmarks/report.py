@@ -23,7 +23,7 @@ from benchmarks.names import (
 COLUMNS = ("contender", "median ms", "quartiles", "ratio", "GB/s (copy)", "GFLOP/s (GEMM)", "error", "peak MB", "")
 CURVE = ("method", "told", "NFE", "median error", "90th percentile", "s")
 IN_README = (REFERENCE, EAGER, COMPILED, DIFFUSERS, DIFFUSERS_COMPILED, FAST_COMPILED)
-NETWORKS = ("forward", "train_step", "sampling")
+NETWORKS = ("forward", "unets", "train_step", "sampling")
 
 
 def text(about: dict, records: list[dict], markdown: bool = False) -> str:

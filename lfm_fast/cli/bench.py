@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lfm_fast.cli.arguments import folder
 
-GROUPS = ("ops", "forward", "train_step", "sampling", "solvers", "data", "startup")
+GROUPS = ("ops", "forward", "unets", "train_step", "sampling", "solvers", "data", "startup")
 
 
 def add(commands):
