@@ -77,12 +77,16 @@ def read_layouts(path, class_names, max_boxes: int | None = None) -> torch.Tenso
         ValueError: no such file, no JSON, no layout in it, or what `as_boxes` refuses, with the file's name.
     """
     content = _read_json(path)
-    layouts = content if isinstance(content, list) and content and isinstance(content[0], list) else [content]
+    layouts = content if isinstance(content, list) and _holds_several(content) else [content]
     try:
         boxes = [as_boxes(layout, class_names, max_boxes) for layout in layouts]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return _stacked(boxes)
+
+
+def _holds_several(content: list) -> bool:
+    return bool(content) and isinstance(content[0], list)
 
 
 def _stacked(layouts: list[torch.Tensor]) -> torch.Tensor:
@@ -111,8 +115,11 @@ def folder_classes(folder) -> tuple[list[str], int]:
     there is no layout, or neither a list nor a name.
     """
     folder = Path(folder).expanduser()
-    contents = [_read_json(file) for file in sorted(folder.rglob("*.json")) if file.name != CLASSES_FILE]
-    layouts = [content for content in contents if isinstance(content, list)]
+    contents = {file: _read_json(file) for file in sorted(folder.rglob("*.json")) if file.name != CLASSES_FILE}
+    layouts = [content for content in contents.values() if isinstance(content, list)]
+    several = [file for file, content in contents.items() if isinstance(content, list) and _holds_several(content)]
+    if several:
+        raise ValueError(f"{several[0]} holds a list of layouts, but belongs to one image.")
     if not layouts:
         raise ValueError(f"there is no layout in {folder}; it must hold a file IMAGE.json for each image.")
     longest = max(1, *map(len, layouts))
@@ -149,10 +156,8 @@ def folder_boxes(images, folder) -> tuple[torch.Tensor, list[str]]:
     class_names, longest = folder_classes(folder)
     layouts = []
     for file, (width, height) in zip(files, images.sizes):
-        found = read_layouts(file, class_names, longest)
-        if len(found) != 1:
-            raise ValueError(f"{file} holds {len(found)} layouts, but belongs to one image.")
-        layouts.append(cropped(found[0], width, height))
+        (boxes,) = read_layouts(file, class_names, longest)
+        layouts.append(cropped(boxes, width, height))
     return _stacked(layouts), class_names
 
 
@@ -179,7 +184,7 @@ def mirrored(boxes: torch.Tensor) -> torch.Tensor:
 
 
 def draw_boxes(boxes, class_names, side: int, picture=None) -> Image.Image:
-    """One layout (N, 5) as a picture of side x side pixels: frames in their classes' colours, names where they fit.
+    """One layout (N, 5) as a picture of side x side pixels: frames in their classes' colours, names cut to what fits.
 
     `picture`, a PIL image, lies below, enlarged pixel by pixel; without one the frames are tinted on white.
     """
@@ -193,9 +198,13 @@ def draw_boxes(boxes, class_names, side: int, picture=None) -> Image.Image:
         draw.rectangle((left, top, right - 1, bottom - 1), fill=tint, outline=colour, width=width)
     font = ImageFont.load_default(size=max(9, side // 18))
     for label, (left, top, right, _) in rows:  # last, so that no frame hides a name
-        room = right - left - 2 * width
-        name = str(class_names[label])
-        name = name if font.getlength(name) <= room else (name.split() or [""])[0]
-        if font.getlength(name) <= room:
-            draw.text((left + 2 * width, top + width), name, fill=_COLOURS[label % len(_COLOURS)], font=font)
+        room, name = right - left - 2 * width, str(class_names[label])
+        shorter = (name, (name.split() or [""])[0], name[:3])
+        fitting = next((text for text in shorter if font.getlength(text) <= room), "")
+        draw.text((left + 2 * width, top + width), fitting, fill=_dark(label), font=font)
     return sheet
+
+
+def _dark(label: int) -> tuple[int, ...]:
+    """The class's colour, dark enough to be read on its tint."""
+    return tuple(c * 2 // 3 for c in _COLOURS[label % len(_COLOURS)])

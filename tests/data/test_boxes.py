@@ -131,7 +131,7 @@ def test_classes_are_those_listed_or_those_in_use(tmp_path):
         ("a.json", "[", r"a\.json is no JSON"),
         ("a.json", [{"class": "cat", "box": [0, 0, 2, 1]}], r"a\.json: the box \(0, 0, 2, 1\) leaves the image"),
         ("a.json", [{"class": 0, "box": [0, 0, 1, 1]}], r"no box in .* names its class; .* classes\.json"),
-        ("a.json", [[CAT], [CAT]], r"a\.json holds 2 layouts, but belongs to one image"),
+        ("a.json", [[CAT], [CAT]], r"a\.json holds a list of layouts, but belongs to one image"),
         ("classes.json", {"cat": 0}, r"classes\.json must be a list of class names"),
         ("classes.json", ["dog"], r"a\.json: box class 'cat' is not known: choose one of dog"),
     ],
