@@ -1,5 +1,6 @@
 """lfm_fast.Sampler: the results of lfm_fast.sample for batch after batch, also by operators recorded and replayed."""
 
+import copy
 import itertools
 
 import pytest
@@ -360,6 +361,50 @@ def test_an_upload_inside_would_be_seen(monkeypatch):
 
     with pytest.raises(AssertionError, match="from one device to another"):
         Sampler(model, SHAPE, method="euler", num_steps=2, cuda_graph=True)(torch.empty(SHAPE, device="meta"))
+
+
+@pytest.fixture(scope="module")
+def flow():
+    return lfm_fast.LatentFlow.from_pretrained("embedded")
+
+
+def test_a_flow_keeps_its_graph_for_batches_and_calls_alike(flow, monkeypatch):
+    record_on_the_cpu(monkeypatch)
+    flow = copy.deepcopy(flow)
+    y, grid = [0, 1, 2], torch.tensor([1.0, 0.5, 0.0])
+    for recorded, arguments in (
+        (1, {"seed": 1}),
+        (1, {"seed": 2, "y": [5, 5, 8], "guidance_scale": 3.0}),
+        (2, {"num_steps": 3}),
+        (3, {"guidance_scale": torch.tensor([1.0, 1.5, 2.0]), "time_grid": grid}),
+        (3, {"time_grid": grid}),
+    ):
+        arguments = {"y": y, "num_steps": 2, "batch_size": 2, **arguments}
+        found = flow.sample(3, cuda_graph=True, **arguments)  # 2 and 1
+        torch.testing.assert_close(found, flow.sample(3, **arguments), rtol=0, atol=1e-4)  # pictures in [0, 1]
+        assert Tape.recorded == recorded
+    assert Tape.replayed == 10
+    grid[1] = 0.25  # the caller's own, and another grid now
+    found = flow.sample(2, y=[0, 1], time_grid=grid, cuda_graph=True)
+    torch.testing.assert_close(found, flow.sample(2, y=[0, 1], time_grid=grid), rtol=0, atol=1e-4)
+    assert Tape.recorded == 4
+    copied = copy.deepcopy(flow)
+    copied.sample(2, y=[0, 1], time_grid=grid, cuda_graph=True)
+    assert Tape.recorded == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"preview": print}, "callback: a Sampler runs all steps at once"),
+        ({"progress": True}, "progress: a Sampler runs all steps at once"),
+        ({"method": "dopri5"}, "method dopri5 finds its steps as it goes"),
+        ({}, "cuda_graph is True, but a CUDA graph needs a CUDA device"),
+    ],
+)
+def test_a_flow_refuses_what_no_graph_can_hold(flow, arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        flow.sample(1, y=0, num_steps=2, cuda_graph=True, **arguments)
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -14,6 +14,7 @@ from lfm_fast.guidance import ClassifierGuidance
 from lfm_fast.models.conditioned import Conditioned, taken_apart
 from lfm_fast.pipeline import folders
 from lfm_fast.pipeline.preview import Preview
+from lfm_fast.pipeline.replays import Replays
 from lfm_fast.sampling import sample
 from lfm_fast.solvers.grids import is_table, time_grid
 
@@ -43,6 +44,7 @@ class LatentFlow:
     class_names: tuple[str, ...] = ()
     sampling: dict = field(default_factory=dict)
     task: dict = field(default_factory=dict)
+    _replays: Replays = field(default_factory=Replays, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         self.class_names = tuple(self.class_names)
@@ -74,7 +76,16 @@ class LatentFlow:
         return self
 
     def sample(
-        self, num_images, y=None, seed=0, batch_size=None, indices=None, preview=None, condition=None, **sampling
+        self,
+        num_images,
+        y=None,
+        seed=0,
+        batch_size=None,
+        indices=None,
+        preview=None,
+        condition=None,
+        cuda_graph=False,
+        **sampling,
     ):
         """Draw images, (num_images, 3, H, W) float32 in [0, 1] on the CPU.
 
@@ -93,6 +104,9 @@ class LatentFlow:
             condition: of a conditioned network, what it is conditioned on: a tensor with one entry for each image, or
                 with one for all. Which tensor its task says (docs/tasks.md); `inpaint`, `from_semantic_map` and
                 `from_layout` make it.
+            cuda_graph: record all steps of a batch into one CUDA graph and replay it for the others, here and in later
+                calls with the same arguments (`lfm_fast.Sampler`). For methods of fixed steps, on CUDA. Opt-in, because
+                it was never run on a GPU so far.
             sampling: arguments of `lfm_fast.sample` (method, num_steps, guidance_scale, t_end, ...); path is this
                 flow's own, and t_start is 1. A guidance_scale of shape (num_images,), of a guidance object too, goes
                 image by image. A guidance object takes the place of this flow's own guidance_scale.
@@ -134,7 +148,11 @@ class LatentFlow:
                 arguments["model_kwargs"] = {**sampling.get("model_kwargs", {}), **entries}
             if preview is not None:
                 arguments["callback"] = Preview(preview, self, z_1, {**arguments, "callback": sampling.get("callback")})
-            z_0 = sample(model, z_1, y=part_y, indices=indices[part], **arguments)
+            arguments |= {"y": part_y, "indices": indices[part]}
+            if cuda_graph:
+                z_0 = self._replays.sample(model, z_1, min(batch_size or 64, num_images), **arguments)
+            else:
+                z_0 = sample(model, z_1, **arguments)
             images.append(self.decode(z_0))
         return torch.cat(images)
 
