@@ -29,6 +29,7 @@ def show(run, output, rows=8, samples=4, seed=1, nearest=False, scale=2, **sampl
     given, truths = task.shown(source, numbers, 0)
     condition = source.condition(numbers, 0).repeat_interleave(samples, 0)
     drawn = flow.sample(rows * samples, condition=condition, seed=seed, **sampling)
+    drawn = task.finished(source, numbers.repeat_interleave(samples), 0, drawn)
     columns = [given[:, None], drawn.unflatten(0, (rows, samples)), truths[:, None]]
     captions = ["given", *["sample"] * samples, "truth"]
     if nearest:

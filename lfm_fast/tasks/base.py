@@ -62,6 +62,10 @@ class Task:
         grid of training has for each of these samples."""
         raise TypeError(f"{type(self).__name__} conditions on nothing that could be shown")
 
+    def finished(self, source, sample_numbers: Tensor, seed: int, drawn: Tensor) -> Tensor:
+        """The pictures (B, 3, H, W) in [0, 1] drawn for these samples, as the task hands them over."""
+        return drawn
+
     def generated(self, flow, args, **sampling) -> Tensor:
         """Images (N, 3, H, W) in [0, 1] for the flags of `lfm-fast sample` (`_CONDITIONS` of its file names them).
 

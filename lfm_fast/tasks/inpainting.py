@@ -46,6 +46,10 @@ class Inpainting(Task):
         images, holes = source.images_and_holes(sample_numbers, seed)
         return torch.where(holes[:, None], 0.5, images / 255.0), images / 255.0
 
+    def finished(self, source, sample_numbers, seed, drawn):
+        images, holes = source.images_and_holes(sample_numbers, seed)
+        return torch.where(holes[:, None], drawn, images / 255.0)
+
     def evaluate(self, flow, *, num_images, seed, data, approach=None, **sampling):
         """PSNR and seams in holes of held-out images, beside those of the mean colour of what is known, and of another
         of these images pasted into the hole: that is what a perfect flow would paint that did not look."""

@@ -147,6 +147,7 @@ PRESETS = {
     "celeba512-adm": {**_ADM_LARGE, "model": "adm-original-celeba512", "image_size": 512},
     # 8 x 6; neither its FID nor its network's sizes are published, which are those of the 256-pixel ones here
     "celeba1024-adm": {**_ADM_LARGE, "model": "adm", "image_size": 1024},
-    # 2 x 64, each, with --conditions for the label maps
+    # 2 x 64, each; of semantic synthesis with --conditions for the label maps
+    "celeba256-inpainting": {**_ADM_TASK, "task": "inpainting", "epochs": 500.0},
     "celeba256-semantic": {**_ADM_TASK, "task": "semantic", "palette": "celebamask-hq", "epochs": 175.0},
 }

@@ -30,9 +30,11 @@ def _conditioned_grid(state, source, autoencoder, config, path, world):
     images = sample_images(
         state.ema.average, None, source.latent_shape, autoencoder, config, path, world, condition=condition
     )
-    inputs, truths = (2 * part - 1 for part in task_named(config.task).shown(source, numbers, config.seed))
+    task = task_named(config.task)
+    images = task.finished(source, each, config.seed, (images + 1) / 2)
+    inputs, truths = task.shown(source, numbers, config.seed)
     rows = images.unflatten(0, (CONDITIONED_ROWS, -1))
-    return torch.cat([inputs[:, None], rows, truths[:, None]], dim=1).flatten(0, 1)
+    return 2 * torch.cat([inputs[:, None], rows, truths[:, None]], dim=1).flatten(0, 1) - 1
 
 
 def columns(config):

@@ -29,6 +29,7 @@ PUBLISHED = {
     "imagenet256-adm": ("adm", 768, 1e-4, "constant", 1200, 0.1),
     "celeba512-adm": ("adm-original-celeba512", 48, 2e-5, "constant", 1000, 0.0),
     "celeba1024-adm": ("adm", 48, 2e-5, "constant", 1000, 0.0),
+    "celeba256-inpainting": ("adm-original", 128, 5e-5, "cosine", 500, 0.0),
     "celeba256-semantic": ("adm-original", 128, 5e-5, "cosine", 175, 0.0),
 }
 # name -> guidance scale of the published FID, precision and task, where they are not those of most
@@ -37,6 +38,7 @@ SPECIAL = {
     "imagenet256-adm": (1.25, "auto", "labelled"),
     "celeba512-adm": (1.0, "bf16", "unconditional"),
     "celeba1024-adm": (1.0, "bf16", "unconditional"),
+    "celeba256-inpainting": (1.0, "auto", "inpainting"),
     "celeba256-semantic": (1.0, "auto", "semantic"),
 }
 
