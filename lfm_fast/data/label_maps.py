@@ -77,7 +77,7 @@ def as_label_maps(given, palette, holds: str = "auto") -> torch.Tensor:
         ) from None
     if maps.ndim == 3 and maps.shape[-1] == 3 and maps.dtype == torch.uint8:
         return from_colours(maps, palette)[None]
-    if maps.ndim not in (2, 3):
+    if maps.ndim not in (2, 3) or (maps.ndim == 3 and maps.shape[-1] in (1, 2, 4)):
         raise ValueError(f"label_map has shape {tuple(maps.shape)}; expected (H, W), (N, H, W) or (H, W, 3) colours.")
     ids = check_ids(maps, palette)
     return ids if ids.ndim == 3 else ids[None]

@@ -36,7 +36,9 @@ class MappedImages(ImageSource):
             _require_own_maps(self.palette, folder)
         else:
             if folder is None:
-                raise ValueError(f"{images.name} comes without label maps; give the folder that holds them.")
+                raise ValueError(
+                    f"{images.name} comes without label maps; give the folder that holds them (--conditions)."
+                )
             paths, report = label_maps.pair_by_stem(images.names, folder)
             images.report.skipped += report.skipped
             kept = [i for i, path in enumerate(paths) if path is not None]

@@ -62,12 +62,13 @@ class Semantic(Task):
         Beside them the same of other maps, which is what a flow reaches that does not look at its map, and of the
         autoencoder's reconstructions, which is what any flow on its latents can reach.
         """
-        if data != "embedded":
-            raise ValueError(
-                f"data is {data!r}, but samples are segmented by their colours, which only the embedded set's classes "
-                "have; segment others by a network of yours, and compare with lfm_fast.metrics.segmentation.compare."
-            )
         palette = _palette_of(flow)
+        if data != "embedded" or palette.appearance is None:
+            raise ValueError(
+                f"samples are segmented by their colours, which only the embedded set's classes have, not {data} in "
+                f"the palette {palette.name}; segment these by a network of yours, and compare with "
+                "lfm_fast.metrics.segmentation.compare."
+            )
         images = MappedImages(open_images("embedded", flow.image_size, split="held_out"), palette)
         positions = torch.arange(min(num_images, len(images))) * len(images) // min(num_images, len(images))
         maps, truths = images.label_maps(positions), images.batch(positions)

@@ -241,6 +241,8 @@ def test_maps_in_any_form():
     for wrong, says in (
         (ids.float(), "expected whole-number ids"),
         (ids[0], r"label_map has shape \(8,\); expected \(H, W\), \(N, H, W\) or \(H, W, 3\) colours"),
+        (colours[..., [0, 1, 2, 0]], r"label_map has shape \(6, 8, 4\); expected"),
+        (ids[..., None], r"label_map has shape \(6, 8, 1\); expected"),
         (None, "label_map is NoneType; expected a path, a PIL image, or an array"),
         (ids + 183, "but the ids of coco-stuff are 0 to 182"),
     ):

@@ -238,8 +238,11 @@ def test_evaluation_tells_a_flow_that_follows_its_maps_from_one_that_does_not():
     assert good["mean IoU with other maps"] < 0.15
     assert bad["mean IoU"] < 0.15
     assert good["mean IoU of the autoencoder"] == bad["mean IoU of the autoencoder"] > 0.15
-    with pytest.raises(ValueError, match="data is 'photos', but samples are segmented by their colours"):
+    with pytest.raises(ValueError, match="not photos in the palette embedded; segment these by a network of yours"):
         Semantic().evaluate(flow, num_images=5, seed=0, data="photos")
+    flow.model, flow.task = Semantic().network(settings(data="x", palette="ade20k"), (4, 8, 8)), {"palette": "ade20k"}
+    with pytest.raises(ValueError, match="not embedded in the palette ade20k"):
+        Semantic().evaluate(flow, num_images=5, seed=0, data="embedded")
 
 
 def test_from_training_to_pictures_by_commands(tmp_path, capsys):
