@@ -14,7 +14,9 @@ from lfm_fast.models.conditioned import Conditioned
 _EPOCH = re.compile(r"model_([0-9]+)\.pth")
 _RESUMABLE = "content.pth"
 _LISTED = 20  # experiments at most, in a sentence
-_DEPTH = 4  # of an experiment's folder below the one that holds saved_info/latent_flow
+# where experiments stand below a folder: of a data set, latent_flow, saved_info, the one that holds it. No other is
+# looked into, however many there are
+_BELOW = ("*", "*/*", "latent_flow/*/*", "saved_info/latent_flow/*/*")
 
 
 def find_weights(folder: str | os.PathLike) -> Path | None:
@@ -29,7 +31,7 @@ def find_weights(folder: str | os.PathLike) -> Path | None:
     own = _newest(folder)
     if own is not None:
         return own
-    files = [path for depth in range(1, _DEPTH + 1) for path in folder.glob("*/" * depth + "*.pth")]
+    files = [path for below in _BELOW for path in folder.glob(f"{below}/*.pth")]
     experiments = sorted({path.parent for path in files if _EPOCH.fullmatch(path.name) or path.name == _RESUMABLE})
     if len(experiments) > 1:
         names = [path.relative_to(folder).as_posix() for path in experiments]

@@ -107,6 +107,8 @@ def test_several_experiments_are_listed(tmp_path):
 def test_folders_without_weights_are_none(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "weights.pth").touch()
+    (tmp_path / "a" / "b" / "c").mkdir(parents=True)  # not where LFM keeps any
+    (tmp_path / "a" / "b" / "c" / "model_1.pth").touch()
     assert find_weights(tmp_path) is None
     with pytest.raises(ValueError, match=r"nor one of LFM's \(model_<epoch>.pth\)"):
         LatentFlow.from_pretrained(tmp_path)
@@ -121,3 +123,20 @@ def test_a_flow_of_lfms_folders(tmp_path, place):
     assert flow.path == lfm_fast.paths.Linear(sigma_min=1e-5)
     name = "x_embedder.proj.weight"
     assert torch.equal(flow.model.state_dict()[name], tiny().state_dict()[name])
+
+
+def test_lfms_inpainting_network_inpaints_when_its_file_is_opened(tmp_path):
+    """Nine channels in and four out are enough to know what it is conditioned on."""
+    sizes = {"model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "in_channels": 9, "out_channels": 4}
+    model = create_model("adm-original", image_size=64, **sizes)
+    file = save_released(model, tmp_path, epoch=475)
+    with pytest.raises(ValueError, match=r"do not tell num_heads.* as `model`.* in_channels=9"):
+        LatentFlow.from_pretrained(file, autoencoder="embedded")
+    flow = LatentFlow.from_pretrained(
+        file, autoencoder="embedded", model=create_model("adm-original", image_size=128, **sizes)
+    )
+    picture, hole = torch.rand(3, 64, 64), torch.zeros(64, 64, dtype=torch.bool)
+    hole[16:48, 16:48] = True
+    painted = flow.inpaint(picture, hole, method="euler", num_steps=1)[0]
+    assert torch.equal(painted[:, ~hole], picture[:, ~hole])
+    assert not torch.allclose(painted[:, hole], picture[:, hole], atol=0.01)

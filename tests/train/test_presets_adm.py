@@ -19,6 +19,7 @@ MANIFESTS = {
     "imagenet256-adm": "imnet_adm",
     "celeba512-adm": "celeb512_adm",
     "celeba1024-adm": None,  # of which none is there
+    "celeba256-inpainting": "inpainting",
     "celeba256-semantic": "semantic",
 }
 OF_THE_ENCODER = {"celeba256-semantic": 19 * 4}  # classes of CelebAMask-HQ, channels each becomes
