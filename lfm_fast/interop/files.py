@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from lfm_fast.checkpoint import load_checkpoint, read_state_dict
-from lfm_fast.interop.diffusers import DiffusersVelocity, align
+from lfm_fast.interop.diffusers import DiffusersVelocity
 from lfm_fast.interop.discrete import DiscretePath
 from lfm_fast.interop.dit import DiTVelocity
 from lfm_fast.interop.folder import read_json
@@ -118,7 +118,7 @@ def _from_diffusers(folder: Path, num_classes: int | None) -> Converted:
         scheduler = _scheduler(place.parent / "scheduler") if place != folder else None
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{folder} does not load in diffusers: {str(error).splitlines()[0]}") from error
-    field = DiffusersVelocity(align(transformer.float()), scheduler)
+    field = DiffusersVelocity(transformer.float(), scheduler)
     if field.scale not in (None, 1):
         raise ValueError(
             f"{folder}: its times run to {field.scale}, and ours to 1, which no weights make up for; sample it as it "

@@ -7,9 +7,11 @@ import torch
 
 import lfm_fast
 from lfm_fast import LatentFlow
+from lfm_fast.autoencoder import load_autoencoder
 from lfm_fast.interop.dit import DiTVelocity
 from lfm_fast.interop.released import find_weights, save_released
 from lfm_fast.models import NETWORKS, DiT, create_model
+from lfm_fast.pipeline import folders
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +125,13 @@ def test_a_flow_of_lfms_folders(tmp_path, place):
     assert flow.path == lfm_fast.paths.Linear(sigma_min=1e-5)
     name = "x_embedder.proj.weight"
     assert torch.equal(flow.model.state_dict()[name], tiny().state_dict()[name])
+
+
+def test_what_lfm_does_not_record_is_the_papers(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(folders, "load_autoencoder", lambda name: asked.append(name) or load_autoencoder("embedded"))
+    LatentFlow.from_pretrained(save_released(tiny(), tmp_path, epoch=3))
+    assert asked == ["stabilityai/sd-vae-ft-mse"]
 
 
 def test_lfms_inpainting_network_inpaints_when_its_file_is_opened(tmp_path):
