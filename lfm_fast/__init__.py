@@ -20,7 +20,7 @@ _EXPORTS = {
     "tune_grid": "lfm_fast.tuning",
     "LatentFlow": "lfm_fast.pipeline",
     # the classes that saved folders name
-    "DiT": "lfm_fast.models",
+    **dict.fromkeys(("ADM", "Conditioned", "DiT", "LayoutUNet", "SongUNet", "UNet"), "lfm_fast.models"),
     "SmallVAE": "lfm_fast.autoencoder",
 }
 _MODULES = {

@@ -5,15 +5,16 @@ import json
 import pytest
 import torch
 
+import lfm_fast
 from lfm_fast import LatentFlow
 from lfm_fast.autoencoder import Autoencoder, SmallVAE
 from lfm_fast.interop.folder import read_network
-from lfm_fast.models import create_model, from_config
+from lfm_fast.models import FAMILIES, create_model, from_config
 from lfm_fast.models.conditioned import ENCODERS
 
 SMALL = {"image_size": 64, "model_channels": 32, "channel_mult": [1, 2]}
 GUIDED = {**SMALL, "num_res_blocks": 1, "attention_resolutions": [2]}
-FAMILIES = [
+SAVED = [
     ("DiT-S/2", {"image_size": 64, "hidden_size": 32, "depth": 1, "num_heads": 2}, "transformer", "DiT"),
     ("adm", {**SMALL, "num_blocks": 1, "num_classes": 3, "label_dropout": 0.1}, "unet", "ADM"),
     ("ddpm++", {**SMALL, "num_blocks": 1}, "unet", "SongUNet"),
@@ -38,12 +39,13 @@ def check(model, again):
     assert all(torch.equal(theirs[name], x) for name, x in model.state_dict().items())  # buffers of noise among them
 
 
-@pytest.mark.parametrize(("name", "sizes", "folder", "kind"), FAMILIES, ids=[name for name, *_ in FAMILIES])
+@pytest.mark.parametrize(("name", "sizes", "folder", "kind"), SAVED, ids=[name for name, *_ in SAVED])
 def test_every_family_is_saved_under_its_class(tmp_path, name, sizes, folder, kind):
     model = create_model(name, **sizes)
     flow_of(model).save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index[folder] == ["lfm_fast", kind]
+    assert getattr(lfm_fast, kind) is type(model)  # where diffusers looks for it
     config = json.loads((tmp_path / folder / "config.json").read_text())
     assert config.pop("_class_name") == kind
     assert config == model.config
@@ -61,7 +63,7 @@ def test_a_network_with_its_encoder_is_one_component(tmp_path, inside, monkeypat
             self.config, self.weight = {"width": width}, torch.nn.Parameter(torch.randn(width))
 
     monkeypatch.setitem(ENCODERS, "sums", Encoder)
-    sizes = next(sizes for name, sizes, *_ in FAMILIES if name == inside)
+    sizes = next(sizes for name, sizes, *_ in SAVED if name == inside)
     network = create_model(inside, **{**sizes, "in_channels": 6, "out_channels": 4})
     encoder = {"kind": "sums", "width": 5}
     model = from_config({"family": "conditioned", "network": network.config, "encoder": encoder})
@@ -71,8 +73,12 @@ def test_a_network_with_its_encoder_is_one_component(tmp_path, inside, monkeypat
     check(model, LatentFlow.from_pretrained(tmp_path).model)
 
 
+def test_every_class_of_network_stands_at_the_top_of_the_package():
+    assert [kind.__name__ for kind in FAMILIES.values() if getattr(lfm_fast, kind.__name__, None) is not kind] == []
+
+
 def test_half_precision_halves_weights_and_leaves_whole_numbers(tmp_path):
-    model = create_model("DiT-S/2", **FAMILIES[0][1])
+    model = create_model("DiT-S/2", **SAVED[0][1])
     model.register_buffer("steps", torch.tensor([2049]))  # which float16 does not have
     flow_of(model).save_pretrained(tmp_path, dtype=torch.float16)
     from safetensors.torch import load_file
