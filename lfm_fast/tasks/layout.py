@@ -37,8 +37,9 @@ class Layout(Task):
         return images
 
     def source(self, config, source, images, autoencoder):
-        """`source` with condition(sample_numbers, seed) -> (B, N, 5) float32."""
-        return WithLayouts(source, images)
+        """`source` with condition(sample_numbers, seed) -> (B, N, 5) float32; one layout in ten is withheld, of
+        held-out scenes none."""
+        return WithLayouts(source, images, WITHHELD if getattr(images, "split", "train") != "held_out" else 0.0)
 
     def network(self, config, latent_shape) -> nn.Module:
         """The network of the settings, which attends to a context, behind an encoder of boxes."""
@@ -112,8 +113,9 @@ class Layout(Task):
 class WithLayouts:
     """Training's latents and labels, and the boxes of each sample; `lfm_fast.data.latents` says of what."""
 
-    def __init__(self, source, images):
-        self._source, self._images, self.boxes, self.box_classes = source, images, images.boxes, images.box_classes
+    def __init__(self, source, images, withheld: float = WITHHELD):
+        self._source, self._images, self._withheld = source, images, withheld
+        self.boxes, self.box_classes = images.boxes, images.box_classes
         self.num_items, self.latent_shape = source.num_items, source.latent_shape
         self.class_names, self.num_classes, self.labels = source.class_names, source.num_classes, source.labels
 
@@ -122,11 +124,11 @@ class WithLayouts:
         return self._source.batch(sample_numbers, seed)
 
     def condition(self, sample_numbers: Tensor, seed: int) -> Tensor:
-        """(B, N, 5) float32: the boxes of the same images, mirrored where these are; of one in ten, none."""
+        """(B, N, 5) float32: the boxes of the same images, mirrored where these are; of the share withheld, none."""
         boxes = self.boxes[item_of(sample_numbers, self.num_items, seed)]
         boxes = torch.where(self._flips(sample_numbers, seed)[:, None, None], mirrored(boxes), boxes)
         draw = ops.philox_uniform(sample_numbers, 1, seed, STREAM_AUGMENTATION, _DRAW)[:, 0]
-        return torch.where((draw < WITHHELD)[:, None, None], torch.full_like(boxes, NO_BOX), boxes)
+        return torch.where((draw < self._withheld)[:, None, None], torch.full_like(boxes, NO_BOX), boxes)
 
     def pictures(self, sample_numbers: Tensor, seed: int) -> Tensor:
         """(B, 3, H, W) uint8: the images themselves, mirrored where training sees them so."""

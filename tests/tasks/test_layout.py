@@ -130,6 +130,12 @@ def test_a_condition_depends_on_seed_and_number_alone_and_one_in_ten_is_withheld
     assert abs(withheld[mirrors].double().mean() - withheld[~mirrors].double().mean()) < 0.04
 
 
+def test_no_layout_of_a_held_out_scene_is_withheld():
+    scenes = EmbeddedLayouts(SIZE, num_scenes=24, split="held_out")
+    source = task_named("layout").source(None, Latents(False), scenes, None)
+    assert (source.condition(torch.arange(400), seed=5)[..., 0].amax(dim=1) >= 0).all()
+
+
 def test_from_layout_samples_each_layout_in_turn(flow):
     images = flow.from_layout([[CAT], [CAT, DOG]], num_samples=2, seed=3, **SETTINGS)
     assert images.shape == (4, 3, SIZE, SIZE)
