@@ -76,6 +76,12 @@ def recognise(shapes: Shapes, hints: dict | None = None) -> nn.Module:
         return unet
     if untold := what_is_untold(shapes):
         raise ValueError(f"{untold}.")
+    dit = read_dit_shapes(shapes)
+    if dit is not None and dit.learned_sigma:
+        raise ValueError(
+            "these weights are of a DiT with learned sigmas, so of DiT or SiT, whose time or prediction is not ours: "
+            "convert them, as `lfm-fast convert --from dit` or `--from sit` does."
+        )
     candidates = []  # (how many keys differ, name, how, configuration)
     for name, config in _dit_candidates(shapes):
         with torch.device("meta"):

@@ -233,6 +233,12 @@ def test_a_lightningdit_that_is_a_dit_with_normed_heads_is_one_of_ours():
     torch.testing.assert_close(again(T.float(), Z.float(), Y), model(T.float(), Z.float(), Y), rtol=0, atol=0)
 
 
+def test_learned_sigmas_alone_show_that_a_file_is_not_lfms(tmp_path):
+    torch.save(plain_dit().state_dict(), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a.pt: these weights are of a DiT with learned sigmas.*convert --from dit"):
+        lfm_fast.load_checkpoint(tmp_path / "a.pt")
+
+
 def test_a_file_of_another_project_is_never_taken_for_lfms(tmp_path):
     """Without learned sigmas nothing else in it tells that its time runs the other way."""
     training_file(tmp_path / "a.pt", plain_dit(sigmas=False, rows=1))
