@@ -1,5 +1,7 @@
 """Inpainting: holes of a picture painted by a flow, one trained to look at masked images or any other."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -194,43 +196,56 @@ def inpaint(
 
     Source: Dao et al., arXiv 2307.08698, section 4.3 (condition); Lugmayr et al., arXiv 2201.09865 (project).
     """
-    _check_settings(fit, num_samples)
+    _check_settings(fit, num_samples, batch_size)
     approach = checked_approach(flow, approach)
     picture, holes = read_picture(image), read_mask(mask, hole=hole)
     _check_together(picture, holes, fit, flow.image_size)
-    images = filled(picture[None], holes[None]).expand(num_samples, -1, -1, -1)
+    images = filled(picture[None], holes[None])  # one until the samples differ, so that it is encoded once
     cutter = Tiles if fit == "tile" else Resized
     for number, part, cut, paste in cutter(holes, flow.image_size).squares():
-        squares, parts = cut(images), part.expand(num_samples, -1, -1)
+        squares = cut(images)
         indices = torch.arange(num_samples) + (number << 32)  # no two squares of a picture start from the same noise
-        painted = paint(flow, squares, parts, indices, seed, approach, y, batch_size, sampling)
-        images = paste(images, painted)
+        parts = part.expand(len(squares), -1, -1)
+        images = paste(images, paint(flow, squares, parts, indices, seed, approach, y, batch_size, sampling))
     return images
 
 
 def paint(flow, images, holes, indices, seed, approach, y=None, batch_size=None, sampling=None):
-    """The holes (B, H, W) of images (B, 3, H, W) in [0, 1] of the flow's own size painted: (B, 3, H, W) in [0, 1].
+    """The holes (B, H, W) of images (B, 3, H, W) in [0, 1] of the flow's own size painted: (N, 3, H, W) in [0, 1].
 
-    Image i starts from the noise of number indices[i]; the rest of the arguments as of `inpaint`. What is not in a hole
-    is as the autoencoder gives it back.
+    Image i starts from the noise of number indices[i], (N,); B is N, or 1 for all samples to be of one image. The rest
+    of the arguments as of `inpaint`. What is not in a hole is as the autoencoder gives it back.
     """
-    batches = torch.arange(len(images)).split(batch_size or _PER_FORWARD)
-    labels, sampling, device = flow.labels(y, len(images)), dict(sampling or {}), device_of(flow.autoencoder)
-    parts = ((rows, images[rows].to(device) * 2 - 1, holes[rows].to(device)) for rows in batches)
+    sampling, device = dict(sampling or {}), device_of(flow.autoencoder)
+    encode = condition_of if approach == "condition" else _known_latents
+    parts = zip(images.split(_PER_FORWARD), holes.split(_PER_FORWARD))
+    encoded = torch.cat([encode(flow.autoencoder, 2 * x.to(device) - 1, hole.to(device)) for x, hole in parts])
     if approach == "condition":
-        condition = torch.cat([condition_of(flow.autoencoder, part, hole) for _, part, hole in parts])
-        settings = {"seed": seed, "indices": indices, "batch_size": batch_size, "condition": condition, **sampling}
-        return flow.sample(len(images), labels, **settings)
+        settings = {"seed": seed, "indices": indices, "batch_size": batch_size, "condition": encoded, **sampling}
+        return flow.sample(len(indices), y, **settings)
     for name in ("path", "t_start", "preview", "condition", "model_kwargs"):
         if sampling.get(name) is not None:
             raise ValueError(f"{name} cannot be given to approach {approach!r}; leave it out")
     if approach == "project:resample":
         sampling.setdefault("resamplings", RESAMPLINGS)
-    painted = []
-    for rows, part, hole in parts:
-        settings = {**_of_rows(sampling, rows, len(images)), "seed": seed, "indices": indices[rows]}
-        painted.append(_project(flow, part, hole, None if labels is None else labels[rows].to(device), settings))
+    labels, encoded, painted = flow.labels(y, len(indices)), encoded.expand(len(indices), -1, -1, -1), []
+    for rows in torch.arange(len(indices)).split(batch_size or _PER_FORWARD):
+        settings = {**_of_rows(sampling, rows, len(indices)), "seed": seed, "indices": indices[rows]}
+        settings["y"] = None if labels is None else labels[rows].to(device)
+        painted.append(_project(flow, encoded[rows], settings))
     return torch.cat(painted)
+
+
+def _known_latents(autoencoder, images, holes):
+    """Latents of the images in [-1, 1], NaN where they are not known: (B, C, h, w)."""
+    latents = autoencoder.encode(filled(images, holes)).mode()
+    return latents.masked_fill(F.max_pool2d(holes[:, None].float(), autoencoder.downsampling) > 0, math.nan)
+
+
+def _project(flow, z_0, settings):
+    known = ~z_0[:, :1].isnan()
+    arguments = {**flow.defaults(settings["y"], settings.get("guidance")), **settings}
+    return flow.decode(project(flow.model.eval(), z_0, known, path=flow.path, **arguments))
 
 
 def _of_rows(sampling, rows, count):
@@ -243,18 +258,14 @@ def _of_rows(sampling, rows, count):
     return sampling
 
 
-def _project(flow, images, holes, y, settings):
-    """As `paint`, from the model's range, for labels y (B,)."""
-    z_0 = flow.autoencoder.encode(filled(images, holes)).mode()
-    known = F.max_pool2d(holes[:, None].float(), flow.autoencoder.downsampling) == 0
-    arguments = {**flow.defaults(y, settings.get("guidance")), **settings}
-    return flow.decode(project(flow.model.eval(), z_0, known, y=y, path=flow.path, **arguments))
-
-
-def _check_settings(fit, num_samples):
+def _check_settings(fit, num_samples, batch_size):
     """Raise ValueError for what can be told before a picture is looked at."""
-    if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples!r}; it must be an integer from 1 on")
+    for name, value in (
+        ("num_samples", num_samples),
+        ("batch_size", _PER_FORWARD if batch_size is None else batch_size),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it must be an integer from 1 on")
     if fit not in FITS:
         raise ValueError(f"fit is {fit!r}; there is {', '.join(FITS)}")
 

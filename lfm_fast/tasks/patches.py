@@ -81,7 +81,7 @@ class Resized:
 
     def squares(self):
         """Yields (number, holes (side, side), cut, paste): cut(images (N, 3, H, W)) gives squares, paste(images,
-        painted) the images with what was painted in them."""
+        painted) the images, or the one of them all, with what was painted in them."""
         yield 0, self.small, self._cut, self._paste
 
     def _cut(self, images):
@@ -127,7 +127,7 @@ class Tiles:
             return F.pad(images, padding, mode="replicate")[(..., *window)] if any(padding) else images[(..., *window)]
 
         def paste(images, painted):
-            images = images.clone()
+            images = images.expand(len(painted), -1, -1, -1).clone()
             part = images[(..., *window)]  # at a padded side smaller than the square
             height, width = part.shape[-2:]
             part.copy_(torch.where(holes[:height, :width], painted[..., :height, :width], part))

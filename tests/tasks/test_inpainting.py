@@ -141,6 +141,14 @@ def test_no_two_tiles_start_from_the_same_noise(monkeypatch, any_flow):
     assert len(set(used)) == len(used)
 
 
+def test_one_picture_is_encoded_once(monkeypatch, approach):
+    name, flow = approach
+    counts, encode = [], flow.autoencoder.encode
+    monkeypatch.setattr(flow.autoencoder, "encode", lambda images: counts.append(len(images)) or encode(images))
+    flow.inpaint(*picture_and_mask(SIDE, SIDE), num_samples=5, approach=name, batch_size=2)
+    assert counts == [1]
+
+
 def test_labels_and_guidance_go_to_their_samples(any_flow):
     """With batches of 2, each has its own label and scale, as alone."""
     picture, mask = picture_and_mask(SIDE, SIDE)
@@ -193,6 +201,7 @@ def test_a_trained_flow_is_given_its_condition(trained):
         (*picture_and_mask(16, 16), {"approach": "repaint"}, "there is condition, project, project:resample"),
         (*picture_and_mask(16, 16), {"approach": "condition"}, "was not trained to inpaint; use 'project'"),
         (*picture_and_mask(16, 16), {"num_samples": 0}, "num_samples is 0"),
+        (*picture_and_mask(16, 16), {"batch_size": -1}, "batch_size is -1"),
         (*picture_and_mask(16, 16), {"trajectory": True}, "trajectory is for"),
         (*picture_and_mask(16, 16), {"t_start": 0.5}, "t_start cannot be given"),
         (*picture_and_mask(16, 16), {"y": "z"}, "there is no class 'z'"),
