@@ -53,8 +53,9 @@ class Inpainting(Task):
         return torch.where(holes[:, None], drawn, images / 255.0)
 
     def evaluate(self, flow, *, num_images, seed, data, approach=None, **sampling):
-        """PSNR and seams in holes of held-out images, beside those of the mean colour of what is known, and of another
-        of these images pasted into the hole: that is what a perfect flow would paint that did not look."""
+        """PSNR and seams in holes of held-out images, beside those of simpler paintings: the mean colour of what is
+        known; another of these images pasted into the hole, as a perfect flow would draw that did not look; and, of a
+        flow that was not trained to inpaint, its own unconditional samples pasted."""
         images = open_images(data, flow.image_size, split="held_out" if data == "embedded" else "train")
         count = min(num_images, len(images))
         if count < 2:
@@ -64,11 +65,12 @@ class Inpainting(Task):
         approach = checked_approach(flow, approach)
         painted = paint(flow, truths / 255.0, holes, torch.arange(count), seed, approach, sampling=sampling)
         figures = {"images": count, "share of holes": float(holes.double().mean())}
-        for name, pictures in (
-            ("", painted),
-            ("mean colour: ", filled_with_mean(truths, holes)),
-            ("another image: ", truths.roll(1, 0) / 255.0),
-        ):
+        compared = {"": painted, "mean colour: ": filled_with_mean(truths, holes)}
+        compared["another image: "] = truths.roll(1, 0) / 255.0
+        if approach != "condition":
+            plain = {name: value for name, value in sampling.items() if name not in ("resamplings", "pieces")}
+            compared["unconditional: "] = flow.sample(count, seed=seed, **plain)
+        for name, pictures in compared.items():
             errors = hole_errors(pictures, truths / 255.0, holes)
             figures |= {f"{name}psnr": float(-20 * errors.rmse.square().mean().sqrt().log10())}
             figures |= {f"{name}seam": float(errors.seam.mean())}

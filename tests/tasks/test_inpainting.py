@@ -315,4 +315,5 @@ def test_figures_tell_a_perfect_painter(monkeypatch, any_flow):
     assert found["seam"] == found["truth: seam"]
     assert found["images"] == 5
     assert found["another image: psnr"] < found["mean colour: psnr"] < 12
+    assert found["unconditional: psnr"] < found["mean colour: psnr"]
     assert 0.05 < found["share of holes"] < 0.75

@@ -1,6 +1,8 @@
 """A flow is trained to inpaint, paints and is measured, by commands alone; and the one that ships paints as well."""
 
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +100,18 @@ def test_mistakes_end_in_a_sentence(files, flags, sentence, capsys, monkeypatch)
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
+
+
+def test_held_out_images_are_shown(run, tmp_path):
+    """Rows of the given image, samples with what is known of it, the image, and the nearest of training."""
+    show_task = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "show_task.py"))
+    show_task["show"](run, tmp_path / "grid.png", rows=2, samples=2, nearest=True, scale=1, num_steps=1)
+    picture = np.array(Image.open(tmp_path / "grid.png"))[-(2 * 66) :, 2:]
+    for row in picture.reshape(2, 66, 5, 66, 3).transpose(0, 2, 1, 3, 4)[:, :, :64, :64]:
+        given, *drawn, truth, _ = row
+        known = (given == truth).all(-1) & (given != 128).any(-1)
+        assert all(np.array_equal(image[known], truth[known]) for image in drawn)
+        assert not np.array_equal(drawn[0], drawn[1])
 
 
 def test_figures_are_printed_and_written(run, tmp_path, capsys):
