@@ -4,12 +4,13 @@
 #   bash scripts/gpu_check.sh [build] [kernels] [graphs] [rows] [triton] [sanitizer] [suite]       (default: all of them)
 #     build      both libraries, in place, with the torch, CMake, ninja and nvcc that are there
 #     kernels    the CUDA kernels against the CPU's bits; repeated runs, streams, a second device, 2^31 elements
-#     graphs     every op captured into a CUDA graph and replayed on other numbers
+#     graphs     every op captured into a CUDA graph and replayed on other numbers; a training step, and sampling
 #     rows       the tests of every row, with the reference and with the cuda backend on GPU tensors
 #     triton     the same with the Triton kernels, and their own
 #     sanitizer  compute-sanitizer's memcheck, racecheck and initcheck over the kernels' tests. Each has to catch a fault
 #                made on purpose first; where it cannot (some drivers allow none of them), the table says so
 #     suite      all other tests that are not slow
+# and, only where it is named: graph-times, a training step and sampling with and without CUDA graphs (benchmarks/graphs.py)
 # A failed test is named below the table: op, shape, dtype and backend are in its name. Logs and results go to
 # test-results/gpu (LFM_FAST_GPU_RESULTS names another folder).
 # Variables: PYTHON, the interpreter that has torch (default python3). It needs pytest, hypothesis, numpy and scipy for
@@ -94,7 +95,11 @@ for phase in "${phases[@]}"; do
   case "$phase" in
   build) checked build build || break ;;
   kernels) tests kernels tests/ops/test_cuda.py -k "not captured" ;;
-  graphs) tests graphs tests/ops/test_cuda.py -k captured ;;
+  graphs)
+    tests graphs tests/ops/test_cuda.py tests/train/test_graphed.py tests/test_sampler_graphed.py \
+      -k "captured or on_a_gpu or host_read or reads_back"
+    ;;
+  graph-times) checked graph-times "$python" -m benchmarks.graphs --output "$results/graph-times.json" ;;
   rows) tests rows tests/ops -m "not slow" -k "cuda and not test_cuda and not triton" ;;
   triton) tests triton tests/ops -m "not slow" --ignore tests/ops/interpreter -k "triton and not test_cuda and not interpret" ;;
   sanitizer)

@@ -194,10 +194,10 @@ def test_graphed_steps_on_a_gpu_are_the_ordinary_ones(changes):
     config, world = settings(device="cuda", **changes), World(device=torch.device("cuda", 0))
     assert _graphs.why_not(world.device) is None
     graphed, plain, again = (trained(config, graph, world=world) for graph in (True, False, False))
-    # where two ordinary runs differ, by the order of atomic sums, the graphed one may as much; Adam's steps are 1e-3
+    # as two ordinary runs, which differ by the order of atomic sums, or by a rounding of Adam's steps of 1e-3
     noise = max(float((p - q).detach().abs().max()) for p, q in zip(plain.model.parameters(), again.model.parameters()))
     for p, q in zip(graphed.model.parameters(), plain.model.parameters()):
-        assert float((p - q).detach().abs().max()) <= 4 * noise
+        assert float((p - q).detach().abs().max()) <= max(4 * noise, 2e-5 if config.precision == "fp32" else 1e-3)
     assert float(graphed.loss_sum) == pytest.approx(float(plain.loss_sum), rel=1e-5)
 
 
