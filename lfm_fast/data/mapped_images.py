@@ -31,7 +31,7 @@ class MappedImages(ImageSource):
 
     def __init__(self, images, palette, folder=None):
         self.palette = get_palette(palette)
-        if images.name == "embedded":
+        if hasattr(images, "rgba"):
             self._paths, kept = None, range(len(images))
             _require_own_maps(self.palette, folder)
         else:

@@ -66,12 +66,13 @@ PRESETS = {
         "guidance_scale": 1.0,
         "samples_per_class": 4,
     },
-    # the same with a label map of each picture, of its colours
+    # the same with a label map of each picture, of its colours; it begins as the flow that ships
     "emoji-semantic": {
         **_EMBEDDED,
         "task": "semantic",
         "palette": "embedded",
         "model": "DiT-Emoji/2",
+        "start_from": "embedded",
         "batch_size": 64,
         "steps": 1500,
         "label_dropout": 0.0,

@@ -70,6 +70,9 @@ def test_what_does_not_go_together_is_refused(photos, tmp_path):
         MappedImages(embedded, "embedded", photos / "maps")
     with pytest.raises(ValueError, match="comes without label maps; give the folder"):
         MappedImages(folder, "ade20k")
+    (photos / "images").rename(photos / "embedded")
+    with pytest.raises(ValueError, match="embedded comes without label maps"):
+        MappedImages(open_images(photos / "embedded", 16), "embedded")
     (photos / "others").mkdir()
     Image.fromarray(np.zeros((2, 2), np.uint8)).save(photos / "others" / "x.png")
     with pytest.raises(ValueError, match="None of the 5 images has a label map of its name"):
