@@ -18,9 +18,13 @@ from lfm_fast.models.velocity_network import (
 
 
 class Stage(nn.Sequential):
-    """Layers one after the other, each given what it needs beside x: the embedding, the context or nothing."""
+    """Layers one after the other, each given what it needs beside x: the embedding, the context or nothing.
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
+    skip: channels from the way down, put behind those of x; within, so that checkpointing does not keep them twice.
+    """
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        x = x if skip is None else torch.cat([x, skip], dim=1)
         for layer in self:
             if isinstance(layer, ResidualBlock):
                 x = layer(x, emb)
@@ -147,7 +151,7 @@ class UNet(ConvolutionalNetwork):
         """Draw fresh weights: PyTorch's own, and zeros for what ends a residual branch and for the read-out, so that
         every branch starts as the identity and the velocity as zero.
 
-        Source: arXiv 2105.05233, whose networks are those of Ho et al. (arXiv 2006.11239), as its code has it.
+        Source: Goyal et al. 2017 (arXiv 1706.02677), section 5.1, for residual branches that start as zero.
         """
         for module in self.modules():
             if hasattr(module, "reset_parameters"):
@@ -180,7 +184,7 @@ class UNet(ConvolutionalNetwork):
             skips.append(h)
         h = run(self.middle_block, h, emb, context)
         for stage in self.output_blocks:
-            h = run(stage, torch.cat([h, skips.pop()], dim=1), emb, context)
+            h = run(stage, h, emb, context, skips.pop())
         return self.out[2](self.out[0](h))
 
     def embedding(self, t: Tensor, y: Tensor) -> Tensor:

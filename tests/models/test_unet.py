@@ -356,3 +356,17 @@ def test_half_the_sides_and_back():
     block = nn.ModuleList(unet("plain resampling").input_blocks)[2][0]
     x = torch.arange(16.0).view(1, 1, 4, 4)
     assert block(x)[0, 0].tolist() == [[2.5, 4.5], [10.5, 12.5]]
+
+
+@torch.no_grad()
+def test_sampling_keeps_contexts_and_conditions_with_their_samples():
+    """Adaptive steps and guidance leave out and repeat rows; what belongs to a sample goes with it."""
+    model = unet("layout", in_channels=7, out_channels=4).double()
+    given = inputs(model, dtype=torch.float64)
+    z, own = given["z"][:, :4], {"condition": given["z"][:, 4:], "context": given["context"]}
+    settings = {"guidance_scale": 1.5, "null_label": 5, "method": "dopri5", "atol": 1e-3, "rtol": 1e-3}
+    found = lfm_fast.sample(model, z, y=given["y"], model_kwargs=own, **settings)
+    for i in range(3):
+        alone = {name: value[i : i + 1] for name, value in own.items()}
+        expected = lfm_fast.sample(model, z[i : i + 1], y=given["y"][i : i + 1], model_kwargs=alone, **settings)
+        assert difference(found[i : i + 1], expected) < 1e-9  # the same steps; float64 sums in another order
