@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import lfm_fast
@@ -225,15 +226,8 @@ def test_a_flow_of_another_task_is_refused(network):
 
 def _config(**settings):
     small = {"task": "layout", "model": "ADM-Emoji-layout", "image_size": SIZE, "batch_size": 4, "steps": 4}
-    small |= {
-        "sample_every": 2,
-        "samples_per_class": 1,
-        "max_items": 6,
-        "device": "cpu",
-        "resume": "never",
-        "label_dropout": 0.0,
-        "guidance_scale": 1.0,
-    }
+    small |= {"sample_every": 0, "warmup_steps": 0, "max_items": 6, "device": "cpu", "resume": "never"}
+    small |= {"label_dropout": 0.0, "guidance_scale": 1.0}
     return from_preset("embedded", **{**small, **settings})
 
 
@@ -246,8 +240,13 @@ def test_a_run_leaves_a_flow_that_knows_its_classes(tmp_path, monkeypatch, capsy
     fresh = task_named("layout").network(_config(), (4, 8, 8))
     moved = [not torch.equal(a, b) for a, b in zip(flow.model.encoder.parameters(), fresh.encoder.parameters())]
     assert all(moved)  # trained with the network
+    flow.save_pretrained(tmp_path / "saved")
+    again = lfm_fast.LatentFlow.from_pretrained(tmp_path / "saved")
+    flags = [{"class": "Flags", "box": [0, 0, 0.5, 0.5]}]
+    once = {"method": "euler", "num_steps": 1}
+    assert torch.equal(again.from_layout(flags, **once), flow.from_layout(flags, **once))
     layout = tmp_path / "layout.json"
-    layout.write_text(json.dumps([{"class": "Flags", "box": [0, 0, 0.5, 0.5]}]))
+    layout.write_text(json.dumps(flags))
     common = ["--model", str(folder), "--method", "euler", "--num-steps", "1"]
     assert main(["sample", *common, "--layout", str(layout), "--num-images", "2", "--output", str(tmp_path / "s")]) == 0
     assert len(list((tmp_path / "s").glob("*.png"))) == 2
@@ -266,7 +265,12 @@ def test_a_run_leaves_a_flow_that_knows_its_classes(tmp_path, monkeypatch, capsy
 def test_a_folder_of_layouts_makes_the_network(tmp_path):
     for number, layout in enumerate([[CAT], [CAT, {**CAT, "class": "ant"}, CAT]]):
         (tmp_path / f"{number}.json").write_text(json.dumps(layout))
-    config = types.SimpleNamespace(**{**_config().as_dict(), "data": "photos", "conditions": str(tmp_path)})
+        Image.new("RGB", (48, 36), "white").save(tmp_path / f"{number}.png")
+    config = types.SimpleNamespace(**{**_config().as_dict(), "data": str(tmp_path), "conditions": str(tmp_path)})
+    images = task_named("layout").images(config)
+    assert images.boxes.shape == (2, 3, 5)
+    source = task_named("layout").source(config, Latents(False), images, None)
+    assert source.box_classes == ["ant", "cat"]
     encoder = task_named("layout").network(config, (4, 8, 8)).encoder
     assert (encoder.num_classes, encoder.max_boxes) == (2, 3)
     assert task_named("layout").settings(config) == {"box_classes": ["ant", "cat"]}
