@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ import lfm_fast
 from lfm_fast import _graphs
 from lfm_fast.distributed import World
 from lfm_fast.models import create_model
+from lfm_fast.models.box_encoder import BoxEncoder
+from lfm_fast.models.conditioned import Conditioned
+from lfm_fast.models.label_map_encoder import LabelMapEncoder
 from lfm_fast.train import loop
 from lfm_fast.train.graphed import GraphedGradients
 from lfm_fast.train.loop import build_state, training_path
@@ -116,6 +120,32 @@ def test_an_input_that_is_none_stays_none(monkeypatch):
         weight.grad = None
 
 
+class Given(TinySource):
+    """What each sample is conditioned on, too."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def condition(self, numbers, seed):
+        return condition_of(self.name, len(numbers), int(numbers[0]))
+
+
+@pytest.mark.parametrize("name", ["adm", "label maps", "boxes"])
+def test_every_kind_of_network_replays(name, monkeypatch):
+    record_on_the_cpu(monkeypatch)
+    config, states = settings(batch_size=3), []
+    source = Given(name) if name in ("label maps", "boxes") else TinySource()
+    for graphed in (True, False):
+        task = SimpleNamespace(network=lambda config, shape: network(name), settings=lambda config: {})
+        monkeypatch.setattr(loop, "task_named", lambda chosen, task=task: task)
+        states.append(fresh_state(config, graphed))
+        for _ in range(2):
+            train_step(states[-1], source, config, training_path(config), WORLD)
+    assert Tape.replayed == 2
+    assert_equal_states(*states)
+
+
 class _OnDevice(TorchDispatchMode):
     """Every operator with its numbers, and an end where one takes something from the host."""
 
@@ -131,27 +161,58 @@ class _OnDevice(TorchDispatchMode):
         return result
 
 
+UNET = {"model_channels": 32, "channel_mult": (1, 2)}
+SIZES = {"image_size": 8, "downsampling": 1, "num_classes": 3, "label_dropout": 0.3}
+
+
+def network(name):
+    """A small one of every kind."""
+    if name == "label maps":
+        unet = create_model("adm-original", in_channels=8, out_channels=4, num_res_blocks=1, **SIZES, **UNET)
+        return Conditioned(network=unet, encoder=LabelMapEncoder(num_classes=5, downsampling=2))
+    if name == "boxes":
+        unet = create_model("adm-layout", context_dim=16, attention_resolutions=(2,), num_res_blocks=1, **SIZES, **UNET)
+        return Conditioned(network=unet, encoder=BoxEncoder(num_classes=3, max_boxes=4, context_dim=16))
+    return create_model(name, **SIZES, **({} if name == "DiT-Tiny" else {**UNET, "num_blocks": 1}))
+
+
+NETWORK_NAMES = ["adm", "ncsn++", "label maps", "boxes"]
+
+
+def condition_of(name, count, first=0):
+    """What the encoder takes, of these samples."""
+    number = torch.arange(first, first + count)
+    if name == "label maps":
+        return (number[:, None, None] + torch.arange(256).view(16, 16)) % 5
+    if name == "boxes":
+        corners = torch.tensor([0.1, 0.2, 0.7, 0.9]).expand(count, 2, 4) - 0.05 * (number % 2)[:, None, None]
+        return torch.cat([(number % 3)[:, None, None].expand(count, 2, 1), corners], dim=2)
+    return None
+
+
 KINDS = [*((path, "none") for path in ("linear", "vp", "vp-trig", "ve")), ("linear", "selective"), ("linear", "full")]
 
 
-@pytest.mark.parametrize(("path", "checkpointing"), KINDS)
-def test_between_inputs_and_gradients_there_is_no_host(path, checkpointing, monkeypatch):
+KINDS = [*(("DiT-Tiny", *kind) for kind in KINDS), *((name, "linear", "full") for name in NETWORK_NAMES)]
+
+
+@pytest.mark.parametrize(("name", "path", "checkpointing"), KINDS)
+def test_between_inputs_and_gradients_there_is_no_host(name, path, checkpointing, monkeypatch):
     """On tensors without numbers nothing can be read, nothing comes from the host, and steps run the same operators
     with the same numbers."""
     # which asks for the autocast of a device, and for tensors without numbers there is none
     monkeypatch.setattr(lfm_fast.models.checkpointing, "_uncached_autocast", lambda device: contextlib.nullcontext())
     config = settings(path=path, sigma_min=0.01, activation_checkpointing=checkpointing)
-    with torch.device("meta"):
-        model = create_model(
-            config.model, image_size=8, downsampling=1, in_channels=4, num_classes=3, label_dropout=0.3
-        )
-        z_0, y, index = torch.empty(8, 4, 8, 8), torch.empty(8, dtype=torch.int64), torch.empty(8, dtype=torch.int64)
+    model, y = network(name).to("meta"), torch.empty(8, dtype=torch.int64, device="meta")
+    z_0, index = torch.empty(8, 4, 8, 8, device="meta"), torch.empty_like(y)
+    given = condition_of(name, 8)
+    given = None if given is None else given.to("meta")
     model.activation_checkpointing = checkpointing
     state, calls = TrainState(model, model, None, None), []
     for step in range(2):
         state.step, state.samples = step, 8 * step
         with _OnDevice() as seen:
-            loss = add_gradients_of_part(state, config, training_path(config), WORLD, z_0, y, index)
+            loss = add_gradients_of_part(state, config, training_path(config), WORLD, z_0, y, index, given)
         calls.append(seen.calls)
         assert loss.shape == ()
         for parameter in state.trained:
