@@ -5,7 +5,18 @@ import copy
 import pytest
 import torch
 from tape import Tape, record_on_the_cpu
-from test_sampler import GUIDANCES, METHODS, NULL, SHAPE, Conditioned, batches, dit, modulations_of, one_label_more
+from test_sampler import (
+    CLASSES,
+    GUIDANCES,
+    METHODS,
+    NULL,
+    SHAPE,
+    Conditioned,
+    batches,
+    dit,
+    modulations_of,
+    one_label_more,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -162,6 +173,29 @@ def test_between_a_batch_and_its_latents_there_is_no_host(method, name, monkeypa
     y = torch.empty(4, dtype=torch.int64, device="meta")
     with pytest.raises(_Done):
         sampler(torch.empty(SHAPE, device="meta"), y, indices=torch.arange(4))
+
+
+UNET = {"image_size": 8, "downsampling": 1, "model_channels": 32, "channel_mult": (1, 2), "label_dropout": 0.1}
+NETWORKS = {"adm": {"num_blocks": 1}, "adm-layout": {"num_res_blocks": 1, "context_dim": 16}}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_without_a_sampling_form_need_no_host_either(name, monkeypatch):
+    record_on_the_cpu(monkeypatch)
+    model = lfm_fast.create_model(name, num_classes=CLASSES, **UNET, **NETWORKS[name]).eval()
+    context = {"context": torch.randn(4, 3, 16)} if name == "adm-layout" else {}
+    settings = {"null_label": NULL, "guidance_scale": 2.0, "method": "ab2", "num_steps": 2}
+    z1, y, _ = next(batches())
+    found = Sampler(model, SHAPE, cuda_graph=True, **settings)(z1, y, **context)
+    expected = lfm_fast.sample(model, z1, y=y, model_kwargs=context, **settings)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # the same operators on memory aligned otherwise
+    monkeypatch.setattr(_graphs, "CudaGraph", _Inspected)
+    sampler, context = (
+        Sampler(model.to("meta"), SHAPE, cuda_graph=True, **settings),
+        {k: x.to("meta") for k, x in context.items()},
+    )
+    with pytest.raises(_Done):
+        sampler(z1.to("meta"), y.to("meta"), **context)
 
 
 def test_an_upload_inside_would_be_seen(monkeypatch):
