@@ -10,6 +10,7 @@ from lfm_fast.flow.noise import noise
 from lfm_fast.guidance import KnownLatents, LinearGuidance
 from lfm_fast.ops.streams import STREAM_SDE
 from lfm_fast.sampling import choose_path, sample
+from lfm_fast.solvers import get_solver
 from lfm_fast.solvers.grids import time_grid
 
 _FIRST_BLOCK = 2**31  # of the counter, for noise that is added again: stochastic solvers count from 0
@@ -56,17 +57,19 @@ def project(
 
     Source: Lugmayr et al., "RePaint", arXiv 2201.09865, eq. 8, algorithm 1 and section 4.2.
     """
-    for name, value in (("resamplings", resamplings), ("pieces", pieces)):
+    counts = {"resamplings": resamplings, "pieces": pieces, "num_steps": sampling.get("num_steps", 50)}
+    for name, value in counts.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} is {value!r}, expected a whole number from 1 on.")
-    for name in ("trajectory", "return_stats", *(("callback",) if resamplings > 1 else ())):
+    for name in ("trajectory", "return_stats", "t_start"):
         if sampling.get(name):
-            raise ValueError(f"{name} is for lfm_fast.sample; here an integration has several pieces.")
+            raise ValueError(f"{name} is for lfm_fast.sample; here everything begins with noise and ends with latents.")
     if guidance is None:
         guidance = LinearGuidance(guidance_scale, guidance_interval)
-    elif resamplings > 1 and getattr(guidance, "zero_steps", 0):
-        raise ValueError("guidance leaves out the first steps (zero_steps), which goes with resamplings=1 alone.")
     path = choose_path(model, path)
+    times = _times(sampling, path)
+    if resamplings > 1:
+        _check_goes_back(guidance, sampling)
     index = torch.arange(len(z_0)) if indices is None else indices
     z_1 = noise(len(z_0), z_0.shape[1:], seed=seed, indices=index.to(z_0.device))
     arguments = {**sampling, "path": path, "seed": seed, "indices": index}
@@ -75,13 +78,46 @@ def project(
         z = sample(model, z, guidance=KnownLatents(z_0, known, z_1, guidance), **arguments)
     else:
         again = _Noise(index.to(z_0.device), z_0.shape[1:], seed)
-        z = _resample(model, z, z_0, known, z_1, guidance, arguments, again, resamplings, pieces)
+        z = _resample(model, z, z_0, known, z_1, guidance, arguments, again, resamplings, _cut(times, pieces))
     return torch.where(known, z_0.to(z), z)
+
+
+def _times(sampling, path):
+    """The times of the integration. Raises ValueError for those that do not begin at noise."""
+    grid = sampling.get("time_grid")
+    grid = "lfm" if grid is None and sampling.get("compat") == "lfm" else grid
+    times = time_grid(grid, sampling.get("num_steps", 50), t_end=sampling.get("t_end", 0.0), path=path)
+    start, noisiest = path.sigma(torch.tensor([times[0], path.t_max], dtype=torch.float64)).tolist()
+    if start < 0.8 * noisiest:
+        raise ValueError(
+            f"time_grid begins at t = {times[0]:g}, but samples begin as noise; begin near {path.t_max:g}."
+        )
+    return times
+
+
+def _check_goes_back(guidance, sampling):
+    """Raise ValueError for what cannot be cut into pieces."""
+    if getattr(guidance, "zero_steps", 0):
+        raise ValueError("guidance leaves out the first steps (zero_steps), which goes with resamplings=1 alone.")
+    if sampling.get("callback"):
+        raise ValueError("callback is for resamplings=1; with more, an integration goes back and has many parts.")
+    solver = get_solver(sampling.get("method", "dopri5"))
+    if solver.stochastic:
+        raise ValueError(
+            f"{solver.name} draws the same noise in each piece; resampling adds noise itself, so take heun."
+        )
+
+
+def _cut(times, count):
+    """The times as `count` lists, or as many as there are steps, each beginning where the one before ends."""
+    count = min(count, len(times) - 1)
+    bounds = [round(k * (len(times) - 1) / count) for k in range(count + 1)]
+    return [times[first : last + 1] for first, last in pairwise(bounds)]
 
 
 def _resample(model, z, z_0, known, z_1, guidance, arguments, again, resamplings, pieces):
     path = arguments["path"]
-    for times in _pieces(arguments, pieces):
+    for times in pieces:
         for round_ in range(resamplings):
             around = KnownLatents(z_0, known, z_1, guidance)
             grid = {"time_grid": times, "t_start": times[0], "t_end": times[-1]}
@@ -89,17 +125,6 @@ def _resample(model, z, z_0, known, z_1, guidance, arguments, again, resamplings
             if round_ + 1 < resamplings:
                 z, z_1 = _go_back(path, z, z_1, times[-1], times[0], again())
     return z
-
-
-def _pieces(arguments, count):
-    """The times of the integration cut into so many lists, each beginning where the one before ends."""
-    grid = arguments.pop("time_grid", None)
-    grid = "lfm" if grid is None and arguments.get("compat") == "lfm" else grid
-    ends = arguments.pop("t_start", 1.0), arguments.pop("t_end", 0.0)
-    times = time_grid(grid, arguments.pop("num_steps", 50), *ends, path=arguments["path"])
-    count = min(count, len(times) - 1)
-    bounds = [round(k * (len(times) - 1) / count) for k in range(count + 1)]
-    return [times[first : last + 1] for first, last in pairwise(bounds)]
 
 
 def _go_back(path, z, z_1, t, s, n):

@@ -91,7 +91,11 @@ def test_evaluations_are_multiplied_and_times_kept():
     [
         ({"resamplings": 0}, "resamplings is 0"),
         ({"pieces": 2.5}, "pieces is 2.5"),
+        ({"num_steps": 0}, "num_steps is 0"),
         ({"return_stats": True}, "return_stats is for lfm_fast.sample"),
+        ({"t_start": 0.5}, "t_start is for lfm_fast.sample"),
+        ({"time_grid": [0.5, 0.2, 0.0]}, "samples begin as noise"),
+        ({"resamplings": 2, "method": "euler_maruyama"}, "take heun"),
         ({"resamplings": 2, "callback": print}, "callback is for"),
         ({"resamplings": 2, "guidance": CFGZeroStar(2.0)}, "zero_steps"),
         ({"method": "hein"}, "nearest: heun"),
