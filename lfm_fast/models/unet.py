@@ -55,7 +55,8 @@ class UNet(ConvolutionalNetwork):
             group norm), else it is added before it.
         resblock_updown: levels change in residual blocks, else by a convolution (conv_resample) or none.
         use_new_attention_order: channels of qkv in order (3, head, d), else (head, 3, d).
-        dropout: before the last convolution of a block, in training.
+        dropout: before the last convolution of a block, in training; drawn by PyTorch's generator and not by sample
+            number, so that a run with dropout does not go on to the bit.
 
     Raises ValueError for sizes that do not divide, and for inputs of another shape than the network was made for.
 

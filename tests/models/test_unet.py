@@ -131,8 +131,7 @@ def test_float32_gradients_follow_float64(kind, backend):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", ["selective", "full"])
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("mode", "precision"), [("selective", torch.bfloat16), ("full", torch.float32)])
 def test_checkpointing_changes_no_gradient_and_keeps_less(kind, mode, precision):
     model = unet(kind, dropout=0.5).train()
     given = inputs(model)
@@ -364,7 +363,7 @@ def test_sampling_keeps_contexts_and_conditions_with_their_samples():
     model = unet("layout", in_channels=7, out_channels=4).double()
     given = inputs(model, dtype=torch.float64)
     z, own = given["z"][:, :4], {"condition": given["z"][:, 4:], "context": given["context"]}
-    settings = {"guidance_scale": 1.5, "null_label": 5, "method": "dopri5", "atol": 1e-3, "rtol": 1e-3}
+    settings = {"guidance_scale": 1.5, "null_label": 5, "method": "dopri5", "atol": 0.05, "rtol": 0.05}
     found = lfm_fast.sample(model, z, y=given["y"], model_kwargs=own, **settings)
     for i in range(3):
         alone = {name: value[i : i + 1] for name, value in own.items()}

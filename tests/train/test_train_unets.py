@@ -5,7 +5,7 @@ import torch
 from tiny_run import SETTINGS, TinyAutoencoder, TinySource
 
 import lfm_fast
-from lfm_fast.models import ADM, NETWORKS, SongUNet
+from lfm_fast.models import ADM, NETWORKS, SongUNet, UNet
 from lfm_fast.train.config import from_preset
 from lfm_fast.train.journal import read_metrics
 from lfm_fast.train.loop import train
@@ -13,6 +13,7 @@ from lfm_fast.train.loop import train
 SIZES = {"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}
 TINY = {
     "adm-tiny": (ADM, SIZES),
+    "unet-tiny": (UNet, {"model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_sides": [4]}),
     "ncsn-tiny": (SongUNet, {**NETWORKS["ncsn++"][1], **SIZES}),
 }
 
@@ -33,7 +34,11 @@ def losses(folder):
 
 @pytest.mark.parametrize(
     ("model", "changes"),
-    [("adm-tiny", {"precision": "bf16"}), ("ncsn-tiny", {"activation_checkpointing": "selective"})],
+    [
+        ("adm-tiny", {"precision": "bf16"}),
+        ("unet-tiny", {"precision": "bf16", "activation_checkpointing": "full"}),
+        ("ncsn-tiny", {"activation_checkpointing": "selective"}),
+    ],
 )
 def test_a_run_goes_on_to_the_bit_and_gives_a_flow(tmp_path, model, changes):
     changes |= {"model": model, "steps": 8, "checkpoint_every": 4}
