@@ -369,3 +369,20 @@ def test_sampling_keeps_contexts_and_conditions_with_their_samples():
         alone = {name: value[i : i + 1] for name, value in own.items()}
         expected = lfm_fast.sample(model, z[i : i + 1], y=given["y"][i : i + 1], model_kwargs=alone, **settings)
         assert difference(found[i : i + 1], expected) < 1e-9  # the same steps; float64 sums in another order
+
+
+@pytest.mark.parametrize("kind", ["unet", "layout"])
+def test_tangents_in_forward_mode(kind):
+    """As likelihoods take them; PyTorch gives an op without a rule the tangent zero and no word."""
+    model = unet(kind).double().requires_grad_(False)
+    given = inputs(model, dtype=torch.float64)
+    z = given.pop("z")
+    direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    velocity, tangent = torch.func.jvp(lambda z: model(z=z, **given), (z,), (direction,))
+    assert difference(velocity, model(z=z, **given)) < 1e-13
+    ends = [model(z=z + sign * 1e-5 * direction, **given) for sign in (1, -1)]
+    assert difference(tangent, (ends[0] - ends[1]) / 2e-5) < 1e-7  # the third derivative times 1e-10, and 1e-16 / 1e-5
+    for fast in (unet(kind), lfm_fast.optimize(unet(kind), "fp32")):
+        single = {name: x.float() if x.is_floating_point() else x for name, x in given.items()}
+        _, found = torch.func.jvp(lambda z, fast=fast, y=single: fast(z=z, **y), (z.float(),), (direction.float(),))
+        assert difference(found, tangent) < 1e-5

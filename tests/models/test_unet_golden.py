@@ -11,7 +11,7 @@ from test_dit_golden import FLOAT32, GOLDEN, UNGUIDED, assert_layout, relative_e
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lfm_fast import ops
-from lfm_fast.models import spatial_transformer, unet, unet_blocks
+from lfm_fast.models import create_model, from_reference_config, spatial_transformer, unet, unet_blocks
 
 NAMES = ["unet_uncond", "unet_variants", "unet_layout"]
 RELEASED = ["celeb256_adm", "celeb512_adm", "church_adm", "inpainting", "semantic"]
@@ -108,3 +108,20 @@ def test_released_state_dict_layout(name):
     manifest = json.loads((GOLDEN / f"{name}.json").read_text())
     config = {"family": manifest["family"], **manifest["config"]}
     assert_layout(config, manifest["state_shapes"], manifest["params"])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("church_adm", {}),
+        ("celeb256_adm", {"channel_mult": (1, 2, 2, 2)}),
+        ("celeb512_adm", {"channel_mult": (1, 2, 2, 2, 4), "image_size": 512}),
+        ("inpainting", {"in_channels": 9, "out_channels": 4}),
+        ("semantic", {"in_channels": 8, "out_channels": 4}),
+    ],
+)
+def test_released_networks_by_name(name, arguments):
+    manifest = json.loads((GOLDEN / f"{name}.json").read_text())
+    with torch.device("meta"):
+        expected = from_reference_config({"family": manifest["family"], **manifest["config"]})
+        assert create_model("adm-original", **arguments).config == expected.config
