@@ -87,8 +87,10 @@ class EDMUNet(ConvolutionalNetwork):
         return skips
 
     def one_hot(self, y: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, num_classes); all zero for the null label, which is none of them."""
-        return (y[:, None] == torch.arange(self.num_classes, device=y.device)).to(dtype)
+        """(B, num_classes); all zero for the null label, which comes behind the others. Asserts, on a GPU too, that
+        there is no label behind that."""
+        rows = torch.zeros(y.shape[0], self.num_classes + 1, dtype=dtype, device=y.device)
+        return rows.scatter(1, y.long()[:, None], 1.0)[:, :-1]
 
 
 def check_config(config: dict) -> dict:

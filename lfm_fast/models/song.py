@@ -165,6 +165,14 @@ class FourierFeatures(nn.Module):
         super().__init__()
         self.register_buffer("freqs", torch.zeros(channels // 2))  # `initialise` draws them
 
+    def _apply(self, function, recurse: bool = True) -> nn.Module:
+        """Moved as any module, but never to 16 bits: times would differ by turns."""
+        before = self.freqs
+        super()._apply(function, recurse)
+        if self.freqs.dtype.itemsize == 2:
+            self.freqs = before.to(self.freqs.device)
+        return self
+
     def forward(self, t: Tensor) -> Tensor:
         angles = t[:, None] * (2 * math.pi * self.freqs.to(t.dtype))
         return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -177,6 +177,18 @@ def test_low_precision_stays_near(name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("change", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lfm_fast.optimize])
+def test_frequencies_are_never_rounded_to_16_bits(change):
+    model = create_model("ncsn++", **SIZES)
+    expected, t = model.map_noise.freqs.clone(), torch.rand(3)
+    features = model.map_noise(t)
+    found = change(model).map_noise
+    assert torch.equal(found.freqs, expected)
+    assert torch.equal(found(t), features)
+    assert gap(features, model.double().map_noise(t.double())) < 1e-4  # angles to 2 pi 50 in float32
+
+
+@torch.no_grad()
 def test_fresh_weights_are_as_published():
     torch.manual_seed(0)
     sizes = {"image_size": 64, "num_classes": 50}

@@ -9,6 +9,7 @@ from lfm_fast.models import ADM, NETWORKS, SongUNet, UNet
 from lfm_fast.train.config import from_preset
 from lfm_fast.train.journal import read_metrics
 from lfm_fast.train.loop import train
+from lfm_fast.train.resume import read_verified
 
 SIZES = {"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}
 TINY = {
@@ -51,6 +52,9 @@ def test_a_run_goes_on_to_the_bit_and_gives_a_flow(tmp_path, model, changes):
     assert type(found) is TINY[model][0]
     for one, other in zip(found.state_dict().values(), expected.state_dict().values(), strict=True):
         assert torch.equal(one, other)
+    last, _ = read_verified(again / "checkpoints" / "0000008.safetensors")
+    for name, buffer in found.named_buffers():  # frequencies are drawn once, and belong to the weights
+        assert torch.equal(buffer, last[f"model.{name}"])
     flow = lfm_fast.LatentFlow(found, TinyAutoencoder())
     sampling = {"y": torch.tensor([0, 2]), "guidance_scale": 2.0, "method": "euler", "num_steps": 2}
     pictures = flow.sample(2, **sampling)
