@@ -211,7 +211,8 @@ class Run:
 
     def announce(self, checkpoint):
         state, config = self.state, self.config
-        start = f"going on from {checkpoint}" if checkpoint else "from fresh weights"
+        fresh = "fresh weights" if config.start_from is None else f"the weights of {config.start_from}"
+        start = f"going on from {checkpoint}" if checkpoint else f"from {fresh}"
         self.journal.say(
             f"Training {config.model} ({num_parameters(state.model) / 1e6:.1f} M parameters) on "
             f"{self.source.num_items} items of {config.data}, {self.steps} steps of {config.batch_size}, "

@@ -54,6 +54,7 @@ def test_a_run_remembers_its_task(run):
 
 def test_a_run_begins_as_the_flow_that_ships(run, capsys, tmp_path):
     """After two steps of warm-up at 2e-5 and 4e-5 each weight is within 6e-5 of where it began, or of 0 where new."""
+    assert "from the weights of embedded" in (run / "log.txt").read_text()
     ours, theirs = (LatentFlow.from_pretrained(source).model for source in (run, "embedded"))
     weights, before = ours.x_embedder.proj.weight, theirs.x_embedder.proj.weight
     torch.testing.assert_close(weights[:, :4], before, atol=1e-4, rtol=0)
