@@ -25,6 +25,9 @@ class BoxEncoder(nn.Module):
         context_dim: D, the width of the network's context.
         hidden_size: of the class embedding and of the MLP's inner layer.
         num_frequencies: of each coordinate; the shortest wave is 2^(2 - num_frequencies) sides of the image long.
+        planes, side: more than 0 for a picture of the layout beside the tokens, {"context": tokens, "condition": (B,
+            planes, side, side)}: each cell holds the sum of learned vectors of the classes there, by the share of the
+            cell that a box covers. Placing things by tokens alone takes a network far longer to learn.
 
     Raises ValueError for sizes that are no positive integers.
 
@@ -40,11 +43,20 @@ class BoxEncoder(nn.Module):
     argument = "context"
 
     def __init__(
-        self, *, num_classes: int, max_boxes: int, context_dim: int, hidden_size: int = 128, num_frequencies: int = 6
+        self,
+        *,
+        num_classes: int,
+        max_boxes: int,
+        context_dim: int,
+        hidden_size: int = 128,
+        num_frequencies: int = 6,
+        planes: int = 0,
+        side: int = 0,
     ):
         super().__init__()
         self.config = {"num_classes": num_classes, "max_boxes": max_boxes, "context_dim": context_dim}
         self.config |= {"hidden_size": hidden_size, "num_frequencies": num_frequencies}
+        self.config |= {"planes": planes, "side": side} if planes or side else {}
         for name, value in self.config.items():
             require_count(name, value)
         self.num_classes, self.max_boxes, self.num_frequencies = num_classes, max_boxes, num_frequencies
@@ -55,15 +67,21 @@ class BoxEncoder(nn.Module):
             nn.Linear(hidden_size, context_dim),
         )
         self.absent = nn.Parameter(0.5 * torch.randn(context_dim))
+        self.side, self.plane_table = side, nn.Embedding(num_classes, planes) if planes else None
 
-    def forward(self, boxes: Tensor) -> Tensor:
+    def forward(self, boxes: Tensor) -> Tensor | dict[str, Tensor]:
         boxes = F.pad(boxes, (0, 0, 0, self.max_boxes - boxes.shape[1]), value=NO_BOX)
         classes = boxes[..., 0].long()
         present = classes != NO_BOX
         dtype = self.class_table.weight.dtype
         places = self._features(boxes[..., 1:].to(torch.promote_types(dtype, torch.float32))).to(dtype)
         tokens = self.mlp(torch.cat([self.class_table(classes.clamp(min=0)), places], dim=-1))
-        return torch.where(present[..., None], tokens, self.absent.to(tokens.dtype))
+        tokens = torch.where(present[..., None], tokens, self.absent.to(tokens.dtype))
+        if self.plane_table is None:
+            return tokens
+        shares = torch.where(present[..., None, None], covered(boxes[..., 1:], self.side), 0)  # (B, N, side, side)
+        vectors = self.plane_table(classes.clamp(min=0))
+        return {"context": tokens, "condition": torch.einsum("bnhw,bnc->bchw", shares.to(dtype), vectors)}
 
     def _features(self, coordinates: Tensor) -> Tensor:
         """Coordinates (B, N, 4) -> (B, N, 8 num_frequencies)."""
@@ -76,6 +94,15 @@ class BoxEncoder(nn.Module):
         check_boxes(boxes, self.num_classes, self.max_boxes)
         if boxes.dim() != 3 or len(boxes) != count:
             raise ValueError(f"boxes are {tuple(boxes.shape)}, expected ({count}, N, 5): a layout for each image.")
+
+
+def covered(corners: Tensor, side: int) -> Tensor:
+    """The share of each of side x side cells that boxes (..., 4) in [0, 1] cover: (..., side, side)."""
+    low = torch.arange(side, device=corners.device, dtype=corners.dtype)
+    x0, y0, x1, y1 = (side * corners[..., i, None] for i in range(4))
+    across = (x1.minimum(low + 1) - x0.maximum(low)).clamp(0, 1)
+    down = (y1.minimum(low + 1) - y0.maximum(low)).clamp(0, 1)
+    return down[..., :, None] * across[..., None, :]
 
 
 def check_boxes(boxes: Tensor, num_classes: int, max_boxes: int | None = None) -> None:

@@ -8,8 +8,9 @@ from lfm_fast.models.label_map_encoder import LabelMapEncoder
 from lfm_fast.models.velocity_network import VelocityNetwork
 
 # kind -> class: an encoder is a module encoder(raw) -> tensor with the class attributes `kind` and `argument`, the name
-# of the network's argument that its result is; with `config`, a dict of its own keyword arguments; and with
-# `check(raw, count)`, which raises ValueError, in one sentence, for what it cannot encode for `count` samples
+# of the network's argument that its result is (or a dict of several); with `config`, a dict of its own keyword
+# arguments; and with `check(raw, count)`, which raises ValueError, in one sentence, for what it cannot encode for
+# `count` samples
 ENCODERS: dict[str, type[nn.Module]] = {encoder.kind: encoder for encoder in (BoxEncoder, LabelMapEncoder)}
 
 
@@ -53,14 +54,18 @@ class Conditioned(VelocityNetwork):
         """Velocity (B, C, H, W) at times t (B,), latents z, labels y and what the encoder takes, one for each."""
         if condition is None:
             raise ValueError(f"this network is conditioned on {self.encoder.kind}; give condition.")
-        return self.network(t, z, y, **{self.encoder.argument: self.encoder(condition)})
+        return self.network(t, z, y, **self._encoded(condition))
 
     needs_condition = True
 
     @torch.no_grad()
     def parts(self, condition: Tensor) -> tuple[nn.Module, dict[str, Tensor]]:
         """The network, and the arguments that the encoded condition makes: model(t, z, y) = network(t, z, y, **it)."""
-        return self.network, {self.encoder.argument: self.encoder(condition)}
+        return self.network, self._encoded(condition)
+
+    def _encoded(self, condition: Tensor) -> dict[str, Tensor]:
+        made = self.encoder(condition)
+        return made if isinstance(made, dict) else {self.encoder.argument: made}
 
     def initialise(self) -> None:
         """Draw fresh weights of the network; the encoder keeps its own."""

@@ -20,6 +20,7 @@ from lfm_fast.ops.streams import STREAM_AUGMENTATION
 from lfm_fast.tasks.base import Task
 
 EMBEDDED = ("embedded", EmbeddedLayouts.name)
+PLANES = 8  # of a coarse picture of the layout, put behind the latent's channels
 WITHHELD = 0.1  # share of training's samples whose layout is withheld, so that there is a velocity to guide away from
 _DRAW = 1  # block of the sample's augmentation stream that decides it; block 0 mirrors
 _EXAMPLES = 1500  # scenes of training whose boxes show what the classes look like
@@ -48,7 +49,8 @@ class Layout(Task):
             config.model,
             image_size=latent_shape[1],
             downsampling=1,
-            in_channels=latent_shape[0],
+            in_channels=latent_shape[0] + PLANES,
+            out_channels=latent_shape[0],
             num_classes=config.num_classes or 0,
             label_dropout=config.label_dropout,
         )
@@ -57,7 +59,8 @@ class Layout(Task):
                 f"{config.model} attends to no context; for task layout give a network such as adm-layout."
             )
         width = network.config["context_dim"]
-        encoder = BoxEncoder(num_classes=len(class_names), max_boxes=max_boxes, context_dim=width)
+        sizes = {"max_boxes": max_boxes, "context_dim": width, "planes": PLANES, "side": latent_shape[1]}
+        encoder = BoxEncoder(num_classes=len(class_names), **sizes)
         return Conditioned(network=network, encoder=encoder)
 
     def example(self, config, count: int, latent_shape) -> Tensor:
@@ -195,10 +198,11 @@ class _WithoutLayout:
     def __init__(self, model):
         self._network = model.network
         empty = torch.full((1, 1, 5), float(NO_BOX), device=next(model.parameters()).device)
-        self._context = model.parts(empty)[1]["context"]
+        self._entries = model.parts(empty)[1]
 
-    def __call__(self, t, z, y=None, context=None):
-        return self._network(t, z, y, context=self._context.expand(len(z), -1, -1))
+    def __call__(self, t, z, y=None, **layout):
+        entries = {name: entry.expand(len(z), *entry.shape[1:]) for name, entry in self._entries.items()}
+        return self._network(t, z, y, **entries)
 
 
 def _classes(config) -> tuple[list[str], int]:

@@ -128,6 +128,39 @@ def test_rows_without_a_box_may_hold_anything():
     check_boxes(torch.tensor([[-1, math.nan, 5, -3, 0]]), 2)
 
 
+def test_planes_hold_the_classes_vectors_by_the_share_of_a_cell_that_is_covered():
+    """Against the area of the intersection, cell by cell; tokens are as they are without planes."""
+    torch.manual_seed(0)
+    encoder = BoxEncoder(**SIZES, planes=5, side=6).double()
+    boxes = layouts()
+    boxes[1, 2, 0] = -1
+    made = encoder(boxes)
+    plain = BoxEncoder(**SIZES).double()
+    plain.load_state_dict({k: v for k, v in encoder.state_dict().items() if k != "plane_table.weight"})
+    assert torch.equal(made["context"], plain(boxes))
+    expected = torch.zeros(3, 5, 6, 6, dtype=torch.float64)
+    for sample, rows in enumerate(boxes.tolist()):
+        for label, x0, y0, x1, y1 in rows:
+            for row in range(6):
+                for column in range(6):
+                    width = max(0.0, min(x1, (column + 1) / 6) - max(x0, column / 6))
+                    height = max(0.0, min(y1, (row + 1) / 6) - max(y0, row / 6))
+                    if label >= 0:
+                        expected[sample, :, row, column] += 36 * width * height * encoder.plane_table.weight[int(label)]
+    torch.testing.assert_close(made["condition"], expected, rtol=1e-12, atol=1e-12)  # float64 in another order
+    padded = torch.cat([boxes[:, :1], torch.tensor([-1, 0.3, 0.2, 0.1, float("nan")]).expand(3, 2, 5)], dim=1)
+    assert torch.equal(encoder(padded)["condition"], encoder(boxes[:, :1])["condition"])
+    again = BoxEncoder(**encoder.config).double()
+    again.load_state_dict(encoder.state_dict())
+    assert torch.equal(again(boxes)["condition"], made["condition"])
+
+
+@pytest.mark.parametrize(("planes", "side"), [(0, 6), (5, 0), (-1, 6), (2.0, 6)])
+def test_planes_have_a_number_and_a_side(planes, side):
+    with pytest.raises(ValueError, match=r"(planes|side) must be a positive integer"):
+        BoxEncoder(**SIZES, planes=planes, side=side)
+
+
 @pytest.mark.parametrize("name", list(SIZES))
 @pytest.mark.parametrize("value", [0, -1, 2.0, True])
 def test_sizes_are_positive_integers(name, value):

@@ -56,11 +56,16 @@ def network():
     return random_weights(create_model("adm-layout", image_size=32, downsampling=4, **UNET), 0.15)
 
 
-@pytest.fixture(scope="module")
-def flow(network):
-    encoder = random_weights(BoxEncoder(num_classes=3, max_boxes=4, context_dim=16), 0.5)
+@pytest.fixture(scope="module", params=["tokens alone", "tokens and planes"])
+def flow(network, request):
+    sizes = {"num_classes": 3, "max_boxes": 4, "context_dim": 16}
+    if request.param == "tokens and planes":
+        sizes |= {"planes": 3, "side": 8}
+        options = {**UNET, "in_channels": 7, "out_channels": 4}
+        network = random_weights(create_model("adm-layout", image_size=32, downsampling=4, **options), 0.15)
+    model = Conditioned(network=network, encoder=random_weights(BoxEncoder(**sizes), 0.5))
     task = {"name": "layout", "box_classes": NAMES}
-    return lfm_fast.LatentFlow(Conditioned(network=network, encoder=encoder), load_autoencoder("embedded"), task=task)
+    return lfm_fast.LatentFlow(model, load_autoencoder("embedded"), task=task)
 
 
 class Latents:
