@@ -52,44 +52,17 @@ _EMBEDDED = {
     "guidance_scale": 2.0,
 }
 
+_EMOJI_TASK = {**_EMBEDDED, "label_dropout": 0.0, "guidance_scale": 1.0, "samples_per_class": 4}
+_EMOJI_FROM_FLOW = {**_EMOJI_TASK, "model": "DiT-Emoji/2", "start_from": "embedded", "batch_size": 64, "steps": 1500}
+
 PRESETS = {
     "embedded": _EMBEDDED,
     # the same with holes to paint; it begins as the flow that ships
-    "emoji-inpainting": {
-        **_EMBEDDED,
-        "task": "inpainting",
-        "model": "DiT-Emoji/2",
-        "start_from": "embedded",
-        "batch_size": 64,
-        "steps": 1500,
-        "label_dropout": 0.0,
-        "guidance_scale": 1.0,
-        "samples_per_class": 4,
-    },
-    # the same with a label map of each picture, of its colours; it begins as the flow that ships
-    "emoji-semantic": {
-        **_EMBEDDED,
-        "task": "semantic",
-        "palette": "embedded",
-        "model": "DiT-Emoji/2",
-        "start_from": "embedded",
-        "batch_size": 64,
-        "steps": 1500,
-        "label_dropout": 0.0,
-        "guidance_scale": 1.0,
-        "samples_per_class": 4,
-    },
+    "emoji-inpainting": {**_EMOJI_FROM_FLOW, "task": "inpainting"},
+    # the same with a label map of each picture, of its colours
+    "emoji-semantic": {**_EMOJI_FROM_FLOW, "task": "semantic", "palette": "embedded"},
     # scenes of several of them, each in the box it was asked for
-    "emoji-layout": {
-        **_EMBEDDED,
-        "task": "layout",
-        "model": "ADM-Emoji-layout",
-        "batch_size": 32,
-        "steps": 2000,
-        "label_dropout": 0.0,
-        "guidance_scale": 1.0,
-        "samples_per_class": 4,
-    },
+    "emoji-layout": {**_EMOJI_TASK, "task": "layout", "model": "ADM-Emoji-layout", "batch_size": 32, "steps": 2000},
     # 1 x 32 images, FID 5.26
     "celeba256-dit-l2": {
         **_UNCONDITIONAL,
