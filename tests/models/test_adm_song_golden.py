@@ -1,25 +1,16 @@
 """ADM, DDPM++ and NCSN++ against what the reference implementation computed, and its checkpoints' format."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from test_dit_golden import FLOAT32, GOLDEN, GUIDED, UNGUIDED, relative_error
 
 import lfm_fast
 from lfm_fast import ops
 from lfm_fast.models import adm, from_reference_config, num_parameters, song, unet_layers
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = ["adm_uncond", "adm_labelled", "adm_heads", "ddpmpp", "ncsnpp"]
-# The stored outputs are float32, and their own rounding is up to 1e-6 here. A wrong epsilon is off by more.
-UNGUIDED, GUIDED = 2.5e-6, 5e-6
-FLOAT32 = 1e-5  # a float32 evaluation against the float64 one; measured 1e-6
-
-
-def relative_error(found, expected):
-    expected = expected.double()
-    return ((found.double() - expected).abs().max() / expected.abs().max()).item()
 
 
 @torch.no_grad()
