@@ -24,7 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lfm_fast.models import from_config
-from lfm_fast.models.recognise import differences, recognise, shapes_of
+from lfm_fast.models.recognise import recognise
+from lfm_fast.models.shapes import differences, shapes_of
+from lfm_fast.models.unet_layers import FILTER, Filtered
 
 _TRAINING_PREFIXES = ("model.", "ema.", "optimizer.")
 _PARTIAL = ".partial"
@@ -342,12 +344,15 @@ def _require_fit(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     difference = differences(shapes_of(expected), shapes_of(state_dict))
     if difference:
         raise ValueError(f"these weights do not fit the network ({type(model).__name__}); {difference}.")
+    filters = {f"{name}.{FILTER}": module for name, module in model.named_modules() if isinstance(module, Filtered)}
     for name, tensor in state_dict.items():
         if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized:
             kind = "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else str(tensor.layout)
             raise ValueError(f"{name} is a {kind} tensor; save plain dense ones.")
         if _kind(tensor) != _kind(expected[name]):
             raise ValueError(f"{name} is {tensor.dtype}, but the network has {expected[name].dtype} there.")
+        if name in filters and (another := filters[name].not_its_filter(tensor)):
+            raise ValueError(f"{name} {another}.")
 
 
 def _kind(tensor: Tensor) -> str:

@@ -12,7 +12,7 @@ import torch
 import lfm_fast
 from lfm_fast import checkpoint
 from lfm_fast.checkpoint import read_weights, save_weights
-from lfm_fast.models import NETWORKS, DiT, create_model
+from lfm_fast.models import NETWORKS, DiT, SongUNet, create_model
 from lfm_fast.models.recognise import recognise
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -172,6 +172,24 @@ def test_tensors_of_another_kind_leave_the_model_as_it_was(tmp_path, spoil, sent
         with pytest.raises(ValueError, match=f"m.pth: {last} {sentence}"):
             lfm_fast.load_checkpoint(path, given)
     assert_same_weights(model, before)
+
+
+def test_another_filter_leaves_the_model_as_it_was(tmp_path):
+    """Filters stand among the weights, and a network computes with its own."""
+    sizes = {"image_size": 8, "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1}
+    torch.manual_seed(0)
+    model = SongUNet(**sizes, resample_filter=[1, 3, 3, 1])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other = SongUNet(**sizes, resample_filter=[1, 1, 1, 1])
+    torch.save(other.state_dict(), tmp_path / "m.pth")
+    with pytest.raises(
+        ValueError, match=r"m.pth: enc.4x4_down.conv0.resample_filter is another filter than .* 1, 3, 3, 1"
+    ):
+        lfm_fast.load_checkpoint(tmp_path / "m.pth", model)
+    assert_same_weights(model, before)
+    save_weights(tmp_path / "m.safetensors", other.state_dict(), {"config": model.config})
+    with pytest.raises(ValueError, match=r"m.safetensors: .*resample_filter is another filter"):
+        lfm_fast.load_checkpoint(tmp_path / "m.safetensors")
 
 
 def test_checkpoints_of_a_run_come_newest_first(tmp_path):

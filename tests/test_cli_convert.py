@@ -137,6 +137,7 @@ def of_lfm(folder, vae):
         (of_lfm, ["--set", "num_heads=2"], "--set is for the arguments of --network"),
         (of_lfm, ["--network", "DiT-Tiny", "--set", "num_heads"], "--set num_heads is not NAME=VALUE"),
         (of_lfm, ["--network", "DiT-Tiny", "--set", "heads=2"], "DiT has no argument heads"),
+        (of_lfm, ["--network", "DiT-Tiny", "--set", "depth=2", "depth=3"], "--set gives depth twice"),
         (of_lfm, ["--network", "DiT-Tiny", "--from", "sit"], "leave --from or --network out"),
         (of_noise, ["--network", "DiT-Tiny"], "says itself which network it holds; leave model out"),
         (of_lfm, ["--from", "diffusers"], "holds no DiTTransformer2DModel"),

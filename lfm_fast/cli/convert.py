@@ -111,6 +111,8 @@ def _network(args):
         name, equals, value = word.partition("=")
         if not name or not equals:
             raise ValueError(f"--set {word} is not NAME=VALUE")
+        if name in arguments:
+            raise ValueError(f"--set gives {name} twice")
         try:
             arguments[name] = json.loads(value)
         except ValueError:  # a word

@@ -14,7 +14,8 @@ from lfm_fast.interop.folder import read_json
 from lfm_fast.interop.recognise import from_state_dict, recognise
 from lfm_fast.interop.released import find_weights
 from lfm_fast.interop.sit import turned
-from lfm_fast.models.recognise import dit_from_weights, read_dit_shapes, shapes_of
+from lfm_fast.models.recognise import dit_from_weights, read_dit_shapes
+from lfm_fast.models.shapes import shapes_of
 
 PROJECTS = ("lfm", "sit", "dit", "diffusers")
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from lfm_fast.interop.dit import DiTVelocity
 from lfm_fast.interop.sit import SiTVelocity
-from lfm_fast.models.recognise import DiTShapes, dit_from_weights, foreign_parts, read_dit_shapes, shapes_of
+from lfm_fast.models.recognise import DiTShapes, dit_from_weights, foreign_parts, read_dit_shapes
+from lfm_fast.models.shapes import shapes_of
 
 _IMAGENET_ROWS = 1001  # of the label table of the published networks: 1000 classes and the null label
 

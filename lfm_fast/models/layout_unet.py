@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lfm_fast.models.spatial_transformer import SpatialTransformer
 from lfm_fast.models.unet import UNet
-from lfm_fast.models.velocity_network import require_count
+from lfm_fast.models.velocity_network import require_count, require_tensors
 
 _CONTEXT_TOKENS = 64  # of a context, where operations are counted
 
@@ -82,6 +82,7 @@ class LayoutUNet(UNet):
         width = self.config["context_dim"]
         if context is None:
             raise ValueError(f"this network needs a context (B, L, {width}), tokens of an encoder; give context.")
+        require_tensors(z=z, context=context)
         if context.ndim != 3 or context.shape[2] != width or not context.is_floating_point():
             raise ValueError(
                 f"context must be floating and (B, L, {width}), but is {context.dtype} {tuple(context.shape)}."

@@ -14,7 +14,8 @@ from lfm_fast.models.dit import DiT
 from lfm_fast.models.packed import PackedLinear, PackedLinearFloat, PackedLinearInt8, PackedMlp
 from lfm_fast.models.packed_convolution import pack_convolutions
 from lfm_fast.models.precision import float32_products, why_not
-from lfm_fast.models.recognise import read_dit_shapes, same_as, shapes_of
+from lfm_fast.models.recognise import read_dit_shapes, same_as
+from lfm_fast.models.shapes import shapes_of
 from lfm_fast.ops import _registry
 
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -147,7 +148,8 @@ def _convolutional(model: ConvolutionalNetwork, precision: str, mode: str) -> Co
 
 
 def _frozen(model: DiT, dtype: torch.dtype) -> DiT:
-    return copy.deepcopy(model).eval().requires_grad_(False).to(dtype)
+    with torch.inference_mode(False):  # or the packed weights could not follow a change of the plain ones
+        return copy.deepcopy(model).eval().requires_grad_(False).to(dtype)
 
 
 def _packed(model: DiT, layer: type[PackedLinear], other: type[PackedLinear] | None = None) -> DiT:

@@ -55,6 +55,8 @@ def pack_convolutions(network: nn.Module) -> None:
 def _serves(x: Tensor, weight: Tensor) -> bool:
     if torch.compiler.is_compiling() or inside_transform() or x.device.type != "cpu" or not x.numel():
         return False
+    if weight.is_inference():  # it has no version, and may change without a sign of it
+        return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return False
     return x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16) and why_not() is None

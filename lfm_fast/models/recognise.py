@@ -10,8 +10,7 @@ from torch import nn
 from lfm_fast.models.dit import DiT
 from lfm_fast.models.recognise_unet import released_unet, what_is_untold
 from lfm_fast.models.registry import NETWORKS, from_config
-
-Shapes = dict[str, tuple[int, ...]]
+from lfm_fast.models.shapes import Shapes, capped, differences, how_many_differ, shapes_of
 
 # how far two implementations of one network may be apart, each rounding in its own order
 _SAME = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -27,24 +26,6 @@ _FOREIGN = {
     "rotary positions (RoPE)": r".*\brope|.*_rope\b",
     "norms of queries and keys with a bias": r"blocks\.\d+\.attn\.[qk]_norm\.bias",
 }
-
-
-def shapes_of(state_dict: dict) -> Shapes:
-    """Key -> shape of every tensor of a state dict."""
-    return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-
-
-def differences(expected: Shapes, given: Shapes, limit: int = 3) -> str:
-    """Say in which keys and shapes `given` differs from `expected`, at most `limit` of a kind; "" when in none."""
-    missing = [name for name in expected if name not in given]
-    unexpected = [name for name in given if name not in expected]
-    reshaped = [
-        f"{name} is {given[name]} and should be {shape}"
-        for name, shape in expected.items()
-        if name in given and given[name] != shape
-    ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-    return "; ".join(f"{kind}: {_capped(names, limit)}" for kind, names in kinds if names)
 
 
 def foreign_parts(shapes: Shapes) -> str:
@@ -90,11 +71,10 @@ def recognise(shapes: Shapes, hints: dict | None = None) -> nn.Module:
         difference = differences(expected, shapes)
         if not difference:
             return _with_labels(config, shapes, hints or {})
-        wrong = sum(expected.get(key) != shapes.get(key) for key in expected.keys() | shapes.keys())
-        candidates.append((wrong, name, difference))
+        candidates.append((how_many_differ(expected, shapes), name, difference))
     if not candidates:
         raise ValueError(
-            f"these weights belong to no network known here (their keys begin with {_capped(list(shapes), 3)}); "
+            f"these weights belong to no network known here (their keys begin with {capped(list(shapes), 3)}); "
             "give the network they belong to as `model`."
         )
     _, name, difference = min(candidates)
@@ -143,7 +123,7 @@ def dit_from_weights(state_dict: dict, num_heads: int | None = None, num_classes
     if foreign:
         raise ValueError(f"{foreign}.")
     if found is None:
-        raise ValueError(f"these weights are no DiT's (their keys begin with {_capped(list(state_dict), 3)}).")
+        raise ValueError(f"these weights are no DiT's (their keys begin with {capped(list(state_dict), 3)}).")
     config, size = dict(found.config), (found.config["hidden_size"], found.config["depth"])
     if num_heads is None:
         num_heads = {(a["hidden_size"], a["depth"]): a["num_heads"] for _, a in NETWORKS.values() if "depth" in a}.get(
@@ -263,8 +243,3 @@ def _with_labels(config: dict, shapes: Shapes, hints: dict) -> nn.Module:
         num_classes, label_dropout = _KNOWN_LABELS[rows]
     with torch.device("meta"):
         return from_config({**config, "num_classes": num_classes, "label_dropout": float(label_dropout)})
-
-
-def _capped(names: list[str], limit: int) -> str:
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

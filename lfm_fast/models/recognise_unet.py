@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from lfm_fast.models.registry import NETWORKS
-
-Shapes = dict[str, tuple[int, ...]]
+from lfm_fast.models.shapes import Shapes, differences, how_many_differ, shapes_of
 
 # LFM's released networks and those of its two tasks: what is behind each manifest of its checkpoints
 RELEASED = (
@@ -57,12 +56,27 @@ def what_is_untold(shapes: Shapes) -> str:
         known = next((known for known in candidates if _has(_built(kind, known), shapes)), None)
     except (KeyError, ValueError, IndexError, ZeroDivisionError):
         pass  # some weights are missing, or others' are among them
+    nearest = _nearest_released(shapes, kind) if known is None else ""
     untold = [*_UNTOLD[kind], *(["label_dropout"] if known is None or known.get("num_classes") else [])]
     listed = ", ".join(untold[:-1]) + (" and " if len(untold) > 1 else "") + untold[-1]
     return (
-        f"these weights are of {kind} and none that was released, and keys and shapes do not tell {listed}; give "
-        f"the network as `model`, made by create_model({kind!r}, ...) with those and {_told(kind, known, listed)}"
+        f"these weights are of {kind} and none that was released{nearest}, and keys and shapes do not tell {listed}; "
+        f"give the network as `model`, made by create_model({kind!r}, ...) with those and {_told(kind, known, listed)}"
     )
+
+
+def _nearest_released(shapes: Shapes, kind: str) -> str:
+    """The released network that these are but for a tenth of the keys at most, and how they differ; "" for none."""
+    least, said = len(shapes) / 10, ""
+    for name, arguments in RELEASED:
+        if NETWORKS[name][0] is not NETWORKS[kind][0]:
+            continue
+        expected = shapes_of(_built(name, arguments).state_dict())
+        if (count := how_many_differ(expected, shapes)) < least:
+            settings = ", ".join(f"{argument}={value!r}" for argument, value in arguments.items())
+            called = f"{name} with {settings}" if settings else name
+            least, said = count, f" (the nearest that was is {called}; {differences(expected, shapes)})"
+    return said
 
 
 def _told(kind: str, known: dict | None, untold: str) -> str:
@@ -75,7 +89,9 @@ def _told(kind: str, known: dict | None, untold: str) -> str:
     if "image_size" in told:  # in pixels there
         told["image_size"] = usual["image_size"] = 8 * told["image_size"]
     told = {name: value for name, value in told.items() if name == "image_size" or value != _listed(usual[name])}
-    return ", ".join(f"{name}={value!r}" for name, value in told.items()) or "nothing else"
+    rows = told.get("num_classes", 0) if kind.startswith("adm-") else 0  # one of which may be the null label's
+    either = {"num_classes": f" ({rows - 1} with label_dropout)"} if rows > 1 else {}
+    return ", ".join(f"{name}={value!r}{either.get(name, '')}" for name, value in told.items()) or "nothing else"
 
 
 def _listed(value):
@@ -86,7 +102,7 @@ def _kind(shapes: Shapes) -> str | None:
     if {"time_embed.0.weight", "input_blocks.0.0.weight", "out.2.weight"} <= shapes.keys():
         return "adm-layout" if any(".transformer_blocks." in name for name in shapes) else "adm-original"
     if {"map_layer0.weight", "map_layer1.weight"} <= shapes.keys():
-        if "out_conv.weight" in shapes:
+        if not shapes.keys().isdisjoint(("out_norm.weight", "out_conv.weight")):
             return "adm"
         return "ncsn++" if any("aux_residual" in name for name in shapes) else "ddpm++"
     return None
@@ -109,9 +125,9 @@ def _guided(shapes: Shapes, kind: str):
     if "label_emb.weight" in shapes:
         sizes["num_classes"] = shapes["label_emb.weight"][0]
     if kind == "adm-layout":
-        sizes["context_dim"] = next(shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight"))
-        sizes["transformer_depth"] = 1 + max(int(n) for n in _numbers(shapes, r".*\.transformer_blocks\.(\d+)\..*"))
-    stages = 1 + max(int(n) for n in _numbers(shapes, r"output_blocks\.(\d+)\..*"))  # levels (num_res_blocks + 1)
+        sizes["context_dim"] = shapes[_first(shapes, r".*\.attn2\.to_k\.weight")][1]
+        sizes["transformer_depth"] = _count(shapes, r".*\.transformer_blocks\.(\d+)\..*")
+    stages = _count(shapes, r"output_blocks\.(\d+)\..*")  # levels (num_res_blocks + 1)
     modulation, norm = (shapes[f"input_blocks.1.0.{name}.weight"][0] for name in ("emb_layers.1", "out_layers.0"))
     for blocks in range(1, stages):
         firsts = range(1, stages, blocks + 1)  # of every level's stages
@@ -138,7 +154,7 @@ def _attends(shapes: Shapes, stage: int) -> bool:
 
 def _of_edm(shapes: Shapes, kind: str) -> dict:
     """Sizes of ADM, DDPM++ or NCSN++ of these shapes."""
-    first = next(name for name in shapes if re.fullmatch(r"enc\.(\d+)x\1_conv\.weight", name))
+    first = _first(shapes, r"enc\.(\d+)x\1_conv\.weight")
     side, width = int(first.split(".")[1].split("x")[0]), shapes["map_layer0.weight"][0]
     sides = sorted({int(n) for n in _numbers(shapes, r"enc\.(\d+)x.*_block0\..*")}, reverse=True)
     channels = width // 4
@@ -161,6 +177,22 @@ def _of_edm(shapes: Shapes, kind: str) -> dict:
     sizes["embedding_type"] = "fourier" if "map_noise.freqs" in shapes else "positional"
     sizes["channel_mult_noise"] = shapes["map_layer0.weight"][1] // channels
     return {**sizes, "resample_filter": [1] * taps}
+
+
+def _first(shapes: Shapes, pattern: str) -> str:
+    """The first key of this form; KeyError where there is none."""
+    for name in shapes:
+        if re.fullmatch(pattern, name):
+            return name
+    raise KeyError(pattern)
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """The highest number in keys of this form, and one; ValueError where there cannot be so many."""
+    count = 1 + max(int(number) for number in _numbers(shapes, pattern))
+    if count > len(shapes):
+        raise ValueError(f"{count} is too many for {len(shapes)} weights")
+    return count
 
 
 def _numbers(shapes: Shapes, pattern: str) -> list[str]:

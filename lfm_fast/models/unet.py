@@ -245,19 +245,23 @@ def _factors(config: dict, sides) -> list[int]:
 
 def _check_levels(config: dict) -> None:
     levels = len(config["channel_mult"])
-    if config["image_size"] % 2 ** (levels - 1):
+    last = levels - 1
+    if config["image_size"] % 2**last:
         raise ValueError(
-            f"the latent's side {config['image_size']} cannot be halved {levels - 1} times, as {levels} levels need."
+            f"the latent's side {config['image_size']} cannot be halved {last} times, as {levels} levels need."
         )
-    for channels in (multiple * config["model_channels"] for multiple in config["channel_mult"]):
+    for level, multiple in enumerate(config["channel_mult"]):
+        channels = multiple * config["model_channels"]
         if channels % 32:
             raise ValueError(
                 f"model_channels {config['model_channels']} times channel_mult gives {channels} channels, which is no "
                 "multiple of 32, the number of groups of the norms."
             )
+        # whether it attends on the way up or not; the middle, of the last level's channels, always does
+        ways = (False, True) if 2**level in config["attention_resolutions"] else (False,) if level == last else ()
         width = config["num_head_channels"]
-        if width != -1 and channels % width:
+        if ways and width != -1 and channels % width:
             raise ValueError(f"{channels} channels cannot be split into heads of {width} channels.")
-        for number in (heads(config, channels, rising) for rising in (False, True)):
+        for number in (heads(config, channels, rising) for rising in ways):
             if channels % number:
                 raise ValueError(f"{channels} channels cannot be split into {number} heads.")

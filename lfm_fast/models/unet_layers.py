@@ -33,7 +33,7 @@ class GroupNorm(nn.GroupNorm):
     def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """With scale and shift (B, C), each sample its own."""
         scale = 1 + scale.to(self.weight.dtype)
-        if torch.compiler.is_compiling() or not x.is_contiguous():
+        if torch.compiler.is_compiling() or not x.is_contiguous() or not len(x):
             return F.silu(torch.addcmul(shift.to(x)[..., None, None], self(x, False), scale.to(x)[..., None, None]))
         # samples in the place of channels: then a weight and bias of each sample are weights and biases of channels
         weight, bias = self.weight * scale, torch.addcmul(shift.to(scale), self.bias, scale)
@@ -87,20 +87,30 @@ def filter_of(taps: tuple[int, ...]) -> Tensor:
     return (row[:, None] * row / row.sum().square())[None, None]
 
 
+FILTER = "resample_filter"  # its name among the weights
+
+
 class Filtered(nn.Module):
     """A layer with a filter of its own taps among its buffers, as checkpoints have it."""
 
     def set_filter(self, taps: tuple[int, ...]) -> None:
         self.taps = taps
-        self.register_buffer("resample_filter", filter_of(taps))
+        self.register_buffer(FILTER, filter_of(taps))
+
+    def not_its_filter(self, given: Tensor) -> str:
+        """What to say of a filter of this shape that is not that of the taps; "" where it is."""
+        own = filter_of(self.taps)
+        if torch.allclose(given.detach().cpu().float(), own, rtol=1e-2):  # it may have been rounded to bfloat16
+            return ""
+        return f"is another filter than that of the taps {', '.join(map(str, self.taps))}"
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         """The taps decide how the layer is computed, so weights that bring another filter belong to another network."""
-        key, own = prefix + "resample_filter", filter_of(self.taps)
+        key = prefix + FILTER
         given = state_dict.get(key)
-        if given is not None and given.device.type != "meta" and given.shape == own.shape:
-            if not torch.allclose(given.detach().cpu().float(), own, rtol=1e-2):  # it may have been rounded to bfloat16
-                errors.append(f"{key} is another filter than that of the taps {', '.join(map(str, self.taps))}")
+        if given is not None and given.device.type != "meta" and given.shape == self.resample_filter.shape:
+            if another := self.not_its_filter(given):
+                errors.append(f"{key} {another}")
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 

@@ -51,6 +51,7 @@ class VelocityNetwork(nn.Module):
 
     def check_inputs(self, t: Tensor, z: Tensor, y: Tensor | None) -> None:
         """Raise ValueError unless there is one time, (B,) or (), and one label, (B,), for each latent of z."""
+        require_tensors(t=t)
         if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != z.shape[0]):
             raise ValueError(f"t must have shape ({z.shape[0]},), one time per sample of z, but is {tuple(t.shape)}.")
         if y is not None:
@@ -62,6 +63,7 @@ class VelocityNetwork(nn.Module):
         Raises ValueError for other channels or sides than this network's, and for another number of conditions.
         """
         sides = (self.image_size, self.image_size)
+        require_tensors(z=z, condition=condition)
         if condition is None:
             self._check_planes("latents of shape", "z", z, (self.in_channels, *sides))
             return z
@@ -85,6 +87,7 @@ class VelocityNetwork(nn.Module):
 
     def check_labels(self, y: Tensor, count: int) -> None:
         """Raise ValueError unless y is (count,) integer labels of this network; values are read on the CPU only."""
+        require_tensors(y=y)
         if y.ndim != 1 or y.shape[0] != count or y.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"y must be integer labels of shape ({count},), one per sample of z, but is {y.dtype} {tuple(y.shape)}."
@@ -97,6 +100,13 @@ class VelocityNetwork(nn.Module):
                     f"labels must lie in 0..{self.num_labels - 1}, but y holds {low if low < 0 else high}; "
                     f"this network knows {self.num_classes} classes."
                 )
+
+
+def require_tensors(**given: Tensor | None) -> None:
+    """Raise ValueError for what is neither a tensor nor None."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, but is a {type(value).__name__}.")
 
 
 def check_channels(config: dict) -> None:

@@ -86,6 +86,18 @@ def test_weights_that_are_loaded_or_changed_are_used():
     assert not fast(**given).any()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_made_and_called_in_inference_mode(precision):
+    model, given = unet(), inputs(unet())
+    with torch.inference_mode():
+        fast = lfm_fast.optimize(model, precision)
+        assert torch.equal(fast(**given), lfm_fast.optimize(model, precision)(**given))
+        assert error(fast(**given), model(**given)) < (3e-2 if precision == "bf16" else 2e-6)
+        fast.out[2].weight.zero_()
+        fast.out[2].bias.zero_()
+        assert not fast(**given).any()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_compute_the_same(again):

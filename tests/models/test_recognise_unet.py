@@ -9,7 +9,8 @@ import torch
 
 import lfm_fast
 from lfm_fast.models import create_model, from_reference_config
-from lfm_fast.models.recognise import recognise, shapes_of
+from lfm_fast.models.recognise import recognise
+from lfm_fast.models.shapes import shapes_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MANIFESTS = ("celeb256_adm", "celeb512_adm", "church_adm", "ffhq_adm", "imnet_adm", "inpainting", "semantic")
@@ -60,7 +61,36 @@ def test_nearly_a_released_network_is_none(edit):
     with pytest.raises(ValueError, match=r"of adm-original and none that was released.*do not tell num_heads") as said:
         recognise(shapes)
     assert ("in_channels=5" in str(said.value)) == (edit is another_shape)
+    assert ("the nearest that was is adm-original; " in str(said.value)) == (edit is not another_shape)
+    assert {without_a_key: "missing: middle", with_a_key: "unexpected: extra", another_shape: ""}[edit] in str(
+        said.value
+    )
     assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("adm", "conv.weight"),
+        ("ncsn++", "conv.weight"),
+        ("adm-layout", "attn2.to_k.weight"),
+        ("adm", "block0.conv0.weight"),
+    ],
+)
+def test_weights_that_sizes_are_read_from_may_be_missing(name, end):
+    with torch.device("meta"):
+        shapes = shapes_of(create_model(name).state_dict())
+    shapes = {key: shape for key, shape in shapes.items() if not (key.endswith(end) and "aux" not in key)}
+    with pytest.raises(ValueError, match=rf"of {re.escape(name)} and none that was released.*with those and its sizes"):
+        recognise(shapes)
+
+
+@pytest.mark.parametrize("key", ["output_blocks.{}.0.x", "input_blocks.1.1.transformer_blocks.{}.x"])
+def test_a_number_in_a_key_is_no_reason_to_count_to_it(key):
+    with torch.device("meta"):
+        shapes = shapes_of(create_model("adm-layout").state_dict())
+    with pytest.raises(ValueError, match="of adm-layout and none that was released"):
+        recognise({**shapes, key.format(10**9): (1,)})
 
 
 SMALL = {"model_channels": 32, "channel_mult": [1, 2]}
@@ -104,4 +134,13 @@ def test_of_a_labelled_network_the_null_label_is_asked_for(name):
         sizes = {**EDM, "model_channels": 64} if name == "adm" else GUIDED
         shapes = shapes_of(create_model(name, image_size=64, num_classes=5, **sizes).state_dict())
     with pytest.raises(ValueError, match=r"and label_dropout; give .* num_classes=5"):
+        recognise(shapes)
+
+
+def test_a_row_of_the_label_table_may_be_the_null_label():
+    with torch.device("meta"):
+        shapes = shapes_of(
+            create_model("adm-original", image_size=64, num_classes=5, label_dropout=0.1, **GUIDED).state_dict()
+        )
+    with pytest.raises(ValueError, match=r"num_classes=6 \(5 with label_dropout\)"):
         recognise(shapes)

@@ -324,10 +324,10 @@ def test_reference_arguments_without_an_effect_are_ignored(use_checkpoint, legac
     [
         ({"model_channels": 48}, "gives 48 channels, which is no multiple of 32"),
         ({"image_size": 9}, "the latent's side 9 cannot be halved 1 times, as 2 levels need"),
-        ({"num_heads": 3}, "32 channels cannot be split into 3 heads"),
-        ({"num_head_channels": 24}, "32 channels cannot be split into heads of 24 channels"),
+        ({"num_heads": 3}, "64 channels cannot be split into 3 heads"),
+        ({"num_head_channels": 24}, "64 channels cannot be split into heads of 24 channels"),
         ({"num_head_channels": 128}, "cannot be split into heads of 128 channels"),
-        ({"num_heads_upsample": 5}, "32 channels cannot be split into 5 heads"),
+        ({"num_heads_upsample": 5, "attention_sides": (8,)}, "32 channels cannot be split into 5 heads"),
         ({"num_heads_upsample": 0}, "num_heads_upsample must be a positive integer"),
         ({"attention_sides": (3,)}, "attention_sides holds 3, but the feature maps of this network have sides 8, 4"),
         ({"attention_sides": 4}, "attention_sides must be"),
@@ -343,6 +343,13 @@ def test_reference_arguments_without_an_effect_are_ignored(use_checkpoint, legac
 def test_sizes_that_do_not_fit_are_refused(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         UNet(**{**SIZES, **arguments})
+
+
+def test_heads_have_to_divide_the_channels_of_maps_that_attend():
+    sizes = {**SIZES, "channel_mult": (1, 2), "num_head_channels": 64}
+    assert UNet(**{**sizes, "attention_sides": (4,)}).input_blocks[3][1].qkv.weight.shape[0] == 3 * 64
+    with pytest.raises(ValueError, match="32 channels cannot be split into heads of 64 channels"):
+        UNet(**{**sizes, "attention_sides": (8,)})
 
 
 @pytest.mark.parametrize("name", ["context_dim", "transformer_depth"])

@@ -83,3 +83,21 @@ def test_a_network_without_room_for_a_condition_says_so():
         model(T.float(), Z.float(), condition=CONDITION.float())
     with pytest.raises(ValueError, match="out_channels 4 must not exceed in_channels 2"):
         lfm_fast.create_model("DiT-S/2", in_channels=2, out_channels=4)
+
+
+@pytest.mark.parametrize("name", ["t", "z", "y", "condition", "context"])
+def test_what_is_no_tensor_gets_a_sentence(name):
+    sizes = {"model_channels": 32, "channel_mult": [1], "num_res_blocks": 1, "context_dim": 8}
+    model = lfm_fast.create_model("adm-layout", image_size=32, num_classes=3, in_channels=5, out_channels=2, **sizes)
+    given = {"t": T.float(), "z": Z.float(), "y": Y, "condition": CONDITION.float(), "context": torch.randn(2, 4, 8)}
+    with torch.no_grad():
+        assert model(**given).shape == Z.shape
+    with pytest.raises(ValueError, match=f"{name} must be a tensor, but is a list"):
+        model(**{**given, name: given[name].tolist()})
+
+
+@pytest.mark.parametrize("name", ["DiT-S/2", "adm", "ddpm++", "adm-original"])
+def test_no_samples_give_no_velocities(name):
+    sizes = {"depth": 1} if name == "DiT-S/2" else {"model_channels": 32, "channel_mult": [1]}
+    model = lfm_fast.create_model(name, image_size=32, num_classes=3, **sizes)
+    assert model(T[:0].float(), torch.empty(0, 4, 4, 4), Y[:0]).shape == (0, 4, 4, 4)
