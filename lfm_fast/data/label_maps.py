@@ -9,7 +9,7 @@ from PIL import Image
 
 from lfm_fast.checkpoint import atomic_write
 from lfm_fast.data.palettes import get_palette
-from lfm_fast.data.reading import SUFFIXES, UnusableImage, open_unconverted
+from lfm_fast.data.reading import SUFFIXES, UnusableImage, open_unconverted, to_tensor
 from lfm_fast.data.source import Report
 
 MAP_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif", ".pgm", ".ppm")  # none that loses pixels
@@ -69,6 +69,8 @@ def as_label_maps(given, palette, holds: str = "auto") -> torch.Tensor:
         return read_label_map(given, palette, holds=holds)[None]
     if isinstance(given, Image.Image):
         return from_picture(given, palette, holds)[None]
+    if isinstance(given, np.ndarray):
+        given = to_tensor(given, "label_map")
     try:
         maps = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError):
@@ -77,7 +79,7 @@ def as_label_maps(given, palette, holds: str = "auto") -> torch.Tensor:
         ) from None
     if maps.ndim == 3 and maps.shape[-1] == 3 and maps.dtype == torch.uint8:
         return from_colours(maps, palette)[None]
-    if maps.ndim not in (2, 3) or (maps.ndim == 3 and maps.shape[-1] in (1, 2, 4)):
+    if maps.ndim not in (2, 3) or (maps.ndim == 3 and maps.shape[-1] < 5):
         raise ValueError(f"label_map has shape {tuple(maps.shape)}; expected (H, W), (N, H, W) or (H, W, 3) colours.")
     ids = check_ids(maps, palette)
     return ids if ids.ndim == 3 else ids[None]

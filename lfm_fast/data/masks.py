@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from lfm_fast import ops
-from lfm_fast.data.reading import UnusableImage, open_picture
+from lfm_fast.data.reading import UnusableImage, as_rgb, open_unconverted, to_tensor
 from lfm_fast.ops.streams import STREAM_AUGMENTATION
 
 KINDS = ("mixed", "strokes", "boxes")
@@ -202,8 +202,9 @@ def read_mask(mask, *, hole=255):
     """A mask as (H, W) bool on the CPU, True in the hole.
 
     Args:
-        mask: a file, a PIL image of any mode (by its brightness), or a NumPy array or tensor (H, W), (1, H, W) or
-            (H, W, 1) of bool, of integers (0 and 1, or 0 to 255), or of floats in [0, 1].
+        mask: a file or a PIL image of any mode, by its brightness on white paper, or a NumPy array or tensor (H, W),
+            (1, H, W) or (H, W, 1) of bool, of integers (0 and 1, or 0 to 255, in uint16 also to 65535), or of floats
+            in [0, 1].
         hole: 255 where white pixels (True, 1, 255) are the hole, 0 where black ones are.
 
     Values between black and white are split at half, with a warning. Raises ValueError for a file that is no picture,
@@ -224,28 +225,44 @@ def _brightness(mask):
     """(H, W) float64 in [0, 1]."""
     if isinstance(mask, (str, Path)):
         try:
-            mask = open_picture(mask)
+            mask = open_unconverted(mask)
         except UnusableImage as error:
             raise ValueError(f"mask {mask} cannot be used: {error}") from error
     if isinstance(mask, Image.Image):
-        if mask.mode not in ("L", "1", "F") and not mask.mode.startswith("I"):
-            mask = mask.convert("L")
-        mask = np.array(mask) / 65535 if mask.mode.startswith("I") else np.array(mask)
+        mask = _pixels(mask)
     if not isinstance(mask, (np.ndarray, torch.Tensor)):
         raise ValueError(f"mask is a {type(mask).__name__}; expected a file, a PIL image, an array or a tensor")
-    values = torch.as_tensor(mask).detach().cpu()
-    shape = tuple(values.shape)
+    given = to_tensor(mask, "mask")
+    shape = tuple(given.shape)
     if len(shape) == 3 and 1 in (shape[0], shape[2]):
-        values = values[0] if shape[0] == 1 else values[..., 0]
-    if values.ndim != 2 or not values.numel():
+        given = given[0] if shape[0] == 1 else given[..., 0]
+    if given.ndim != 2 or not given.numel():
         raise ValueError(f"mask has shape {shape}; expected (H, W): one value a pixel")
-    highest = 1 if values.is_floating_point() or int(values.max()) <= 1 else 255
-    values = values.to(torch.float64) / highest
+    kinds = "bool, integers from 0 to 255, or floats in [0, 1]"
+    if given.is_complex():
+        raise ValueError(f"mask holds {given.dtype}; expected {kinds}")
+    values = given.to(torch.float64)
     if not bool(values.isfinite().all()):
         raise ValueError("mask holds values that are not finite")
-    if float(values.min()) < 0 or float(values.max()) > 1:
-        raise ValueError(
-            f"mask ranges from {float(values.min() * highest):g} to {float(values.max() * highest):g}; expected bool, "
-            "integers from 0 to 255, or floats in [0, 1]"
-        )
-    return values
+    low, high = float(values.min()), float(values.max())
+    white = _white(given.dtype, high)
+    if low < 0 or high > white:
+        raise ValueError(f"mask ranges from {low:g} to {high:g}; expected {kinds}")
+    return values / white
+
+
+def _pixels(picture):
+    """(H, W) of a PIL image: its numbers where they are 16 bits or floats, else its brightness on white."""
+    if picture.mode == "F":
+        return np.array(picture)
+    if not picture.mode.startswith("I"):
+        return np.array(as_rgb(picture)[0].convert("L"))
+    numbers = np.array(picture).astype(np.int64)
+    return numbers.astype(np.uint16) if numbers.min() >= 0 and numbers.max() <= 65535 else numbers
+
+
+def _white(dtype, highest):
+    """The value of white, for masks of 0 and 1, of 8 and of 16 bits; a type with room for more may hold less."""
+    if dtype.is_floating_point or highest <= 1:
+        return 1
+    return 65535 if dtype == torch.uint16 and highest > 255 else 255

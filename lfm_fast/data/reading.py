@@ -5,6 +5,7 @@ import stat
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 SUFFIXES = frozenset(
@@ -146,3 +147,17 @@ def _from_sixteen_bits(picture):
         raise UnusableImage("32-bit integer pixels beyond 65535 have no agreed range")
     grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
     return Image.fromarray(np.repeat(grey[..., None], 3, axis=2))
+
+
+def to_tensor(given, name: str) -> torch.Tensor:
+    """A NumPy array of any strides and byte order, or a tensor, as a tensor on the CPU; arrays are copied.
+
+    Raises:
+        ValueError: the array, which is called `name` then, holds what no tensor can.
+    """
+    if isinstance(given, torch.Tensor):
+        return given.detach().cpu()
+    try:
+        return torch.from_numpy(np.array(given, dtype=given.dtype.newbyteorder("="), order="C"))
+    except TypeError:
+        raise ValueError(f"{name} holds {given.dtype.str}; expected numbers") from None

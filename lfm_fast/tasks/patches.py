@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from lfm_fast.data.reading import UnusableImage, as_rgb, open_picture
+from lfm_fast.data.reading import UnusableImage, as_rgb, open_picture, to_tensor
 
 FITS = ("resize", "tile", "refuse")
 
@@ -37,7 +37,7 @@ def read_picture(image):
         image = image[0]
     if image.ndim != 3 or 3 not in (image.shape[0], image.shape[2]) or 0 in shape:
         raise ValueError(f"image has shape {shape}; expected one RGB picture, (H, W, 3) or (3, H, W)")
-    pixels = torch.as_tensor(image).detach().cpu()
+    pixels = to_tensor(image, "image")
     if image.shape[0] != 3 or (last and image.shape[2] == 3):
         pixels = pixels.permute(2, 0, 1)
     if pixels.dtype == torch.uint8:

@@ -235,7 +235,10 @@ def test_maps_in_any_form():
     ids = random_map(PALETTES["coco-stuff"], (6, 8))
     colours = label_maps.draw(ids, "coco-stuff").permute(1, 2, 0)
     stored = torch.where(ids == 0, 255, ids - 1).numpy().astype(np.uint8)
+    turned, swapped = ids.numpy()[::-1].copy()[::-1], ids.numpy().astype(">i4")
     for given in (ids, ids.numpy(), ids.tolist(), ids.short(), colours, colours.numpy(), Image.fromarray(stored)):
+        assert torch.equal(label_maps.as_label_maps(given, "coco-stuff"), ids[None])
+    for given in (turned, swapped, swapped.astype(np.uint16)):
         assert torch.equal(label_maps.as_label_maps(given, "coco-stuff"), ids[None])
     assert torch.equal(label_maps.as_label_maps(torch.stack([ids, ids]), "coco-stuff"), torch.stack([ids, ids]))
     for wrong, says in (
@@ -243,6 +246,8 @@ def test_maps_in_any_form():
         (ids[0], r"label_map has shape \(8,\); expected \(H, W\), \(N, H, W\) or \(H, W, 3\) colours"),
         (colours[..., [0, 1, 2, 0]], r"label_map has shape \(6, 8, 4\); expected"),
         (ids[..., None], r"label_map has shape \(6, 8, 1\); expected"),
+        (colours.long(), r"label_map has shape \(6, 8, 3\); expected"),
+        (ids.numpy().astype(str), r"label_map holds <U\d+; expected numbers"),
         (None, "label_map is NoneType; expected a path, a PIL image, or an array"),
         (ids + 183, "but the ids of coco-stuff are 0 to 182"),
     ):

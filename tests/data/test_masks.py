@@ -138,6 +138,13 @@ FORMS = {
     "RGBA": Image.fromarray(HALF).convert("RGBA"),
     "P": Image.fromarray(HALF).convert("P"),
     "16 bits": Image.fromarray(HALF.astype(np.uint16) * 257),
+    "16 bits of 8": Image.fromarray(HALF.astype(np.uint16)),
+    "32 bits of 8": Image.fromarray(HALF.astype(np.int32)),
+    "array of 16 bits": HALF.astype(np.uint16) * 257,
+    "array of 16 bits of 1": HALF.astype(np.uint16) // 255,
+    "other byte order": HALF.astype(">i4"),
+    "turned": HALF[::-1, ::-1].copy()[::-1, ::-1],
+    "holes cut out": Image.fromarray(np.dstack([HALF * 0, HALF * 0, HALF * 0, 255 - HALF])),
 }
 
 
@@ -153,8 +160,9 @@ def test_white_is_the_hole(name):
 
 def test_masks_come_from_files(tmp_path):
     file = tmp_path / "mask.png"
-    Image.fromarray(HALF).save(file)
-    assert np.array_equal(read_mask(file).numpy(), HALF > 0)
+    for name in ("L", "P", "16 bits", "16 bits of 8", "holes cut out"):
+        (FORMS[name] if isinstance(FORMS[name], Image.Image) else Image.fromarray(FORMS[name])).save(file)
+        assert np.array_equal(read_mask(file).numpy(), HALF > 0), name
     assert np.array_equal(read_mask(str(file)).numpy(), HALF > 0)
 
 
@@ -174,6 +182,9 @@ def test_grey_is_split_at_half_and_said():
         (np.array([[0, 300]]), "ranges from 0 to 300"),
         (np.array([[0.0, np.nan]]), "not finite"),
         ([[0, 1]], "mask is a list"),
+        (np.array([["0", "1"]]), "mask holds <U1; expected numbers"),
+        (np.array([[0, 1j]]), "mask holds torch.complex128; expected bool"),
+        (Image.fromarray(np.array([[0, 70000]], np.int32)), "ranges from 0 to 70000"),
         ("no/such/mask.png", "cannot be opened"),
     ],
 )

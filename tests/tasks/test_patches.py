@@ -19,16 +19,20 @@ FORMS = {
     "tensor, channels last": torch.from_numpy(PIXELS),
     "batch of one": torch.from_numpy(CHANNELS_FIRST)[None],
     "float64": PIXELS / 255,
+    "other byte order": (PIXELS / 255).astype(">f4"),
+    "turned": PIXELS[::-1, ::-1].copy()[::-1, ::-1],
+    "read-only": np.asarray(Image.fromarray(PIXELS)),
     "float32": torch.from_numpy(CHANNELS_FIRST).float() / 255,
 }
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_every_form_of_a_picture_is_read_without_a_loss(name):
+def test_every_form_of_a_picture_is_read_without_a_loss(name, recwarn):
     picture = read_picture(FORMS[name])
     assert picture.dtype == torch.float32
     assert picture.shape == (3, 5, 7)
     assert np.array_equal(to_uint8(picture[None])[0], PIXELS)
+    assert not list(recwarn)
 
 
 def test_three_by_three_pixels_have_their_channels_where_their_kind_has_them():
@@ -56,6 +60,7 @@ def test_files_and_grey_pictures_are_read(tmp_path):
         (PIXELS.astype(np.float32), "expected uint8, or floats"),
         ("no/such/file.png", "image cannot be used"),
         (None, "image is a NoneType"),
+        (PIXELS.astype(str), "image holds <U3; expected numbers"),
     ],
 )
 def test_what_is_no_picture_is_said(image, sentence):
