@@ -145,7 +145,7 @@ class LatentFlow:
             given = None if condition is None else condition[part].to(self.device)
             model, entries = taken_apart(self.model, given)
             if entries:
-                arguments["model_kwargs"] = {**sampling.get("model_kwargs", {}), **entries}
+                arguments["model_kwargs"] = {**(sampling.get("model_kwargs") or {}), **entries}
             if preview is not None:
                 arguments["callback"] = Preview(preview, self, z_1, {**arguments, "callback": sampling.get("callback")})
             arguments |= {"y": part_y, "indices": indices[part]}

@@ -9,6 +9,7 @@ from lfm_fast.data import open_images
 from lfm_fast.data.encoding import device_of, to_model_range
 from lfm_fast.data.latents import EncodedImages, ReadAhead, drawn_images
 from lfm_fast.data.masks import KINDS, SHARE, free_form, read_mask, to_latent
+from lfm_fast.flow.noise import check_indices
 from lfm_fast.metrics.inpainting import filled_with_mean, hole_errors
 from lfm_fast.models.conditioned import Conditioned
 from lfm_fast.tasks.base import Task, concatenated
@@ -17,6 +18,10 @@ from lfm_fast.tasks.projection import project
 
 APPROACHES = ("condition", "project", "project:resample")
 RESAMPLINGS = 4  # of "project:resample": evaluations are multiplied by it
+_UNUSED = {
+    "condition": ("condition", "resamplings", "pieces"),
+    "project": ("path", "t_start", "preview", "condition", "model_kwargs", "cuda_graph"),
+}
 _PER_FORWARD = 64
 
 
@@ -29,9 +34,12 @@ class Inpainting(Task):
     Source: Dao et al., arXiv 2307.08698, section 4.3.
     """
 
-    def source(self, config, source, images, autoencoder):
+    def images(self, config, split="train"):
         if config.conditions is not None:
             raise ValueError("masks are drawn at random in training; leave --conditions out")
+        return super().images(config, split)
+
+    def source(self, config, source, images, autoencoder):
         low = config.precision not in ("auto", "fp32", "tf32")
         return MaskedImages(source, images, autoencoder, bf16=low)
 
@@ -170,6 +178,7 @@ def inpaint(
     y=None,
     hole=255,
     batch_size=None,
+    indices=None,
     **sampling,
 ):
     """Paint the holes of a picture in num_samples ways: (num_samples, 3, H, W) float32 in [0, 1] on the CPU.
@@ -191,6 +200,7 @@ def inpaint(
         y: a label of all samples, or one each, of a labelled flow.
         hole: 255 where white is the hole, 0 where black is.
         batch_size: samples at a time; None makes it 64.
+        indices: (num_samples,) int64 sample numbers instead of 0, 1, ...
         sampling: arguments of `LatentFlow.sample`; with "project:resample" also resamplings and pieces.
 
     Raises ValueError, in one sentence, for pictures and masks that are none or do not go together, a mask with no hole
@@ -200,15 +210,18 @@ def inpaint(
     """
     _check_settings(fit, num_samples, batch_size)
     approach = checked_approach(flow, approach)
+    _refuse_unused(approach, sampling)
+    indices = torch.arange(num_samples) if indices is None else indices
+    check_indices(indices, num_samples)
     picture, holes = read_picture(image), read_mask(mask, hole=hole)
     _check_together(picture, holes, fit, flow.image_size)
     images = filled(picture[None], holes[None])  # one until the samples differ, so that it is encoded once
     cutter = Tiles if fit == "tile" else Resized
     for number, part, cut, paste in cutter(holes, flow.image_size).squares():
         squares = cut(images)
-        indices = torch.arange(num_samples) + (number << 32)  # no two squares of a picture start from the same noise
+        own = indices + (number << 32)  # no two squares of a picture start from the same noise
         parts = part.expand(len(squares), -1, -1)
-        images = paste(images, paint(flow, squares, parts, indices, seed, approach, y, batch_size, sampling))
+        images = paste(images, paint(flow, squares, parts, own, seed, approach, y, batch_size, sampling))
     return images
 
 
@@ -225,9 +238,7 @@ def paint(flow, images, holes, indices, seed, approach, y=None, batch_size=None,
     if approach == "condition":
         settings = {"seed": seed, "indices": indices, "batch_size": batch_size, "condition": encoded, **sampling}
         return flow.sample(len(indices), y, **settings)
-    for name in ("path", "t_start", "preview", "condition", "model_kwargs"):
-        if sampling.get(name) is not None:
-            raise ValueError(f"{name} cannot be given to approach {approach!r}; leave it out")
+    sampling = {name: value for name, value in sampling.items() if name not in _UNUSED["project"]}  # are None
     if approach == "project:resample":
         sampling.setdefault("resamplings", RESAMPLINGS)
     labels, encoded, painted = flow.labels(y, len(indices)), encoded.expand(len(indices), -1, -1, -1), []
@@ -258,6 +269,13 @@ def _of_rows(sampling, rows, count):
     if getattr(guidance, "num_samples", None) == count:
         sampling = {**sampling, "guidance": guidance.part(rows)}
     return sampling
+
+
+def _refuse_unused(approach, sampling):
+    """Raise ValueError for a setting that this approach would not look at, before a picture is read."""
+    for name in _UNUSED[approach.partition(":")[0]]:
+        if sampling.get(name) is not None and sampling[name] is not False:
+            raise ValueError(f"{name} cannot be given to approach {approach!r}; leave it out")
 
 
 def _check_settings(fit, num_samples, batch_size):

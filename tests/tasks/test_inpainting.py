@@ -206,11 +206,37 @@ def test_a_trained_flow_is_given_its_condition(trained):
         (*picture_and_mask(16, 16), {"t_start": 0.5}, "t_start cannot be given"),
         (*picture_and_mask(16, 16), {"y": "z"}, "there is no class 'z'"),
         (*picture_and_mask(16, 16), {"resamplings": 0}, "resamplings is 0"),
+        (*picture_and_mask(16, 16), {"cuda_graph": True}, "cuda_graph cannot be given"),
+        (*picture_and_mask(16, 16), {"indices": [0, 1]}, "indices is"),
     ],
 )
 def test_misuse_gets_one_sentence(any_flow, image, mask, settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         inpaint(any_flow, image, mask, **settings)
+
+
+@pytest.mark.parametrize("name", ["condition", "resamplings", "pieces"])
+def test_what_a_trained_flow_would_not_look_at_is_refused(trained, name):
+    value = torch.zeros(1, 9, 4, 4) if name == "condition" else 2
+    with pytest.raises(ValueError, match=f"{name} cannot be given to approach 'condition'"):
+        trained.inpaint(*picture_and_mask(16, 16), **{name: value})
+
+
+def test_settings_of_none_are_those_left_out(any_flow, trained):
+    for flow in (any_flow, trained):
+        plain = flow.inpaint(*picture_and_mask(SIDE, SIDE), **SAMPLING)
+        nothing = {"path": None, "preview": None, "condition": None, "model_kwargs": None}
+        assert torch.equal(flow.inpaint(*picture_and_mask(SIDE, SIDE), **SAMPLING, **nothing), plain)
+
+
+@pytest.mark.parametrize("fit", ["resize", "tile"])
+def test_samples_have_the_numbers_they_are_given(any_flow, trained, fit):
+    for flow in (any_flow, trained):
+        settings = {**SAMPLING, "fit": fit}
+        three = flow.inpaint(*picture_and_mask(20, 16), num_samples=3, **settings)
+        chosen = flow.inpaint(*picture_and_mask(20, 16), num_samples=2, indices=torch.tensor([2, 0]), **settings)
+        torch.testing.assert_close(chosen, three[[2, 0]], atol=1e-4, rtol=0)
+        assert (three[0] - three[2]).abs().max() > 0.01
 
 
 def test_a_trained_flow_does_not_project(trained):
@@ -298,10 +324,10 @@ def test_the_task_makes_its_network_and_says_how():
     assert Inpainting().settings(config) == {"masks": "mixed", "share": [0.05, 0.75]}
 
 
-def test_masks_of_training_are_not_files(trained):
+def test_masks_of_training_are_not_files():
     config = from_preset("embedded", task="inpainting", conditions="masks")
     with pytest.raises(ValueError, match="leave --conditions out"):
-        Inpainting().source(config, None, None, trained.autoencoder)
+        Inpainting().images(config)  # before anything is encoded
 
 
 def test_figures_tell_a_perfect_painter(monkeypatch, any_flow):
