@@ -1,6 +1,7 @@
 """Layouts, boxes with classes: from lists and JSON files, beside a folder of images, and drawn for people to see."""
 
 import json
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -52,7 +53,7 @@ def as_boxes(layout, class_names, max_boxes: int | None = None) -> torch.Tensor:
 def _row(entry, class_names) -> list[float]:
     if not isinstance(entry, dict) or "class" not in entry or "box" not in entry:
         raise ValueError(f'a box is {entry!r:.80}, expected {{"class": name or number, "box": [x0, y0, x1, y1]}}.')
-    box = entry["box"]
+    box = entry["box"].tolist() if hasattr(entry["box"], "tolist") else entry["box"]
     if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(_is_number(value) for value in box):
         raise ValueError(f"the box of {entry['class']!r} is {box!r:.80}, expected four numbers [x0, y0, x1, y1].")
     return [float(_class_number(entry["class"], class_names)), *map(float, box)]
@@ -67,7 +68,9 @@ def _class_number(given, class_names) -> int:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, Integral):
+        return not isinstance(value, bool) and abs(int(value)) < 2**53  # a float holds it
+    return isinstance(value, Real)
 
 
 def read_layouts(path, class_names, max_boxes: int | None = None) -> torch.Tensor:

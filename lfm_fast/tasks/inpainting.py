@@ -67,7 +67,8 @@ class Inpainting(Task):
         images = open_images(data, flow.image_size, split="held_out" if data == "embedded" else "train")
         count = min(num_images, len(images))
         if count < 2:
-            raise ValueError(f"{data} has {count} image to evaluate with; give 2 or more")
+            what = f"num_images is {num_images}" if num_images < 2 else f"{data} has one image to evaluate with"
+            raise ValueError(f"{what}; give 2 or more")
         truths = images.batch([k * len(images) // count for k in range(count)])
         holes = free_form(torch.arange(count), seed, flow.image_size)
         approach = checked_approach(flow, approach)
@@ -236,7 +237,7 @@ def paint(flow, images, holes, indices, seed, approach, y=None, batch_size=None,
     parts = zip(images.split(_PER_FORWARD), holes.split(_PER_FORWARD))
     encoded = torch.cat([encode(flow.autoencoder, 2 * x.to(device) - 1, hole.to(device)) for x, hole in parts])
     if approach == "condition":
-        settings = {"seed": seed, "indices": indices, "batch_size": batch_size, "condition": encoded, **sampling}
+        settings = {**sampling, "seed": seed, "indices": indices, "batch_size": batch_size, "condition": encoded}
         return flow.sample(len(indices), y, **settings)
     sampling = {name: value for name, value in sampling.items() if name not in _UNUSED["project"]}  # are None
     if approach == "project:resample":

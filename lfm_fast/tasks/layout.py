@@ -10,6 +10,7 @@ from lfm_fast.data.embedded import CATEGORIES
 from lfm_fast.data.latents import flips_of
 from lfm_fast.data.layouts import MAX_BOXES, EmbeddedLayouts
 from lfm_fast.data.order import item_of
+from lfm_fast.data.reading import to_tensor
 from lfm_fast.data.source import ImageSource
 from lfm_fast.guidance import Autoguidance
 from lfm_fast.metrics.layout import ClassExamples, layout_agreement
@@ -31,7 +32,10 @@ class Layout(Task):
 
     def images(self, config, split: str = "train") -> ImageSource:
         """Scenes of the embedded set, or a folder's images with the layouts of the folder `conditions`."""
+        _require_context(config.model)  # before the images are encoded, which can take long
         if config.data in EMBEDDED:
+            if config.conditions is not None:
+                raise ValueError("the embedded scenes have layouts of their own; leave --conditions out.")
             return EmbeddedLayouts(config.image_size, split=split, flip=config.flip)
         images = super().images(config, split)
         images.boxes, images.box_classes = folder_boxes(images, _folder(config))
@@ -44,6 +48,7 @@ class Layout(Task):
 
     def network(self, config, latent_shape) -> nn.Module:
         """The network of the settings, which attends to a context, behind an encoder of boxes."""
+        _require_context(config.model)
         class_names, max_boxes = _classes(config)
         network = create_model(
             config.model,
@@ -54,10 +59,6 @@ class Layout(Task):
             num_classes=config.num_classes or 0,
             label_dropout=config.label_dropout,
         )
-        if "context" not in network.sample_arguments:
-            raise ValueError(
-                f"{config.model} attends to no context; for task layout give a network such as adm-layout."
-            )
         width = network.config["context_dim"]
         sizes = {"max_boxes": max_boxes, "context_dim": width, "planes": PLANES, "side": latent_shape[1]}
         encoder = BoxEncoder(num_classes=len(class_names), **sizes)
@@ -94,6 +95,13 @@ class Layout(Task):
             raise ValueError(
                 f"data is {data!r}, but what is in a box is told by its difference from a plain canvas, which only the "
                 "embedded scenes have; measure others with a detector of yours."
+            )
+        if num_images < 2:  # every layout is held against another one, too
+            raise ValueError(f"num_images is {num_images}; give 2 or more")
+        if class_names_of(flow) != list(CATEGORIES):
+            raise ValueError(
+                f"this flow has the box classes {', '.join(class_names_of(flow))}, but the embedded scenes those of "
+                "emoji; evaluate it on images of its own by lfm_fast.metrics.layout."
             )
         scenes = EmbeddedLayouts(flow.image_size, split="held_out", num_scenes=num_images)
         training = EmbeddedLayouts(flow.image_size, num_scenes=_EXAMPLES)
@@ -151,11 +159,12 @@ def from_layout(flow, boxes, num_samples=1, seed=0, *, layout_scale=1.0, indices
     Args:
         flow: a `LatentFlow` trained with task layout.
         boxes: a list of {"class": name or number, "box": [x0, y0, x1, y1]}, coordinates in [0, 1], x to the right and
-            y down, or rows (N, 5) of class and coordinates; of several layouts a list of such, or (B, N, 5) with class
-            -1 where there is no box. Of several, all samples of the first come first.
+            y down, or an array or tensor (N, 5) of class and coordinates; of several layouts a list of such, or
+            (B, N, 5) with class -1 where there is no box. Of several, all samples of the first come first.
         num_samples: pictures of each layout.
         seed: picture i depends on (seed, i, its layout) alone.
-        layout_scale: guidance away from what is drawn without a layout; 1 is none and costs half as much.
+        layout_scale: guidance away from what is drawn without a layout; 1 is none and costs half as much. A number, or
+            as guidance_scale of `lfm_fast.sample`.
         indices, sampling: as of `LatentFlow.sample`; a layout_scale other than 1 takes the place of other guidance.
 
     Raises ValueError, in one sentence: a flow of another task, boxes outside the picture or without area, unknown
@@ -164,14 +173,16 @@ def from_layout(flow, boxes, num_samples=1, seed=0, *, layout_scale=1.0, indices
     Source: Rombach et al., arXiv 2112.10752, section 3.3; guidance as Ho and Salimans, arXiv 2207.12598, equation 6.
     """
     layouts = _layouts(flow, boxes)
+    if sampling.get("condition") is not None:
+        raise ValueError("the condition is made of the boxes; give boxes and no condition.")
     if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
         raise ValueError(f"num_samples is {num_samples!r}; it must be an integer from 1 on")
-    if layout_scale != 1.0:
+    if isinstance(layout_scale, Tensor) or layout_scale != 1.0:
         if sampling.get("guidance") is not None or sampling.get("guidance_scale", 1.0) != 1.0:
             raise ValueError("layout_scale guides by the layout, guidance and guidance_scale by the label; give one")
         sampling["guidance"] = Autoguidance(_WithoutLayout(flow.model), layout_scale)
     condition = layouts.repeat_interleave(num_samples, dim=0)
-    return flow.sample(len(condition), seed=seed, condition=condition, indices=indices, **sampling)
+    return flow.sample(len(condition), seed=seed, indices=indices, **{**sampling, "condition": condition})
 
 
 def class_names_of(flow) -> list[str]:
@@ -185,11 +196,20 @@ def class_names_of(flow) -> list[str]:
 def _layouts(flow, boxes) -> Tensor:
     """(B, max_boxes, 5) float32, checked."""
     class_names, limit = class_names_of(flow), flow.model.encoder.max_boxes
-    several = boxes.dim() == 3 if isinstance(boxes, Tensor) else bool(boxes) and isinstance(boxes[0], (list, Tensor))
-    layouts = [as_boxes(layout, class_names, limit) for layout in (boxes if several else [boxes])]
+    boxes = _tensors(boxes)
+    several = boxes.dim() == 3 if isinstance(boxes, Tensor) else _holds_layouts(boxes)
+    layouts = [as_boxes(_tensors(layout), class_names, limit) for layout in (boxes if several else [boxes])]
     if not layouts:
         raise ValueError("there is no layout; give boxes of at least one.")
     return torch.stack(layouts)
+
+
+def _tensors(boxes):
+    return to_tensor(boxes, "boxes") if isinstance(boxes, np.ndarray) else boxes
+
+
+def _holds_layouts(boxes) -> bool:
+    return isinstance(boxes, (list, tuple)) and bool(boxes) and isinstance(boxes[0], (list, tuple, Tensor, np.ndarray))
 
 
 class _WithoutLayout:
@@ -203,6 +223,14 @@ class _WithoutLayout:
     def __call__(self, t, z, y=None, **layout):
         entries = {name: entry.expand(len(z), *entry.shape[1:]) for name, entry in self._entries.items()}
         return self._network(t, z, y, **entries)
+
+
+def _require_context(name):
+    """Raise ValueError for the name of a network that attends to nothing."""
+    with torch.device("meta"):  # without weights
+        network = create_model(name, image_size=256)
+    if "context" not in network.sample_arguments:
+        raise ValueError(f"{name} attends to no context; for task layout give a network such as adm-layout.")
 
 
 def _classes(config) -> tuple[list[str], int]:

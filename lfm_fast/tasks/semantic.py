@@ -63,6 +63,8 @@ class Semantic(Task):
         autoencoder's reconstructions, which is what any flow on its latents can reach.
         """
         palette = _palette_of(flow)
+        if num_images < 2:  # every map is held against another one, too
+            raise ValueError(f"num_images is {num_images}; give 2 or more")
         if data != "embedded" or palette.appearance is None:
             raise ValueError(
                 f"samples are segmented by their colours, which only the embedded set's classes have, not {data} in "

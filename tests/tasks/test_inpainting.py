@@ -330,6 +330,11 @@ def test_masks_of_training_are_not_files():
         Inpainting().images(config)  # before anything is encoded
 
 
+def test_one_picture_alone_is_not_evaluated(any_flow):
+    with pytest.raises(ValueError, match="num_images is 1; give 2 or more"):
+        Inpainting().evaluate(any_flow, num_images=1, seed=0, data="embedded")
+
+
 def test_figures_tell_a_perfect_painter(monkeypatch, any_flow):
     """Who paints the truth has no error and the truth's seams; another image is as far off as it is."""
     import lfm_fast.tasks.inpainting as module

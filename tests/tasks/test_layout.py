@@ -3,6 +3,7 @@
 import json
 import types
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -215,12 +216,35 @@ def test_tokens_of_any_encoder_are_a_context(network):
         ([CAT], {"layout_scale": 2.0, "guidance_scale": 3.0}, "layout_scale guides by the layout"),
         ([CAT], {"layout_scale": "x"}, "scale"),
         ([CAT], {"y": 1}, "without labels"),
+        (CAT, {}, "a layout is a dict"),
+        (3, {}, "a layout is a int"),
+        ({1}, {}, "a layout is a set"),
+        (np.array([["cat"]]), {}, "boxes holds <U3; expected numbers"),
+        ([{"class": 10**400, "box": [0, 0, 1, 1]}], {}, "box class 10+ is not known"),
+        ([{"class": "cat", "box": [0, 0, 10**400, 1]}], {}, "expected four numbers"),
+        ([CAT], {"condition": torch.zeros(1, 4, 5)}, "give boxes and no condition"),
     ],
 )
 def test_bad_input_gets_one_sentence(flow, boxes, options, words):
     with pytest.raises(ValueError, match=words) as error:
         from_layout(flow, boxes, **{**SETTINGS, **options})
     assert str(error.value).count(". ") == 0
+
+
+def test_layouts_of_numpy_are_layouts(flow):
+    expected = from_layout(flow, [CAT, DOG], **SETTINGS)
+    rows = np.array([[0, *CAT["box"]], [1, *DOG["box"]]])
+    numbers = [{"class": np.int64(k), "box": np.float32(box["box"])} for k, box in ((0, CAT), (1, DOG))]
+    mixed = [{"class": "cat", "box": [np.float32(value) for value in CAT["box"]]}, DOG]
+    for given in (rows, rows.astype(np.float32)[None], [rows], numbers, mixed, [(CAT, DOG)]):
+        torch.testing.assert_close(from_layout(flow, given, **SETTINGS), expected)
+
+
+def test_a_layout_scale_for_each_picture(flow):
+    each = from_layout(flow, [CAT], num_samples=3, layout_scale=torch.tensor([1.0, 2.0, 3.0]), batch_size=2, **SETTINGS)
+    for number, scale in enumerate((1.0, 2.0, 3.0)):
+        alone = from_layout(flow, [CAT], num_samples=3, layout_scale=scale, **SETTINGS)[number]
+        torch.testing.assert_close(each[number], alone, atol=1e-5, rtol=0)
 
 
 def test_a_flow_of_another_task_is_refused(network):
@@ -298,5 +322,18 @@ def test_settings_that_cannot_work_get_a_sentence(settings, words):
 
 
 def test_what_cannot_be_measured_is_refused(flow):
+    task = task_named("layout")
     with pytest.raises(ValueError, match="only the embedded scenes have"):
-        task_named("layout").evaluate(flow, num_images=2, seed=0, data="photos")
+        task.evaluate(flow, num_images=2, seed=0, data="photos")
+    with pytest.raises(ValueError, match="num_images is 1; give 2 or more"):
+        task.evaluate(flow, num_images=1, seed=0, data="embedded")
+    with pytest.raises(ValueError, match="this flow has the box classes cat, dog, bird, but the embedded scenes those"):
+        task.evaluate(flow, num_images=2, seed=0, data="embedded")
+
+
+def test_settings_that_cannot_work_are_refused_before_anything_is_encoded():
+    task = task_named("layout")
+    with pytest.raises(ValueError, match="DiT-Emoji/4 attends to no context"):
+        task.images(_config(model="DiT-Emoji/4"))
+    with pytest.raises(ValueError, match="the embedded scenes have layouts of their own; leave --conditions out"):
+        task.images(_config(conditions="layouts"))

@@ -203,6 +203,12 @@ def test_settings_that_cannot_work_are_refused():
     assert task.example(settings(), 3, (4, 8, 8)).shape == (3, 16, 16)
 
 
+def test_one_map_alone_is_not_evaluated(trained):
+    """There would be no other map to hold it against."""
+    with pytest.raises(ValueError, match="num_images is 1; give 2 or more"):
+        task_named("semantic").evaluate(trained, num_images=1, seed=0, data="embedded")
+
+
 def test_the_encoder_is_trained_unless_asked_otherwise():
     task = task_named("semantic")
     ours, theirs = (task.network(settings(compat=compat), (4, 8, 8)) for compat in (None, "lfm"))
