@@ -16,6 +16,7 @@ def add(commands):
     add("--model", required=True, help="a training run's folder, a saved folder or a checkpoint file")
     add("--autoencoder", help="'embedded', a folder or a hub name; default: the one recorded with the model")
     add("--task", help="inpainting, semantic or layout; default: the one recorded with the model")
+    add("--approach", help="inpainting: condition, project or project:resample; default: what suits the model")
     add("--data", default="embedded", help="'embedded' or a folder of images (default: %(default)s)")
     add("--num-images", type=int, default=64, help="how many held-out images (default: %(default)s)")
     add("--method", help="solver (default: what suits the model)")
@@ -38,7 +39,12 @@ def run(args):
         check_output(args.output.parent)
     flow = LatentFlow.from_pretrained(args.model, args.autoencoder, device=device_named(args.device))
     sampling = {name: getattr(args, name) for name in ("method", "num_steps") if getattr(args, name) is not None}
-    task = task_named(args.task or flow.task.get("name"))
+    name = args.task or flow.task.get("name")
+    task = task_named(name)
+    if args.approach is not None:
+        if name != "inpainting":
+            raise ValueError("--approach is of task inpainting; leave it out")
+        sampling["approach"] = args.approach
     found = task.evaluate(flow, num_images=args.num_images, seed=args.seed, data=args.data, **sampling)
     for name, value in found.items():
         print(f"{name}: {value:.4g}")

@@ -31,7 +31,7 @@ def add(commands):
     add("--reuse", type=float, metavar="ERROR", help="extrapolate velocities where the relative error is below this")
     add("--image", metavar="FILE", help="inpaint: a picture of any size; needs --mask")
     add("--mask", metavar="FILE", help="of the same size, white where the hole is")
-    add("--fit", default="resize", choices=("resize", "tile", "refuse"), help="of a picture of another size")
+    add("--fit", choices=("resize", "tile", "refuse"), help="a picture of another size (default: resize)")
     add("--approach", help="condition, project or project:resample; default: what suits the model")
     add("--label-map", metavar="FILE", help="for a flow of task semantic: a PNG of ids, or of the palette's colours")
     add("--layout", metavar="FILE", help="for a flow of task layout: a .json file of boxes, or of several such lists")
@@ -51,6 +51,7 @@ def run(args):
     for name in ("guidance_scale", "guidance", "guidance_interval"):
         if args.label is None and getattr(args, name) not in (None, 1):
             raise ValueError(f"--{name.replace('_', '-')} guides towards a class; give --class too, or leave it out")
+    task = _task(args)
     flow = LatentFlow.from_pretrained(args.model, args.autoencoder, device=device_named(args.device))
     _require_its_own(args, args.method or flow.sampling.get("method", "dopri5"))
     chosen = _guidance(args, flow) | {name: getattr(args, name) for name in ("method", "num_steps")}
@@ -60,7 +61,6 @@ def run(args):
     if args.reuse is not None:
         sampling = _reusing(flow, args, sampling)
     common = {"num_images": args.num_images, "y": args.label, "seed": args.seed, "batch_size": args.batch_size}
-    task = _task(args)
     images = flow.sample(**common, **sampling) if task is None else task.generated(flow, args, **common, **sampling)
     if as_grid:
         save(grid(images), output)
@@ -76,9 +76,15 @@ def _task(args):
 
     if args.image is None and args.mask is not None:
         raise ValueError("--mask belongs to --image, the picture to paint holes of; give both")
+    for name in ("fit", "approach"):
+        if args.image is None and getattr(args, name) is not None:
+            raise ValueError(f"--{name} belongs to --image, the picture to paint holes of; leave it out")
     named = [flag for flag in _CONDITIONS if getattr(args, flag) is not None]
     if len(named) > 1:
-        raise ValueError(f"--{named[0]} and --{named[1]} belong to different tasks; give one of them")
+        first, second = (flag.replace("_", "-") for flag in named[:2])
+        raise ValueError(f"--{first} and --{second} belong to different tasks; give one of them")
+    if named and args.reuse is not None:  # what it measures are plain samples
+        raise ValueError(f"--reuse is not for --{named[0].replace('_', '-')}; leave it out")
     return task_named(_CONDITIONS[named[0]]) if named else None
 
 

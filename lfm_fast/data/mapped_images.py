@@ -63,7 +63,8 @@ class MappedImages(ImageSource):
         """The maps of the pictures at `positions`, cut and scaled as these are, (B, H, W) int64.
 
         Raises:
-            ValueError: a map cannot be read, or holds what the palette does not know.
+            ValueError: a map cannot be read, has another shape than its image, or holds what the palette does not
+                know.
         """
         positions = torch.as_tensor(positions, dtype=torch.int64)
         if self._maps is None and self._fit:
@@ -90,7 +91,20 @@ class MappedImages(ImageSource):
                 yield from pool.map(self._read, positions[first : first + _AT_ONCE])
 
     def _read(self, position):
-        return label_maps.read_label_map(self._paths[position], self.palette, size=self.image_size).to(torch.uint8)
+        path = self._paths[position]
+        label_map = label_maps.read_label_map(path, self.palette)
+        _require_one_shape(path, label_map, self._images.sizes[self._kept[position]])
+        return label_maps.centre_square(label_map, self.image_size).to(torch.uint8)
+
+
+def _require_one_shape(path, label_map, size):
+    """One may be smaller than the other, its sides rounded either way, but neither wider nor turned."""
+    (height, width), (image_width, image_height) = label_map.shape, size
+    if abs(width * image_height - height * image_width) > max(width, height, *size):
+        raise ValueError(
+            f"The label map {path} has {width}x{height} pixels and its image {image_width}x{image_height}; give them "
+            "one shape, or what the map says would be cut elsewhere than the image."
+        )
 
 
 def _require_own_maps(palette, folder):

@@ -89,7 +89,13 @@ class Inpainting(Task):
         if args.mask is None:
             raise ValueError("--image needs --mask: a picture of the same size, white where the hole is")
         return inpaint(
-            flow, args.image, args.mask, num_samples=num_images, fit=args.fit, approach=args.approach, **sampling
+            flow,
+            args.image,
+            args.mask,
+            num_samples=num_images,
+            fit=args.fit or "resize",
+            approach=args.approach,
+            **sampling,
         )
 
 

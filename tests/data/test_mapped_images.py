@@ -53,6 +53,19 @@ def test_an_unknown_id_is_refused_before_training(photos, monkeypatch, in_memory
         opened(photos).check_maps()
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_map_of_another_shape_than_its_image_is_refused(photos, monkeypatch, in_memory):
+    """As where one of the two was turned: it would be cut elsewhere. A map of half the size is of the same shape."""
+    if not in_memory:
+        monkeypatch.setattr(mapped_images, "_IN_MEMORY", 0)
+    for shape in ((12, 12), (24, 24), (11, 11)):  # the image has 23 rows and 24 columns
+        Image.fromarray(np.zeros(shape, np.uint8)).save(photos / "maps" / "b/1.png")
+        opened(photos).check_maps()
+    Image.fromarray(np.zeros((46, 40), np.uint8)).save(photos / "maps" / "b/1.png")
+    with pytest.raises(ValueError, match=r"b/1\.png has 40x46 pixels and its image 24x23; give them one shape"):
+        opened(photos).check_maps()
+
+
 def test_the_embedded_set_has_its_own_maps():
     images = open_images("embedded", 32, split="held_out")
     mapped = MappedImages(images, "embedded")

@@ -90,6 +90,10 @@ def test_the_flow_that_ships_paints_too(files):
     [
         (("--mask", "mask.png"), "--mask belongs to --image"),
         (("--image", "image.png"), "--image needs --mask"),
+        (("--approach", "project"), "--approach belongs to --image"),
+        (("--fit", "tile"), "--fit belongs to --image"),
+        (("--image", "image.png", "--mask", "mask.png", "--reuse", "0.1"), "--reuse is not for --image"),
+        (("--image", "image.png", "--label-map", "map.png"), "--image and --label-map belong to different tasks"),
         (("--image", "image.png", "--mask", "no.png"), "cannot be opened"),
         (("--image", "image.png", "--mask", "mask.png", "--approach", "condition"), "was not trained to inpaint"),
         (("--image", "image.png", "--mask", "mask.png", "--fit", "refuse"), "70x90 pixels and the flow 64x64"),
@@ -124,3 +128,9 @@ def test_figures_are_printed_and_written(run, tmp_path, capsys):
     assert {"psnr", "seam", "mean colour: psnr", "another image: psnr", "truth: seam"} <= set(figures)
     assert "mean colour: psnr: " in capsys.readouterr().out
     assert main(["evaluate", "--model", "embedded", "--task", "inpainting", *flags]) == 0
+    straight_on = json.loads(file.read_text())["psnr"]
+    resampled = ("--approach", "project:resample")
+    assert main(["evaluate", "--model", "embedded", "--task", "inpainting", *flags, *resampled]) == 0
+    assert json.loads(file.read_text())["psnr"] != straight_on
+    assert main(["evaluate", "--model", "embedded", "--task", "layout", *flags, *resampled]) == 2
+    assert "--approach is of task inpainting" in capsys.readouterr().err
