@@ -131,6 +131,8 @@ class TrainConfig:
             yield f"num_classes is {self.num_classes}; it must be 0 (no labels) or more"
         if self.task == "labelled" and self.num_classes == 0:
             yield "task is labelled but num_classes is 0; give the number of labels or use --task unconditional"
+        if self.conditions is not None and self.task in (None, "unconditional", "labelled"):
+            yield "conditions is given, but no task that would read them; give --task semantic or --task layout"
         if self.seed >= 2**63:
             yield f"seed is {self.seed}; it must be below 2^63"
         if self.path == "ve" and not 0 < self.sigma_min < self.sigma_max:

@@ -136,6 +136,7 @@ BAD = [
     ({"time_sampler": "beta"}, "time_sampler is 'beta'"),
     ({"task": "labelled", "num_classes": 0}, "num_classes is 0"),
     ({"num_classes": -1}, "num_classes is -1"),
+    ({"conditions": "maps"}, "no task that would read them; give --task semantic or --task layout"),
     ({"checkpoint_every": 0}, "checkpoint_every is 0"),
     ({"keep_checkpoints": 0}, "keep_checkpoints is 0"),
     ({"seed": -1}, "seed is -1"),
