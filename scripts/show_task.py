@@ -2,8 +2,8 @@
 
 One row for each image: what the flow is given, several samples for it, and the image that it was made of; with
 --nearest also the training image closest to the first sample, which shows whether a sample is a copy. RUN is the folder
-of a training run, whose settings say which images those are. The first images of the held-out order are taken as they
-come.
+of a training run, whose settings say which images those are; of a folder of images, which is trained on whole, they are
+the training images themselves. The first images of the order are taken as they come.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def show(run, output, rows=8, samples=4, seed=1, nearest=False, scale=2, **sampl
     """Write the grid of a run to the file `output`."""
     config = dataclasses.replace(TrainConfig(**settings_of(run)), flip=False)
     flow, task = LatentFlow.from_pretrained(run), task_named(config.task)
-    images = task.images(config, "held_out")
+    images = task.images(config, "held_out" if config.data in ("embedded", "embedded-layouts") else "train")
     source = task.source(config, CachedLatents.from_images(images, flow.autoencoder), images, flow.autoencoder)
     numbers = torch.arange(rows)
     given, truths = task.shown(source, numbers, 0)
@@ -51,7 +51,10 @@ def main():
     parser.add_argument("--seed", type=int, default=1, help="of the noise (%(default)s)")
     parser.add_argument("--nearest", action="store_true", help="show the training image closest to the first sample")
     arguments = vars(parser.parse_args())
-    show(**arguments)
+    try:
+        show(**arguments)
+    except ValueError as error:
+        parser.error(str(error))
     print(f"wrote {arguments['output']}")
 
 

@@ -119,6 +119,23 @@ def test_held_out_images_are_shown(run, tmp_path):
         assert not np.array_equal(drawn[0], drawn[1])
 
 
+def test_a_run_on_a_folder_shows_its_own_images(tmp_path, capsys, monkeypatch):
+    """A folder is trained on whole; what cannot be shown is said in a sentence."""
+    (tmp_path / "photos").mkdir()
+    for number in range(2):
+        Image.new("RGB", (64, 64), (90 * number, 50, 200)).save(tmp_path / "photos" / f"{number}.png")
+    flags = ("--data", str(tmp_path / "photos"), "--sample-every", "0", "--output", str(tmp_path / "runs"))
+    assert main(["train", "--preset", "emoji-inpainting", "--device", "cpu", *flags, *SMALL, "--batch-size", "2"]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    show_task = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "show_task.py"))
+    show_task["show"](run, tmp_path / "grid.png", rows=2, samples=1, scale=1, num_steps=1)
+    assert Image.open(tmp_path / "grid.png").width == 3 * 66 + 2
+    monkeypatch.setattr("sys.argv", ["show_task.py", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit):
+        show_task["main"]()
+    assert "this is no run folder" in capsys.readouterr().err
+
+
 def test_figures_are_printed_and_written(run, tmp_path, capsys):
     file = tmp_path / "figures.json"
     flags = ("--num-images", "4", "--num-steps", "2", "--output", str(file))
