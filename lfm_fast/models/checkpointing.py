@@ -1,9 +1,10 @@
-"""Activation checkpointing of a DiT's blocks: which tensors wait for the backward pass, and which are made again.
+"""Activation checkpointing: which tensors wait for the backward pass, and which are made again (`made_again`).
 
-In units of one bfloat16 tensor of tokens (T, D), a block under autocast keeps about 26 for its backward pass. The
-products and the attention, which cost the time, are 10 of them: q, k and v (3), attention (1), proj (1), fc1 (4) and
-fc2 (1). "selective" keeps those and makes the elementwise rest again, which is a few passes over memory and no product;
-"full" keeps neither and repeats the forward pass.
+A U-Net's blocks each go through `made_again`; what follows is of a DiT's. In units of one bfloat16 tensor of tokens
+(T, D), a block under autocast keeps about 26 for its backward pass. The products and the attention, which cost the
+time, are 10 of them: q, k and v (3), attention (1), proj (1), fc1 (4) and fc2 (1). "selective" keeps those and makes
+the elementwise rest again, which is a few passes over memory and no product; "full" keeps neither and repeats the
+forward pass.
 
 What a region of blocks takes in is kept as well, so the cut is made where least crosses it: after the MLP, before its
 output is added. Then x (2 units, float32) and that output, a product that is kept anyway, cross; one pass later it
