@@ -13,7 +13,7 @@ import torch
 from lfm_fast import distributed
 from lfm_fast.checkpoint import check_output
 from lfm_fast.flow import paths
-from lfm_fast.models import num_parameters
+from lfm_fast.models import NETWORKS, create_model, num_parameters
 from lfm_fast.models.checkpointing import set_mode
 from lfm_fast.models.fp8 import train_in_fp8, why_not_sizes
 from lfm_fast.models.inherit import inherit
@@ -57,6 +57,8 @@ def train(config, source=None, autoencoder=None):
     FloatingPointError when the loss stops being finite, OSError when the last checkpoint cannot be written.
     """
     _refuse_empty(config)
+    if source is None:
+        _check_network(config)
     world = distributed.start(config.device)
     try:
         config = dataclasses.replace(config, precision=resolve_precision(config.precision, world.device))
@@ -84,6 +86,16 @@ def _refuse_empty(config):
     for name in ("data", "cache_latents", "autoencoder", "start_from", "output"):
         if getattr(config, name) == "":
             raise ValueError(f"--{name.replace('_', '-')} is empty; give a name or a folder, or leave it out")
+
+
+def _check_network(config):
+    """Raise ValueError before images are read and encoded if the name of the network says that it cannot be trained."""
+    if config.model not in NETWORKS:
+        create_model(config.model)  # says which there are
+    if NETWORKS[config.model][0].condition_argument == "context" and config.task != "layout":
+        raise ValueError(
+            f"--model {config.model} looks at a context, which task layout alone brings; give that, or another network"
+        )
 
 
 def _check_outputs(config):

@@ -6,7 +6,8 @@ from tiny_run import SETTINGS, TinyAutoencoder, TinySource
 
 import lfm_fast
 from lfm_fast.models import ADM, NETWORKS, SongUNet, UNet
-from lfm_fast.train.config import from_preset
+from lfm_fast.train import loop
+from lfm_fast.train.config import TrainConfig, from_preset
 from lfm_fast.train.journal import read_metrics
 from lfm_fast.train.loop import train
 from lfm_fast.train.resume import read_verified
@@ -61,3 +62,25 @@ def test_a_run_goes_on_to_the_bit_and_gives_a_flow(tmp_path, model, changes):
     assert pictures.shape == (2, 3, 16, 16)
     assert pictures.isfinite().all()
     assert not torch.equal(pictures, flow.sample(2, **{**sampling, "y": torch.tensor([1, 1])}))
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("adm-orginal", "did you mean adm-original"),
+        ("ADM-Emoji-layout", "looks at a context, which task layout alone brings"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_network_that_cannot_be_is_refused_before_images_are_read(tmp_path, monkeypatch, model, says, dry_run):
+    def reads(*arguments, **settings):
+        raise AssertionError("images are read")
+
+    monkeypatch.setattr(loop, "open_source", reads)
+    monkeypatch.setattr(loop, "facts", reads)
+    config = TrainConfig(
+        data="embedded", steps=1, model=model, device="cpu", output=str(tmp_path / "runs"), dry_run=dry_run
+    )
+    with pytest.raises(ValueError, match=says):
+        loop.train(config)
+    assert not any(tmp_path.iterdir())
