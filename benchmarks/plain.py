@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lfm_fast import ops as table
-from lfm_fast.models import dit, layers, spatial_transformer, unet_blocks, unet_layers
+from lfm_fast.models import dit, edm_layers, guided_layers, layers, spatial_transformer
 
 WITHOUT_OPS = "plain"  # among backends: the networks without the ops of the table
 
@@ -56,7 +56,7 @@ _OPS = SimpleNamespace(**PLAIN, gelu_tanh=gelu_tanh, linear=F.linear, mlp=mlp)
 @contextmanager
 def plain_pytorch():
     """Within: the networks call these functions instead of the library's ops."""
-    before = {module: module.ops for module in (dit, layers, spatial_transformer, unet_blocks, unet_layers)}
+    before = {module: module.ops for module in (dit, layers, spatial_transformer, guided_layers, edm_layers)}
     for module in before:
         module.ops = _OPS
     try:

@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lfm_fast.models import from_config
+from lfm_fast.models.edm_layers import FILTER, Filtered
 from lfm_fast.models.recognise import recognise
 from lfm_fast.models.shapes import differences, shapes_of
-from lfm_fast.models.unet_layers import FILTER, Filtered
 
 _TRAINING_PREFIXES = ("model.", "ema.", "optimizer.")
 _PARTIAL = ".partial"

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lfm_fast.models.edm_layers import GroupNorm, UNetBlock
 from lfm_fast.models.edm_unet import EDMUNet, check_config
 from lfm_fast.models.layers import time_features
-from lfm_fast.models.unet_layers import GroupNorm, UNetBlock
 
 _NORM_EPS = 1e-5
 _HEAD_SIZE = 64  # channels of a head; maps with fewer channels have no attention

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lfm_fast.models.convolutional import ConvolutionalNetwork
-from lfm_fast.models.unet_layers import UNetBlock
+from lfm_fast.models.edm_layers import UNetBlock
 from lfm_fast.models.velocity_network import (
     check_channels,
     check_label_sizes,

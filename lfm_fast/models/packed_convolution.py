@@ -6,7 +6,7 @@ PyTorch's own call puts a weight into that order each time, which takes longer t
 import torch
 from torch import Tensor, nn
 
-from lfm_fast.models.unet_layers import ResamplingConv2d
+from lfm_fast.models.edm_layers import ResamplingConv2d
 from lfm_fast.ops._registry import inside_transform
 
 

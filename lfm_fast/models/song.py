@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lfm_fast.models.edm_layers import Filtered, GroupNorm, UNetBlock, filtered
 from lfm_fast.models.edm_unet import EDMUNet, check_config
-from lfm_fast.models.unet_layers import Filtered, GroupNorm, UNetBlock, filtered
 from lfm_fast.models.velocity_network import is_count, require_count
 
 _NORM_EPS = 1e-6

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lfm_fast import ops
+from lfm_fast.models.guided_layers import GroupNorm, to_planes, to_tokens
 from lfm_fast.models.layers import Linear
-from lfm_fast.models.unet_blocks import GroupNorm, to_planes, to_tokens
 
 
 class CrossAttention(nn.Module):

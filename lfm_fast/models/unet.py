@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lfm_fast.models.convolutional import ConvolutionalNetwork
+from lfm_fast.models.guided_layers import AttentionBlock, Downsample, GroupNorm, ResidualBlock, Upsample, down, up
 from lfm_fast.models.layers import time_features
-from lfm_fast.models.unet_blocks import AttentionBlock, Downsample, GroupNorm, ResidualBlock, Upsample, down, up
 from lfm_fast.models.velocity_network import (
     check_channels,
     check_label_sizes,

@@ -11,8 +11,8 @@ from torch import nn
 import lfm_fast
 from lfm_fast import ops
 from lfm_fast.models import create_model
+from lfm_fast.models.edm_layers import GroupNorm, filter_of, resample
 from lfm_fast.models.song import AuxiliaryInput
-from lfm_fast.models.unet_layers import GroupNorm, filter_of, resample
 
 NAMES = ["adm", "ddpm++", "ncsn++"]
 SIZES = {"image_size": 64, "model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}

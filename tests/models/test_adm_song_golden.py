@@ -8,7 +8,7 @@ from test_dit_golden import FLOAT32, GOLDEN, GUIDED, UNGUIDED, relative_error
 
 import lfm_fast
 from lfm_fast import ops
-from lfm_fast.models import adm, from_reference_config, num_parameters, song, unet_layers
+from lfm_fast.models import adm, edm_layers, from_reference_config, num_parameters, song
 
 NAMES = ["adm_uncond", "adm_labelled", "adm_heads", "ddpmpp", "ncsnpp"]
 
@@ -81,7 +81,7 @@ MISTAKES = {
     "ADM, epsilon of the norms": ("adm_labelled", adm, "_NORM_EPS", lambda _: 1e-6),
     "ADM, sine before cosine": ("adm_labelled", adm, "time_features", swapped),
     "ADM, heads of another width": ("adm_labelled", adm, "_HEAD_SIZE", lambda _: 32),
-    "ADM, one modulation for all": ("adm_labelled", unet_layers.GroupNorm, "modulated", of_the_first_sample),
+    "ADM, one modulation for all": ("adm_labelled", edm_layers.GroupNorm, "modulated", of_the_first_sample),
     "DDPM++, epsilon of the norms": ("ddpmpp", song, "_NORM_EPS", lambda _: 1e-5),
     "DDPM++, cosine before sine": ("ddpmpp", song.PositionalFeatures, "forward", swapped),
     "DDPM++, labels in units of one": ("ddpmpp", song.SongUNet, "one_hot", lambda f: lambda *a: f(*a) * 10**-0.5),

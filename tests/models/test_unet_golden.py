@@ -11,7 +11,7 @@ from test_dit_golden import FLOAT32, GOLDEN, UNGUIDED, assert_layout, relative_e
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lfm_fast import ops
-from lfm_fast.models import create_model, from_reference_config, spatial_transformer, unet, unet_blocks
+from lfm_fast.models import create_model, from_reference_config, guided_layers, spatial_transformer, unet
 
 NAMES = ["unet_uncond", "unet_variants", "unet_layout"]
 RELEASED = ["celeb256_adm", "celeb512_adm", "church_adm", "inpainting", "semantic"]
@@ -57,11 +57,11 @@ def wrong(method):
 # mistake -> (network that shows it, where, which name, how it is broken)
 MISTAKES = {
     "epsilon of the norms": (
-        *("unet_uncond", unet_blocks.GroupNorm, "__init__"),
+        *("unet_uncond", guided_layers.GroupNorm, "__init__"),
         wrong(lambda original, self, channels, eps=1e-6: original(self, channels, eps)),
     ),
     "epsilon of the transformer's norm": (
-        *("unet_layout", unet_blocks.GroupNorm, "__init__"),
+        *("unet_layout", guided_layers.GroupNorm, "__init__"),
         wrong(lambda original, self, channels, eps=1e-5: original(self, channels, 1e-5)),
     ),
     "sine before cosine": (
@@ -69,15 +69,15 @@ MISTAKES = {
         lambda make: lambda t, width, dtype: make(t, width, dtype).roll(width // 2, dims=-1),
     ),
     "shift before scale": (
-        *("unet_uncond", unet_blocks.GroupNorm, "modulated"),
+        *("unet_uncond", guided_layers.GroupNorm, "modulated"),
         wrong(lambda original, self, x, scale, shift: original(self, x, shift, scale)),
     ),
     "one modulation for all": (
-        *("unet_uncond", unet_blocks.GroupNorm, "modulated"),
+        *("unet_uncond", guided_layers.GroupNorm, "modulated"),
         wrong(lambda original, self, x, scale, shift: original(self, x, *(m[:1].expand_as(m) for m in (scale, shift)))),
     ),
     "order of q, k and v": (
-        *("unet_variants", unet_blocks.AttentionBlock, "__init__"),
+        *("unet_variants", guided_layers.AttentionBlock, "__init__"),
         wrong(lambda original, self, channels, heads, thirds_first: original(self, channels, heads, not thirds_first)),
     ),
     "heads of the other way of counting them": ("unet_variants", unet, "heads", lambda _: lambda *arguments: 4),

@@ -1,4 +1,4 @@
-"""Layers of U-Nets: norms, resampling convolutions, attention over maps. Maps are (B, C, H, W)."""
+"""Layers of the U-Nets as EDM has them (adm, ddpm++, ncsn++), and the norm of all U-Nets. Maps are (B, C, H, W)."""
 
 import torch
 import torch.nn.functional as F

@@ -1,13 +1,16 @@
-"""Blocks of the U-Net of arXiv 2105.05233. Shapes: B batch, C channels, H and W sides, T = H W positions."""
+"""Layers of the U-Nets of guided diffusion (adm-original, adm-layout): arXiv 2105.05233.
+
+Shapes: B batch, C channels, H and W sides, T = H W positions.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lfm_fast import ops
-from lfm_fast.models import unet_layers
+from lfm_fast.models import edm_layers
 
 
-class GroupNorm(unet_layers.GroupNorm):
+class GroupNorm(edm_layers.GroupNorm):
     """32 groups."""
 
     def __init__(self, channels: int, eps: float = 1e-5):
