@@ -49,6 +49,25 @@ class Tape(TorchDispatchMode):
         return self._result
 
 
+class Operators(TorchDispatchMode):
+    """Every operator with its numbers, in `calls`; an end where one goes from one device to another. `only`: the device
+    that all of them have to be on."""
+
+    def __init__(self, only=None):
+        super().__init__()
+        self.calls, self._only = [], only
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        devices = {x.device.type for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)}
+        assert self._only is None or devices <= {self._only}, f"{operator} and the host"
+        assert len(devices) < 2, f"{operator} goes from one device to another"
+        self.calls.append(
+            (operator.name(), [x for x in tree_leaves((args, kwargs)) if not isinstance(x, torch.Tensor)])
+        )
+        return result
+
+
 def _made(operator, results):
     """The tensors among an operator's results that are no views of its arguments."""
     results = results if isinstance(results, (tuple, list)) else (results,)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tape import Tape, record_on_the_cpu
+from tape import Operators, Tape, record_on_the_cpu
 from test_sampler import (
     CLASSES,
     GUIDANCES,
@@ -17,8 +17,6 @@ from test_sampler import (
     modulations_of,
     one_label_more,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import lfm_fast
 from lfm_fast import _graphs
@@ -127,22 +125,6 @@ class _Done(Exception):
     pass
 
 
-class _OnDevice(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        result = operator(*args, **(kwargs or {}))
-        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
-        # what a Solution says of the batch is made and kept on the host
-        assert len({x.device for x in tensors}) < 2, f"{operator} goes from one device to another"
-        self.calls.append(
-            (operator.name(), [x for x in tree_leaves((args, kwargs)) if not isinstance(x, torch.Tensor)])
-        )
-        return result
-
-
 class _Inspected:
     """Stands for CudaGraph: the function once as a warm-up, then under inspection, twice alike."""
 
@@ -150,7 +132,7 @@ class _Inspected:
         function()
         calls = []
         for _ in range(2):
-            with _OnDevice() as seen:
+            with Operators() as seen:
                 function()
             calls.append(seen.calls)
         assert calls[0] == calls[1]

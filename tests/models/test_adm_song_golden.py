@@ -1,14 +1,12 @@
 """ADM, DDPM++ and NCSN++ against what the reference implementation computed, and its checkpoints' format."""
 
-import json
-
 import pytest
 import torch
-from test_dit_golden import FLOAT32, GOLDEN, GUIDED, UNGUIDED, relative_error
+from golden_checks import FLOAT32, GUIDED, UNGUIDED, relative_error
 
 import lfm_fast
 from lfm_fast import ops
-from lfm_fast.models import adm, edm_layers, from_reference_config, num_parameters, song
+from lfm_fast.models import adm, edm_layers, song
 
 NAMES = ["adm_uncond", "adm_labelled", "adm_heads", "ddpmpp", "ncsnpp"]
 
@@ -98,32 +96,3 @@ def test_the_golden_outputs_tell_a_mistake(mistake, golden_networks, build_golde
     golden = golden_networks[name]
     found = errors(build_golden(golden), golden.tensors)
     assert found.get("v_cond", found.get("v")) > UNGUIDED
-
-
-def assert_layout(config, state_shapes, params):
-    with torch.device("meta"):
-        model = from_reference_config(config)
-    found = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert list(found.items()) == list(state_shapes.items())  # the order too
-    assert num_parameters(model) == params
-    return model
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_golden_state_dict_layout_and_buffers(name, golden_networks):
-    golden = golden_networks[name]
-    assert_layout(golden.config, golden.state_shapes, golden.config["params"])
-    buffers = dict(from_reference_config(golden.config).named_buffers())
-    assert list(buffers) == golden.buffers
-    for key, value in buffers.items():
-        assert key.endswith("freqs") or torch.equal(value, golden.tensors[f"buffer.{key}"])
-
-
-@pytest.mark.parametrize(("name", "num_classes", "label_dropout"), [("ffhq_adm", 0, 0.0), ("imnet_adm", 1000, 0.1)])
-def test_released_state_dict_layout(name, num_classes, label_dropout):
-    manifest = json.loads((GOLDEN / f"{name}.json").read_text())
-    config = {"family": manifest["family"], **manifest["config"]}
-    released = assert_layout(config, manifest["state_shapes"], manifest["params"])
-    with torch.device("meta"):
-        ours = lfm_fast.create_model("adm", num_classes=num_classes, label_dropout=label_dropout)
-    assert ours.config == released.config

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_compiling import outcome
+from outcomes import outcome
 from test_dit import inputs, small_dit
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from outcomes import outcome
 from test_dit import inputs, small_dit
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -26,16 +27,6 @@ def compiled_dit(part, checkpointing="none", backend="aot_eager", **arguments):
     model.activation_checkpointing = checkpointing
     model.compile(part, backend=counter)
     return model, counter
-
-
-def outcome(model, t, z, y, precision="fp32"):
-    """Velocity, and the gradient of every weight and of z."""
-    model.zero_grad()
-    z = z.clone().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        velocity = model(t, z, y)
-    velocity.float().square().sum().backward()
-    return [velocity.detach(), z.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
 
 
 @pytest.mark.parametrize(

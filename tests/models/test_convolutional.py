@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from outcomes import outcome
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lfm_fast.models import create_model
@@ -35,16 +36,6 @@ def small(name, **arguments):
 def inputs(batch=3):
     z = torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     return torch.linspace(0.05, 0.95, batch), z, (2 * torch.arange(batch) + 1) % 5
-
-
-def outcome(model, t, z, y, precision="fp32"):
-    """Velocity, and the gradient of every weight and of z."""
-    model.zero_grad()
-    z = z.clone().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        velocity = model(t, z, y)
-    velocity.float().square().sum().backward()
-    return [velocity.detach(), z.grad, *(p.grad for p in model.parameters())]
 
 
 @torch.no_grad()

@@ -1,27 +1,16 @@
 """DiT against what the reference implementation computed, and against the format of its checkpoints."""
 
-import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from golden_checks import FLOAT32, GUIDED, UNGUIDED, relative_error
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lfm_fast import ops
-from lfm_fast.models import dit, from_reference_config, layers, num_parameters
+from lfm_fast.models import dit, layers
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = ["dit_uncond", "dit_labelled"]
-# The stored outputs are float32: their own rounding is up to 5e-7 here (guided, scale 4: 2.3e-6). A wrong epsilon, the
-# smallest mistake tried, is off by more than these bounds.
-UNGUIDED, GUIDED = 2.5e-6, 5e-6
-FLOAT32 = 1e-5  # a float32 evaluation against the float64 one; measured 3e-7
-
-
-def relative_error(found, expected):
-    expected = expected.double()
-    return ((found.double() - expected).abs().max() / expected.abs().max()).item()
 
 
 @torch.no_grad()
@@ -88,24 +77,3 @@ def test_the_golden_outputs_tell_a_mistake(mistake, golden_networks, build_golde
     monkeypatch.setattr(module, name, broken(getattr(module, name)))
     golden = golden_networks["dit_labelled"]
     assert errors(build_golden(golden), golden)["v_cond"] > UNGUIDED
-
-
-def assert_layout(config, state_shapes, params):
-    with torch.device("meta"):
-        model = from_reference_config(config)
-    found = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert list(found.items()) == list(state_shapes.items())  # the order too
-    assert num_parameters(model) == params
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_golden_state_dict_layout(name, golden_networks):
-    golden = golden_networks[name]
-    assert_layout(golden.config, golden.state_shapes, golden.config["params"])
-
-
-@pytest.mark.parametrize("name", ["celeb256_dit", "imnet_dit"])
-def test_released_state_dict_layout(name):
-    manifest = json.loads((GOLDEN / f"{name}.json").read_text())
-    config = {"family": manifest["family"], **manifest["config"]}
-    assert_layout(config, manifest["state_shapes"], manifest["params"])

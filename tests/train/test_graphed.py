@@ -6,11 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tape import Tape, record_on_the_cpu
+from tape import Operators, Tape, record_on_the_cpu
 from test_step import WORLD, settings
 from tiny_run import TinySource
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import lfm_fast
 from lfm_fast import _graphs
@@ -146,21 +144,6 @@ def test_every_kind_of_network_replays(name, monkeypatch):
     assert_equal_states(*states)
 
 
-class _OnDevice(TorchDispatchMode):
-    """Every operator with its numbers, and an end where one takes something from the host."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        result = operator(*args, **(kwargs or {}))
-        leaves = tree_leaves((args, kwargs, result))
-        assert all(x.device.type == "meta" for x in leaves if isinstance(x, torch.Tensor)), f"{operator} and the host"
-        self.calls.append((operator.name(), [x for x in leaves if not isinstance(x, torch.Tensor)]))
-        return result
-
-
 UNET = {"model_channels": 32, "channel_mult": (1, 2)}
 SIZES = {"image_size": 8, "downsampling": 1, "num_classes": 3, "label_dropout": 0.3}
 
@@ -211,7 +194,7 @@ def test_between_inputs_and_gradients_there_is_no_host(name, path, checkpointing
     state, calls = TrainState(model, model, None, None), []
     for step in range(2):
         state.step, state.samples = step, 8 * step
-        with _OnDevice() as seen:
+        with Operators(only="meta") as seen:
             loss = add_gradients_of_part(state, config, training_path(config), WORLD, z_0, y, index, given)
         calls.append(seen.calls)
         assert loss.shape == ()
@@ -219,9 +202,9 @@ def test_between_inputs_and_gradients_there_is_no_host(name, path, checkpointing
             assert parameter.grad.shape == parameter.shape
             parameter.grad = None
     assert calls[0] == calls[1]
-    with _OnDevice(), pytest.raises((AssertionError, RuntimeError)):
+    with Operators(only="meta"), pytest.raises((AssertionError, RuntimeError)):
         z_0.sum().item()
-    with _OnDevice(), pytest.raises(AssertionError, match="the host"):
+    with Operators(only="meta"), pytest.raises(AssertionError, match="the host"):
         z_0.copy_(torch.zeros(8, 4, 8, 8))
 
 
