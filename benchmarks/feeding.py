@@ -203,7 +203,7 @@ class _Pictures(torch.utils.data.Dataset):
     """A folder of images as one writes it for torch's DataLoader."""
 
     def __init__(self, folder: FolderImages):
-        self.paths = [folder.folder / name for name in folder.names]
+        self.paths = [folder.store.path / name for name in folder.names]
         self.labels = folder.labels
 
     def __len__(self):

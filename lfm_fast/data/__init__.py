@@ -5,7 +5,9 @@ from lfm_fast.data.source import ImageSource, Report, check_num_classes
 __all__ = ["ImageSource", "Report", "open_images"]
 
 
-def open_images(source, image_size, *, split="train", flip=False, small="skip", num_classes=None) -> ImageSource:
+def open_images(
+    source, image_size, *, split="train", flip=False, small="skip", check="decode", num_classes=None
+) -> ImageSource:
     """Open "embedded", "embedded-layouts" (scenes of it, with `.boxes`) or a folder of images as an `ImageSource`.
 
     Args:
@@ -14,6 +16,7 @@ def open_images(source, image_size, *, split="train", flip=False, small="skip", 
         split: "train", "held_out" or "all" of an embedded set; a folder is used whole ("train" or "all").
         flip: allow mirrored pictures as augmentation.
         small: images smaller than image_size: "skip" (named in `.report`), "upscale" or "error".
+        check: of files, "decode" (every one once, remembered) or "headers" (sizes alone: for millions of files).
         num_classes: if given, refuse labels that do not fit.
 
     Raises:
@@ -39,7 +42,7 @@ def open_images(source, image_size, *, split="train", flip=False, small="skip", 
             raise ValueError(f"split={split!r}: a folder is used whole; keep held-out images in a folder of their own.")
         from lfm_fast.data.folder import FolderImages
 
-        images = FolderImages(source, int(image_size), flip=flip, small=small)
+        images = FolderImages(source, int(image_size), flip=flip, small=small, check=check)
     if num_classes is not None:
         check_num_classes(images, num_classes)
     return images

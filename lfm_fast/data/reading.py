@@ -1,5 +1,7 @@
-"""Read one image file of any kind as a square RGB picture, or say in a few words why it cannot be used."""
+"""One image of any kind, as bytes, to a square RGB picture, or a few words on why it cannot be used."""
 
+import contextlib
+import io
 import os
 import stat
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ SUFFIXES = frozenset(
     )
 )
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb: half a gigabyte of RGB
+MAX_BYTES = 1 << 30  # above MAX_PIXELS of uncompressed RGBA
+_ORIENTATION, _FIRST_TURNED = 0x0112, 5  # the EXIF tag; from 5 on width and height change places
 
 
 class UnusableImage(ValueError):
@@ -32,27 +36,55 @@ class Checked:
     reason: str | None = None
 
 
-def check_image(path) -> Checked:
-    """Decode the file once and describe it; never raises for a damaged file."""
+def check_image(encoded, *, raw_shape=None, whole: bool = True) -> Checked:
+    """Decode a picture's bytes once and describe them; never raises for damaged ones.
+
+    `encoded` is bytes or an open file. With whole=False only the header is read: sizes, and no more.
+    """
     try:
-        picture, conversion = _decode(path)
+        if raw_shape is not None:
+            return Checked(*decode(encoded, raw_shape=raw_shape).size)
+        if not whole:
+            return Checked(*_size_in_header(encoded))
+        picture, conversion = _decoded(encoded, as_rgb)
     except UnusableImage as error:
         return Checked(reason=str(error))
     return Checked(picture.width, picture.height, conversion)
 
 
-def read_image(path, image_size: int) -> np.ndarray:
-    """Read, convert to RGB and crop to (image_size, image_size, 3) uint8.
+def decode(encoded, *, raw_shape=None) -> Image.Image:
+    """Bytes (or an open file) of a picture, upright and in RGB; with raw_shape (H, W, 3) they are its pixels.
 
     Raises:
-        UnusableImage: the file is damaged, empty, not a picture, or too large to decode safely.
+        UnusableImage: they are damaged, no picture, or too large to decode safely.
     """
-    return centre_crop(_decode(path)[0], image_size)
+    if raw_shape is None:
+        return _decoded(encoded, as_rgb)[0]
+    height, width, channels = raw_shape
+    if len(encoded) != height * width * channels:
+        raise UnusableImage(f"it has {len(encoded)} bytes, not {height}x{width}x{channels}")
+    return Image.frombuffer("RGB", (width, height), encoded, "raw", "RGB", 0, 1)
 
 
-def open_picture(path) -> Image.Image:
-    """The whole file as an upright RGB picture. Raises UnusableImage as `read_image`."""
-    return _decode(path)[0]
+def read_file(path) -> bytes:
+    """A regular file's bytes. Raises UnusableImage where there is none, or nothing in it."""
+    with open_file(path) as file:
+        return file.read()
+
+
+def open_file(path):
+    """A regular file, open for reading. Raises as `read_file`."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a named pipe called x.png would block for ever
+            raise UnusableImage("it is not a regular file")
+        if status.st_size == 0:
+            raise UnusableImage("it is empty (zero bytes)")
+        if status.st_size > MAX_BYTES:
+            raise UnusableImage(f"its {status.st_size} bytes are more than a picture can have")
+        return open(path, "rb")
+    except OSError as error:
+        raise UnusableImage(f"it cannot be opened ({error.strerror})") from error
 
 
 def centre_crop(picture: Image.Image, image_size: int) -> np.ndarray:
@@ -79,26 +111,33 @@ def _without_far_ends(picture, ratio: int = 8):
 
 
 def open_unconverted(path) -> Image.Image:
-    """The whole file upright, in whatever mode it has. Raises UnusableImage as `read_image`."""
-    return _decode(path, lambda picture: picture)
+    """The whole file upright, in whatever mode it has. Raises UnusableImage as `read_file` and `decode`."""
+    return _decoded(read_file(path), lambda picture: picture)
 
 
-def _decode(path, convert=None):
-    """convert(upright picture); without it (RGB picture, how it was converted or None)."""
+def _decoded(encoded, convert):
+    """convert(upright picture)."""
+    with _opened(encoded) as picture:
+        picture.load()
+        return convert(_upright(picture))
+
+
+def _size_in_header(encoded) -> tuple[int, int]:
+    with _opened(encoded) as picture:
+        turned = _orientation(picture) >= _FIRST_TURNED
+        return picture.size[::-1] if turned else picture.size
+
+
+@contextlib.contextmanager
+def _opened(encoded):
+    """A picture whose header has been read and found decodable; what goes wrong inside is an UnusableImage too."""
     try:
-        status = os.stat(path)
-    except OSError as error:
-        raise UnusableImage(f"it cannot be opened ({error.strerror})") from error
-    if not stat.S_ISREG(status.st_mode):  # a named pipe called x.png would block for ever
-        raise UnusableImage("it is not a regular file")
-    if status.st_size == 0:
-        raise UnusableImage("it is empty (zero bytes)")
-    try:
-        with Image.open(path) as picture:
+        if isinstance(encoded, bytes | memoryview) and not len(encoded):
+            raise UnusableImage("it is empty (zero bytes)")
+        with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes | memoryview) else encoded) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise UnusableImage(f"{picture.width}x{picture.height} pixels are more than can be decoded safely")
-            picture.load()
-            return (convert or as_rgb)(_upright(picture))
+            yield picture
     except UnusableImage:
         raise
     except Image.DecompressionBombError as error:
@@ -109,6 +148,13 @@ def _decode(path, convert=None):
     except Exception as error:
         detail = " ".join(str(error).split())[:120] or type(error).__name__
         raise UnusableImage(f"it is damaged or truncated ({detail})") from error
+
+
+def _orientation(picture) -> int:
+    try:
+        return int(picture.getexif().get(_ORIENTATION, 1))
+    except Exception:  # as in _upright
+        return 1
 
 
 def _upright(picture):

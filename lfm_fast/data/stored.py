@@ -1,0 +1,129 @@
+"""Training pictures from any `Store`: every picture checked once before training counts on it, then cut to size."""
+
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+
+import PIL
+import torch
+from tqdm import tqdm
+
+from lfm_fast.data.cache import read_note, write_note
+from lfm_fast.data.reading import Checked, UnusableImage, centre_crop, check_image, decode
+from lfm_fast.data.source import ImageSource, Report
+from lfm_fast.data.store import Store
+
+CHECKS = ("decode", "headers")
+_THREADS = min(16, os.cpu_count() or 1)  # Pillow decodes without holding Python's lock
+_NOTE_FORMAT = f"2, Pillow {PIL.__version__}"  # another Pillow may read other files
+
+
+class StoredImages(ImageSource):
+    """The usable pictures of a store, as an `ImageSource`.
+
+    Every picture is decoded once up front, in threads, and what was found is remembered by the store's keys; with
+    check="headers" only sizes are read, and a damaged picture stops the run that meets it. One that is skipped shifts
+    no label. `.sizes` are (width, height) of the whole pictures, upright.
+
+    Args:
+        store: a `Store`.
+        image_size: side in pixels of the centre crop.
+        flip: allow mirrored pictures as augmentation.
+        small: what to do with a picture whose shorter side is less than image_size: "skip", "upscale" or "error".
+        check: "decode" or "headers".
+
+    Raises:
+        ValueError: an unknown choice, or no picture that can be used.
+    """
+
+    def __init__(self, store: Store, image_size: int, *, flip: bool = False, small="skip", check="decode"):
+        if small not in ("skip", "upscale", "error"):
+            raise ValueError(f"small={small!r} is not known: choose 'skip', 'upscale' or 'error'.")
+        if check not in CHECKS:
+            raise ValueError(f"check={check!r} is not known: choose 'decode' or 'headers'.")
+        report = Report()
+        names = [printable(name) for name in store.names]
+        checked = _check_all(store, check)
+        usable = [_usable(name, found, image_size, small, report) for name, found in zip(names, checked)]
+        kept = [position for position, use in enumerate(usable) if use]
+        if not kept:
+            raise ValueError(f"None of the {len(store)} images in {store.path} can be used. {report.summary(3)}")
+        labels = [store.labels[position] for position in kept]
+        super().__init__(image_size, labels, store.class_names, [names[position] for position in kept], report)
+        self.name, self.store, self.flip = store.name, store, flip
+        self.sizes = [(checked[position].width, checked[position].height) for position in kept]
+        self._kept, self._pool = kept, None
+
+    def load(self, position: int) -> torch.Tensor:
+        """The centre crop of picture number `position`, (3, H, W) uint8.
+
+        Raises:
+            ValueError: the picture has changed since it was checked and cannot be read any more.
+        """
+        try:
+            picture = decode(self.store.read(self._kept[position]), raw_shape=self.store.raw_shape)
+        except UnusableImage as error:
+            raise ValueError(
+                f"{self.names[position]} in {self.store.path} was readable when it was checked, but now {error}: "
+                "put it back, or start again to leave it out."
+            ) from error
+        return torch.from_numpy(centre_crop(picture, self.image_size)).permute(2, 0, 1).contiguous()
+
+    def batch(self, positions) -> torch.Tensor:
+        """The pictures at `positions`, decoded in threads, (B, 3, H, W) uint8."""
+        positions = [int(i) for i in positions]
+        if len(positions) < 2:
+            return super().batch(positions)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="decode")
+        return torch.stack(list(self._pool.map(self.load, positions)))
+
+
+def _check_all(store: Store, check: str) -> list[Checked]:
+    """Look at every picture that has changed since the last time; remembers the outcome in the cache folder."""
+    note = read_note(f"checked-{check}", store.path)
+    known = note.get("pictures", {}) if note.get("format") == _NOTE_FORMAT else {}
+    keys = [store.key(position) for position in range(len(store))]
+    new = [k for k, name in enumerate(store.names) if keys[k] is None or known.get(name, [None])[0] != keys[k]]
+    if new:
+        with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
+            warnings.simplefilter("ignore")  # large or odd files are reported by us, in one place
+            fresh = pool.map(lambda position: _look(store, position, check), new)
+            bar = tqdm(fresh, total=len(new), desc="checking images", unit="image", leave=False, disable=None)
+            for k, found in zip(new, bar):
+                known[store.names[k]] = [keys[k], asdict(found)]
+        pictures = {name: known[name] for name in store.names}
+        write_note(f"checked-{check}", store.path, {"format": _NOTE_FORMAT, "pictures": pictures})
+    return [Checked(**known[name][1]) for name in store.names]
+
+
+def _look(store: Store, position: int, check: str) -> Checked:
+    try:
+        if check == "headers" and store.raw_shape is None:
+            with store.open(position) as file:
+                return check_image(file, whole=False)
+        return check_image(store.read(position), raw_shape=store.raw_shape)
+    except UnusableImage as error:
+        return Checked(reason=str(error))
+
+
+def _usable(name: str, found: Checked, image_size: int, small: str, report: Report) -> bool:
+    if found.reason:
+        report.skipped.append((name, found.reason))
+        return False
+    if min(found.width, found.height) < image_size and small != "upscale":
+        reason = f"{found.width}x{found.height} pixels are less than the {image_size} asked for"
+        if small == "error":
+            raise ValueError(f"{name}: {reason}; leave it out (small='skip') or enlarge it (small='upscale').")
+        report.skipped.append((name, reason))
+        return False
+    if found.conversion:
+        report.converted.append((name, found.conversion))
+    return True
+
+
+def printable(name: str) -> str:
+    """A name that any terminal and any UTF-8 file can take, whatever bytes the file system holds."""
+    text = name.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
