@@ -12,7 +12,8 @@ def add(commands):
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
-    add("--data", required=True, help="'embedded' or a folder of images (class = sub-folder)")
+    add("--data", required=True, help="'embedded', or images: a folder (class = sub-folder), LMDB, tars, a list, ...")
+    add("--from", dest="layout", metavar="LAYOUT", help="how they lie there (default: what it looks like)")
     add("--image-size", type=int, default=256, help="side in pixels (default: %(default)s)")
     add("--autoencoder", default=DEFAULT_HUB_NAME, help="'embedded', a folder or a hub name (default: %(default)s)")
     add("--flip", action="store_true", help="store mirrored latents too")
@@ -30,7 +31,7 @@ def run(args):
     device = device_named(args.device)
     check_output(args.output)
     latent_format(args.autoencoder)  # its complaints before all images are read, and theirs before a download
-    source = open_images(args.data, args.image_size, flip=args.flip)
+    source = open_images(args.data, args.image_size, layout=args.layout or "auto", flip=args.flip)
     autoencoder = load_autoencoder(args.autoencoder, device=device)
     encode_images(source, autoencoder, args.output, flip=args.flip)
     if source.report.skipped:

@@ -6,18 +6,30 @@ __all__ = ["ImageSource", "Report", "open_images"]
 
 
 def open_images(
-    source, image_size, *, split="train", flip=False, small="skip", check="decode", num_classes=None
+    source,
+    image_size,
+    *,
+    layout="auto",
+    split="train",
+    flip=False,
+    small="skip",
+    check="decode",
+    num_classes=None,
+    compat=None,
 ) -> ImageSource:
-    """Open "embedded", "embedded-layouts" (scenes of it, with `.boxes`) or a folder of images as an `ImageSource`.
+    """Open "embedded", "embedded-layouts" (scenes of it, with `.boxes`) or what lies at a path as an `ImageSource`.
 
     Args:
-        source: "embedded", "embedded-layouts", or the path of a folder (class = sub-folder, in order of name).
+        source: "embedded", "embedded-layouts", or the path of a folder or file of a known layout.
         image_size: side in pixels of the square pictures.
-        split: "train", "held_out" or "all" of an embedded set; a folder is used whole ("train" or "all").
+        layout: how pictures lie there: "folder" (class = sub-folder, in order of name), "lmdb", "webdataset" or another
+            of `lfm_fast.data.opening.LAYOUTS`; "auto" looks.
+        split: "train", "held_out" or "all" of a set that has these; what has none is used whole ("train" or "all").
         flip: allow mirrored pictures as augmentation.
         small: images smaller than image_size: "skip" (named in `.report`), "upscale" or "error".
         check: of files, "decode" (every one once, remembered) or "headers" (sizes alone: for millions of files).
         num_classes: if given, refuse labels that do not fit.
+        compat: "lfm" takes the first 120,000 pictures of LSUN.
 
     Raises:
         ValueError: one sentence, before any image is handed out.
@@ -29,6 +41,8 @@ def open_images(
     """
     if isinstance(image_size, bool) or int(image_size) != image_size or image_size < 1:
         raise ValueError(f"image_size={image_size!r} must be a whole number of pixels, at least 1.")
+    if source in ("embedded", "embedded-layouts") and layout != "auto":
+        raise ValueError(f"layout={layout!r}, but {source!r} is a set of its own and lies nowhere: leave it out.")
     if source == "embedded":
         from lfm_fast.data.embedded import EmbeddedImages
 
@@ -38,11 +52,11 @@ def open_images(
 
         images = EmbeddedLayouts(image_size, split=split, flip=flip)
     else:
-        if split not in ("train", "all"):
-            raise ValueError(f"split={split!r}: a folder is used whole; keep held-out images in a folder of their own.")
-        from lfm_fast.data.folder import FolderImages
+        from lfm_fast.data.opening import open_store
+        from lfm_fast.data.stored import StoredImages
 
-        images = FolderImages(source, int(image_size), flip=flip, small=small, check=check)
+        store = open_store(source, layout, split, compat)
+        images = StoredImages(store, int(image_size), flip=flip, small=small, check=check)
     if num_classes is not None:
         check_num_classes(images, num_classes)
     return images

@@ -4,25 +4,12 @@ import os
 from pathlib import Path
 
 from lfm_fast.data.reading import SUFFIXES, open_file, read_file
-from lfm_fast.data.store import Store
+from lfm_fast.data.store import Store, require_whole_use
 from lfm_fast.data.stored import StoredImages, printable
 
 
-class FolderStore(Store):
-    """The image files below a folder.
-
-    Class k is the k-th sub-folder by name that holds images (at any depth); images that lie in the folder itself are
-    one class named "all". Class numbers come from the listing alone, so a file that is skipped shifts no label.
-
-    Raises:
-        ValueError: no folder, no image in it, or images both in the folder and in sub-folders.
-    """
-
-    def __init__(self, folder):
-        folder = Path(folder).expanduser()
-        class_names, files = list_folder(folder)
-        paths = [path for path, _ in files]
-        super().__init__(folder, folder.name or str(folder), paths, [label for _, label in files], class_names)
+class FileStore(Store):
+    """Pictures that are files of their own; their names are paths from the store's path on."""
 
     def key(self, position):
         try:
@@ -39,6 +26,29 @@ class FolderStore(Store):
 
     def _file(self, position):
         return self.path / self.names[position]
+
+
+class FolderStore(FileStore):
+    """The image files below a folder.
+
+    Class k is the k-th sub-folder by name that holds images (at any depth); images that lie in the folder itself are
+    one class named "all". Class numbers come from the listing alone, so a file that is skipped shifts no label.
+
+    Raises:
+        ValueError: no folder, no image in it, or images both in the folder and in sub-folders.
+    """
+
+    def __init__(self, folder):
+        folder = Path(folder).expanduser()
+        class_names, files = list_folder(folder)
+        paths = [path for path, _ in files]
+        super().__init__(folder, folder.name or str(folder), paths, [label for _, label in files], class_names)
+
+
+def open_folder(path, split: str) -> FolderStore:
+    """A folder of images, used whole. Raises ValueError."""
+    require_whole_use(path, split)
+    return FolderStore(path)
 
 
 class FolderImages(StoredImages):

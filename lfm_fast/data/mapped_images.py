@@ -21,30 +21,29 @@ class MappedImages(ImageSource):
     Args:
         images: the embedded set, whose maps are made of its alpha and colours, or images in a folder.
         palette: of the maps, a `Palette` or its name.
-        folder: the maps of a folder of images, one for each by name (`label_maps.pair_by_stem`). Images without a map
-            are left out and named in `.report`.
+        folder: the maps of a folder of images, one for each by name (`label_maps.pair_by_stem`); None takes those that
+            came with the images (`Store.maps`). Images without a map are left out and named in `.report`.
 
     Raises:
-        ValueError: no folder for a folder of images, one or another palette for the embedded set, or no image with a
+        ValueError: no maps for the images, another palette than the maps that came with them have, or no image with a
             map.
     """
 
     def __init__(self, images, palette, folder=None):
         self.palette = get_palette(palette)
         if hasattr(images, "rgba"):
-            self._paths, kept = None, range(len(images))
+            self._maps_of, kept = None, range(len(images))
             _require_own_maps(self.palette, folder)
         else:
-            if folder is None:
-                raise ValueError(
-                    f"{images.name} comes without label maps; give the folder that holds them (--conditions)."
-                )
-            paths, report = label_maps.pair_by_stem(images.names, folder)
+            self._source = _maps_of(images, self.palette, folder)
+            found, report = self._source.pair(images.names)
             images.report.skipped += report.skipped
-            kept = [i for i, path in enumerate(paths) if path is not None]
+            kept = [i for i, each in enumerate(found) if each is not None]
             if not kept:
-                raise ValueError(f"None of the {len(images)} images has a label map of its name in {folder}.")
-            self._paths = [paths[i] for i in kept]
+                raise ValueError(
+                    f"None of the {len(images)} images has a label map of its name in {self._source.folder}."
+                )
+            self._maps_of = [found[i] for i in kept]
         names = [images.names[i] for i in kept]
         super().__init__(images.image_size, images.labels[list(kept)], images.class_names, names, images.report)
         self.name, self.flip = images.name, images.flip
@@ -82,7 +81,7 @@ class MappedImages(ImageSource):
 
     def _each(self, positions):
         """Maps (H, W) uint8 one by one: palettes have fewer than 256 classes."""
-        if self._paths is None:
+        if self._maps_of is None:
             for position in positions:
                 yield label_maps.of_embedded(self._images.rgba(position)).to(torch.uint8)
             return
@@ -91,10 +90,36 @@ class MappedImages(ImageSource):
                 yield from pool.map(self._read, positions[first : first + _AT_ONCE])
 
     def _read(self, position):
-        path = self._paths[position]
-        label_map = label_maps.read_label_map(path, self.palette)
-        _require_one_shape(path, label_map, self._images.sizes[self._kept[position]])
+        label_map = self._source.read(self._maps_of[position])
+        _require_one_shape(self._maps_of[position], label_map, self._images.sizes[self._kept[position]])
         return label_maps.centre_square(label_map, self.image_size).to(torch.uint8)
+
+
+class FolderMaps:
+    """Label maps that are files in a folder: `pair` finds them for images, `read` reads one."""
+
+    def __init__(self, folder, palette):
+        self.folder, self._palette = folder, palette
+
+    def pair(self, names):
+        """As `label_maps.pair_by_stem`."""
+        return label_maps.pair_by_stem(names, self.folder)
+
+    def read(self, path) -> torch.Tensor:
+        """As `label_maps.read_label_map`."""
+        return label_maps.read_label_map(path, self._palette)
+
+
+def _maps_of(images, palette, folder):
+    """What pairs and reads the maps in a folder given, or those that came with the images."""
+    if folder is not None:
+        return FolderMaps(folder, palette)
+    store = getattr(images, "store", None)
+    if store is None or store.maps is None:
+        raise ValueError(f"{images.name} comes without label maps; give the folder that holds them (--conditions).")
+    if store.palette != palette.name:
+        raise ValueError(f"palette is {palette.name!r}, but the maps of {images.name} are of {store.palette!r}.")
+    return store.maps if hasattr(store.maps, "pair") else FolderMaps(store.maps, palette)
 
 
 def _require_one_shape(path, label_map, size):

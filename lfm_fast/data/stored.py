@@ -42,7 +42,7 @@ class StoredImages(ImageSource):
             raise ValueError(f"small={small!r} is not known: choose 'skip', 'upscale' or 'error'.")
         if check not in CHECKS:
             raise ValueError(f"check={check!r} is not known: choose 'decode' or 'headers'.")
-        report = Report()
+        report = Report(skipped=[(printable(name), reason) for name, reason in store.skipped])
         names = [printable(name) for name in store.names]
         checked = _check_all(store, check)
         usable = [_usable(name, found, image_size, small, report) for name, found in zip(names, checked)]
@@ -82,7 +82,8 @@ class StoredImages(ImageSource):
 
 def _check_all(store: Store, check: str) -> list[Checked]:
     """Look at every picture that has changed since the last time; remembers the outcome in the cache folder."""
-    note = read_note(f"checked-{check}", store.path)
+    subject = os.path.join(store.path, f"{store.name}, {store.raw_shape or 'encoded'}")  # a split, a list of several
+    note = read_note(f"checked-{check}", subject)
     known = note.get("pictures", {}) if note.get("format") == _NOTE_FORMAT else {}
     keys = [store.key(position) for position in range(len(store))]
     new = [k for k, name in enumerate(store.names) if keys[k] is None or known.get(name, [None])[0] != keys[k]]
@@ -94,7 +95,7 @@ def _check_all(store: Store, check: str) -> list[Checked]:
             for k, found in zip(new, bar):
                 known[store.names[k]] = [keys[k], asdict(found)]
         pictures = {name: known[name] for name in store.names}
-        write_note(f"checked-{check}", store.path, {"format": _NOTE_FORMAT, "pictures": pictures})
+        write_note(f"checked-{check}", subject, {"format": _NOTE_FORMAT, "pictures": pictures})
     return [Checked(**known[name][1]) for name in store.names]
 
 

@@ -35,7 +35,8 @@ class Task:
 
     def images(self, config, split: str = "train") -> ImageSource:
         """The images to learn from."""
-        return open_images(config.data, config.image_size, split=split, flip=config.flip)
+        choices = {"layout": config.layout or "auto", "compat": config.compat}
+        return open_images(config.data, config.image_size, split=split, flip=config.flip, **choices)
 
     def source(self, config, source, images: ImageSource, autoencoder):
         """What training reads, made of `source` (see `lfm_fast.data.latents`), which gives latents and labels.

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from lfm_fast.data import label_maps, open_images
 from lfm_fast.data.latents import flips_of
 from lfm_fast.data.mapped_images import MappedImages
+from lfm_fast.data.opening import palette_of
 from lfm_fast.data.order import item_of
 from lfm_fast.data.palettes import get_palette
 from lfm_fast.metrics.segmentation import map_agreement
@@ -146,10 +147,11 @@ def from_semantic_map(flow, label_map, num_samples=1, seed=0, *, palette=None, h
 
 
 def _palette(config):
-    """The palette that the settings name; the embedded set has its own. Raises ValueError where none is given."""
-    if config.palette is None and config.data != "embedded":
+    """The palette that the settings name, or the data's own. Raises ValueError where none is given."""
+    own = "embedded" if config.data == "embedded" else palette_of(config.data or "", config.layout or "auto")
+    if config.palette is None and own is None:
         raise ValueError("label maps need a palette, which says what their ids are; give --palette.")
-    return get_palette(config.palette or "embedded")
+    return get_palette(config.palette or own)
 
 
 def _palette_of(flow, palette=None):

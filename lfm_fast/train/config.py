@@ -5,6 +5,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
+from lfm_fast.data.opening import LAYOUTS
 from lfm_fast.flow.paths import PATHS
 from lfm_fast.flow.time_samplers import TIME_SAMPLERS
 from lfm_fast.models.checkpointing import MODES
@@ -18,13 +19,17 @@ COMPILE = ("auto", "off", "block", "full")
 DEVICES = ("auto", "cpu", "cuda")
 
 
-def _setting(default, kind, says, choices=None, where="run"):
-    """A field. `where` is "curve" when another value gives another loss curve, "run" when only its outside changes."""
-    return field(default=default, metadata={"kind": kind, "help": says, "choices": choices, "where": where})
+def _setting(default, kind, says, choices=None, where="run", flag=None):
+    """A field. `where` is "curve" when another value gives another loss curve, "run" when only its outside changes.
+
+    `flag` is its name on the command line where that is another one.
+    """
+    facts = {"kind": kind, "help": says, "choices": choices, "where": where, "flag": flag}
+    return field(default=default, metadata=facts)
 
 
-def _curve(default, kind, says, choices=None):
-    return _setting(default, kind, says, choices, where="curve")
+def _curve(default, kind, says, choices=None, flag=None):
+    return _setting(default, kind, says, choices, where="curve", flag=flag)
 
 
 @dataclass(kw_only=True)
@@ -32,7 +37,8 @@ class TrainConfig:
     """All settings of a training run; the line of each field is also the help of its flag (`--learning-rate` ...)."""
 
     preset: str = _setting("embedded", str, "where the other settings' defaults come from", tuple(PRESETS))
-    data: str | None = _curve(None, str, "'embedded', a folder of images or a folder of cached latents")
+    data: str | None = _curve(None, str, "'embedded', images (a folder, LMDB, tars, ...) or a folder of cached latents")
+    layout: str | None = _curve(None, str, "how the images lie there; default: what it looks like", LAYOUTS, "--from")
     max_items: int | None = _curve(None, int, "use only the first N images of the data")
     cache_latents: str | None = _setting(None, str, "encode the images into this folder first, once, and train from it")
     flip: bool = _curve(False, bool, "mirror half of the images at random")
@@ -213,13 +219,15 @@ def build_parser(prog=None):
     )
     for setting in dataclasses.fields(TrainConfig):
         kind, says, choices = (setting.metadata[key] for key in ("kind", "help", "choices"))
-        flag = "--" + setting.name.replace("_", "-")
+        flag = setting.metadata["flag"] or "--" + setting.name.replace("_", "-")
         if kind is bool:
             action = argparse.BooleanOptionalAction if setting.name != "dry_run" else "store_true"
             parser.add_argument(flag, action=action, default=argparse.SUPPRESS, help=says)
         else:
             metavar = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
-            parser.add_argument(flag, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=says)
+            parser.add_argument(
+                flag, dest=setting.name, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=says
+            )
     return parser
 
 

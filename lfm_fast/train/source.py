@@ -76,6 +76,10 @@ def facts(config):
 
 
 def _refuse_cache(config):
+    if config.layout is not None:
+        raise ValueError(
+            f"{config.data} is a latent cache, which has no images to read as {config.layout}; leave --from out"
+        )
     if config.task in CONDITIONED:
         raise ValueError(
             f"{config.data} is a latent cache, but task {config.task} conditions on the images; give the images as "

@@ -74,3 +74,23 @@ def test_a_store_that_cannot_be_read_has_its_reason_reported(tmp_path):
 def test_an_unknown_check_is_refused(tmp_path):
     with pytest.raises(ValueError, match="check='none' is not known: choose 'decode' or 'headers'"):
         StoredImages(Memory(tmp_path, [encoded(PIXELS[0])]), 16, check="none")
+
+
+def test_splits_of_one_place_are_checked_once_each(tmp_path):
+    """What is remembered of one is not lost over the other, and bare pixels are not taken for files of their size."""
+    splits = []
+    for name in ("train", "held_out", "train", "held_out"):
+        store = Memory(tmp_path, [encoded(p) for p in PIXELS])
+        store.name = name
+        StoredImages(store, 16)
+        splits.append(store.reads)
+    assert splits == [3, 3, 0, 0]
+    store.raw_shape = (20, 30, 3)
+    with pytest.raises(ValueError, match="None of the 3 images"):
+        StoredImages(store, 16)
+
+
+def test_what_was_left_out_on_listing_is_reported_first(tmp_path):
+    store = Memory(tmp_path, [encoded(PIXELS[0]), b"no picture"])
+    store.skipped.append(("gone\n", "it is listed twice"))
+    assert [name for name, _ in StoredImages(store, 16).report.skipped] == ["gone\\n", "1"]

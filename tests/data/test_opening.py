@@ -1,0 +1,116 @@
+"""What lies at a path is seen by its names, and the same pictures are the same latents in whatever form they lie."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lfm_fast.cli import main
+from lfm_fast.data import open_images
+from lfm_fast.data.latents import LatentCache
+from lfm_fast.data.opening import LAYOUTS, layout_of, open_store
+from lfm_fast.train.config import parse_args
+
+
+def draw(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 20)).save(path)
+
+
+def test_a_folder_of_images_stays_one_whatever_its_classes_are_called(tmp_path):
+    for name in ("train", "val", "images", "annotations", "cats.tar", "x_lmdb", "data_batch_1"):
+        draw(tmp_path / name / "1.png")
+    (tmp_path / "notes.tar").write_bytes(b"")
+    assert layout_of(tmp_path) == "folder"
+    assert len(open_images(tmp_path, 16)) == 7
+    assert layout_of(tmp_path / "nowhere") == "folder"
+    assert open_images(tmp_path / "cats.tar", 16, layout="folder").names == ["1.png"]
+
+
+def test_what_each_layout_looks_like(tmp_path):
+    for name in ("images/training/a.jpg", "annotations/training/a.png"):
+        draw(tmp_path / "ade" / name)
+    draw(tmp_path / "coco" / "images" / "val2017" / "1.jpg")
+    draw(tmp_path / "imagenet" / "train" / "n01440764" / "1.png")
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "a.tar").touch()
+    (tmp_path / "cifar" / "cifar-10-batches-py").mkdir(parents=True)
+    (tmp_path / "cifar" / "cifar-10-batches-py" / "data_batch_1").touch()
+    (tmp_path / "bedroom_train_lmdb").mkdir()
+    (tmp_path / "bedroom_train_lmdb" / "data.mdb").touch()
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env" / "data.mdb").touch()
+    seen = {path: layout_of(tmp_path / path) for path in ("ade", "coco", "imagenet", "tars", "cifar", "env")}
+    expected = {"ade": "ade20k", "coco": "coco-stuff", "tars": "webdataset", "cifar": "cifar10", "env": "lmdb"}
+    assert seen == expected | {"imagenet": "imagenet"}
+    assert layout_of(tmp_path / "bedroom_train_lmdb") == layout_of(tmp_path) == "lsun"
+
+
+def test_names_that_are_not_known_are_refused(tmp_path):
+    draw(tmp_path / "1.png")
+    with pytest.raises(ValueError, match="layout='tfrecord' is not known: choose 'auto' or one of folder, list, lsun"):
+        open_images(tmp_path, 16, layout="tfrecord")
+    with pytest.raises(ValueError, match="split='test' is not known"):
+        open_images(tmp_path, 16, split="test")
+    with pytest.raises(ValueError, match="compat='dit' is not known"):
+        open_images(tmp_path, 16, compat="dit")
+    with pytest.raises(ValueError, match="layout='lmdb', but 'embedded' is a set of its own"):
+        open_images("embedded", 16, layout="lmdb")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_says_what_is_missing(tmp_path, layout):
+    with pytest.raises(ValueError, match=str(tmp_path)) as refused:
+        open_store(tmp_path, layout)
+    assert str(refused.value).count("\n") == 0
+
+
+# -- commands
+
+
+@pytest.fixture
+def forms(tmp_path):
+    """Four pictures in two classes as a folder, an archive, a list and an environment: {layout: path}."""
+    lmdb = pytest.importorskip("lmdb")
+    generator = np.random.default_rng(0)
+    folder, members = tmp_path / "folder", []
+    with lmdb.open(str(tmp_path / "lmdb"), map_size=1 << 24) as environment, environment.begin(write=True) as writes:
+        for k in range(4):
+            file = io.BytesIO()
+            Image.fromarray(generator.integers(0, 256, (32, 32, 3)).astype(np.uint8)).save(file, "PNG")
+            (folder / str(k // 2)).mkdir(parents=True, exist_ok=True)
+            (folder / str(k // 2) / f"{k}.png").write_bytes(file.getvalue())
+            members += [(f"{k}.png", file.getvalue()), (f"{k}.cls", b"%d" % (k // 2))]
+            writes.put(b"%d" % k, file.getvalue())
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    (tmp_path / "list.txt").write_text("".join(f"folder/{k // 2}/{k}.png {k // 2}\n" for k in range(4)))
+    paths = {"folder": folder, "webdataset": tmp_path / "shard.tar", "list": tmp_path / "list.txt"}
+    return paths | {"lmdb": tmp_path / "lmdb"}
+
+
+@pytest.mark.filterwarnings("ignore:Latent channels")  # noise is no picture that the autoencoder knows
+def test_the_same_pictures_are_the_same_latents_from_every_layout(forms, tmp_path):
+    caches = {}
+    for layout, path in forms.items():
+        command = ["encode", "--data", str(path), "--from", layout, "--image-size", "32", "--autoencoder", "embedded"]
+        assert main([*command, "--output", str(tmp_path / f"cache-{layout}")]) == 0
+        caches[layout] = LatentCache.open(tmp_path / f"cache-{layout}")
+    means = {layout: cache.read(torch.arange(4))[0] for layout, cache in caches.items()}
+    assert all(torch.equal(mean, means["folder"]) for mean in means.values())
+    assert len(means["folder"].flatten(1).unique(dim=0)) == 4
+    labels = {layout: cache.labels.tolist() for layout, cache in caches.items()}
+    assert labels == {key: [0, 0, 1, 1] for key in ("folder", "webdataset", "list")} | {"lmdb": [0, 0, 0, 0]}
+
+
+def test_training_takes_the_flag():
+    assert parse_args(["--data", "x", "--from", "lmdb-raw"]).layout == "lmdb-raw"
+    assert parse_args(["--data", "x"]).layout is None
+    with pytest.raises(SystemExit):
+        parse_args(["--data", "x", "--from", "tfrecord"])
