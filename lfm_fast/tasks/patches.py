@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from lfm_fast.data.reading import UnusableImage, as_rgb, open_picture, to_tensor
+from lfm_fast.data.reading import UnusableImage, as_rgb, decode, read_file, to_tensor
 
 FITS = ("resize", "tile", "refuse")
 
@@ -27,7 +27,7 @@ def read_picture(image):
     """
     if isinstance(image, (str, Path, Image.Image)):
         try:
-            image = np.array(as_rgb(image)[0] if isinstance(image, Image.Image) else open_picture(image))
+            image = np.array(as_rgb(image)[0] if isinstance(image, Image.Image) else decode(read_file(image)))
         except UnusableImage as error:
             raise ValueError(f"image cannot be used: {error}") from error
     if not isinstance(image, (np.ndarray, torch.Tensor)):
