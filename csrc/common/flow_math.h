@@ -1,6 +1,7 @@
 // The arithmetic of the flow ops, one element at a time, shared by every device. Each line rounds as written.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 
@@ -10,6 +11,30 @@ namespace lfm_fast {
 
 // z_t = alpha z_0 + sigma z_1, and with the derivatives the target d_alpha z_0 + d_sigma z_1.
 LFM_HD float combine(float a, float x, float b, float y) { return a * x + b * y; }
+
+// exp(x / 2): 2^(x log2(e) / 2) to (|x| + 2) 2^-24 of it, from 2^-126 up to infinity; NaN for NaN.
+LFM_HD float exp_of_half(float x) {
+  constexpr float kHalfLog2E = 0x1.715476p-1f;
+  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
+  float y = x * kHalfLog2E;
+  y = y < -126.0f ? -126.0f : y;
+  y = y > 128.0f ? 128.0f : y;
+  const float shifted = y + kRound;
+  const float f = y - (shifted - kRound);  // exact
+  // 2^f on [-1/2, 1/2], the fit of common/activations.h
+  float p = 0x1.41fb2ep-13f;
+  p = p * f + 0x1.5f3f30p-10f;
+  p = p * f + 0x1.3b2e38p-7f;
+  p = p * f + 0x1.c6af2ap-5f;
+  p = p * f + 0x1.ebfbdap-3f;
+  p = p * f + 0x1.62e430p-1f;
+  p = p * f + 1.0f;
+  const float power = std::bit_cast<float>(std::bit_cast<uint32_t>(p) + (std::bit_cast<uint32_t>(shifted) << 23));
+  return power + (y - y);  // the bits of a NaN are no number's, and adding to them may make them one
+}
+
+// z_0 of the posterior N(mean, exp(log_variance)).
+LFM_HD float draw(float mean, float log_variance, float normal) { return mean + exp_of_half(log_variance) * normal; }
 
 // One more term of a linear combination.
 LFM_HD float add_term(float total, float weight, float term) { return total + weight * term; }

@@ -11,6 +11,7 @@
 #include "common/macros.h"
 #include "common/philox.h"
 #include "cpu/levels.h"
+#include "cpu/noise_avx512.h"
 #include "cpu/tiles.h"
 
 #if defined(LFM_X86_LEVELS)
@@ -79,37 +80,6 @@ LFM_AVX2 inline void philox_words_avx2(const PhiloxKey& key, uint32_t block, int
   }
 }
 
-LFM_AVX512 inline void philox_words_avx512(const PhiloxKey& key, uint32_t block, int blocks, TileWords& out) {
-  const __m512i m0 = _mm512_set1_epi64(kPhiloxMultiplier0), m1 = _mm512_set1_epi64(kPhiloxMultiplier1);
-  for (int i = 0; i < blocks; i += 16) {
-    const __m512i first = _mm512_add_epi32(_mm512_set1_epi64(block + static_cast<uint32_t>(i)),
-                                           _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14));
-    __m512i c[2][4];
-    for (int h = 0; h < 2; ++h) {
-      c[h][0] = _mm512_add_epi32(first, _mm512_set1_epi64(h));
-      c[h][1] = _mm512_set1_epi64(key.stream);
-      c[h][2] = _mm512_set1_epi64(key.index_low);
-      c[h][3] = _mm512_set1_epi64(key.index_high);
-    }
-    uint32_t k0 = key.seed_low, k1 = key.seed_high;
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-      const __m512i key0 = _mm512_set1_epi64(k0), key1 = _mm512_set1_epi64(k1);
-      for (int h = 0; h < 2; ++h) {
-        const __m512i product0 = _mm512_mul_epu32(m0, c[h][0]), product1 = _mm512_mul_epu32(m1, c[h][2]);
-        c[h][0] =
-            _mm512_ternarylogic_epi64(_mm512_srli_epi64(product1, 32), c[h][1], key0, 0x96);  // 0x96: xor of three
-        c[h][1] = product1;
-        c[h][2] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product0, 32), c[h][3], key1, 0x96);
-        c[h][3] = product0;
-      }
-      k0 += kPhiloxWeyl0;
-      k1 += kPhiloxWeyl1;
-    }
-    for (int w = 0; w < 4; ++w)
-      _mm512_store_si512(&out.words[w][i], _mm512_mask_blend_epi32(0xAAAA, c[0][w], _mm512_slli_epi64(c[1][w], 32)));
-  }
-}
-
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
@@ -121,7 +91,6 @@ template <Level level>
 LFM_HD void philox_words(const PhiloxKey& key, uint32_t block, int blocks, TileWords& out) {
   const int padded = (blocks + 15) / 16 * 16;
 #if defined(LFM_X86_LEVELS)
-  if constexpr (level == Level::avx512) return philox_words_avx512(key, block, padded, out);
   if constexpr (level == Level::avx2) return philox_words_avx2(key, block, padded, out);
 #endif
   philox_words_portable(key, block, padded, out);
@@ -138,6 +107,13 @@ LFM_HD void normal_blocks(const PhiloxKey& key, uint32_t block, int blocks, floa
   }
 }
 
+#if defined(LFM_X86_LEVELS)
+template <>
+LFM_HD void normal_blocks<Level::avx512>(const PhiloxKey& key, uint32_t block, int blocks, float* __restrict out) {
+  normal_blocks_avx512(key, block, blocks, out);
+}
+#endif
+
 // The noise of a call: nothing but a seed, a stream and the samples' indices.
 struct Noise {
   std::vector<int64_t> index;  // empty: no noise
@@ -153,5 +129,22 @@ struct Noise {
     return buffer;
   }
 };
+
+// The same tile of two streams: `noise` into `buffer`, and the stream `other` of the same seed and samples.
+template <Level level>
+LFM_HD void tile_of_two(const Noise& noise, int64_t other, int64_t sample, int64_t start, int64_t n,
+                        float* __restrict buffer, float* __restrict other_buffer) {
+  const int64_t index = noise.index[static_cast<size_t>(sample)];
+  const PhiloxKey key = philox_key(noise.seed, noise.stream, index);
+  const auto block = static_cast<uint32_t>(noise.offset + start / 4);
+  const int blocks = static_cast<int>((n + 3) / 4);
+#if defined(LFM_X86_LEVELS)
+  if constexpr (level == Level::avx512) {
+    return normal_blocks_of_two_avx512(key, static_cast<uint32_t>(other), block, blocks, buffer, other_buffer);
+  }
+#endif
+  normal_blocks<level>(key, block, blocks, buffer);
+  normal_blocks<level>(philox_key(noise.seed, other, index), block, blocks, other_buffer);
+}
 
 }  // namespace lfm_fast

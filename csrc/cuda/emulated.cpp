@@ -21,4 +21,5 @@ extern "C" __attribute__((visibility("default"))) void lfm_fast_emulate(int orde
 #include "cuda/interpolate.cu"
 #include "cuda/library.cu"
 #include "cuda/philox_normal.cu"
+#include "cuda/posterior_interpolate.cu"
 #include "cuda/velocity_loss.cu"

@@ -17,6 +17,7 @@ from lfm_fast.ops.modulated_layer_norm import modulated_layer_norm
 from lfm_fast.ops.packed_linear import packed_linear
 from lfm_fast.ops.packed_linear_int8 import packed_linear_int8
 from lfm_fast.ops.philox_normal import philox_normal, philox_uniform
+from lfm_fast.ops.posterior_interpolate import posterior_interpolate
 from lfm_fast.ops.self_attention import self_attention
 from lfm_fast.ops.velocity_loss import velocity_loss
 
@@ -36,6 +37,7 @@ __all__ = [
     "packed_linear_int8",
     "philox_normal",
     "philox_uniform",
+    "posterior_interpolate",
     "self_attention",
     "use_backend",
     "velocity_loss",

@@ -192,6 +192,8 @@ class Op:
             self.check(*args)
         if self.mutates:
             self._announce_change(args)
+        elif self.backward is None and torch.is_grad_enabled():
+            self._refuse_gradient(args)  # with a backward, that does it
         return self._run(name, args)
 
     def _run(self, name: str, args: tuple):

@@ -76,6 +76,9 @@ def calls(size, layout, dtype):
     yield "philox_normal", (index, size, -3, 2, 2**32 - size // 4 - 1)
     yield "interpolate", (field(dtype), table(4, 3), field(dtype), None, 0, 0)
     yield "interpolate", (field(dtype), table(4, 3), None, index, 9, 1)
+    rows = torch.tensor([2, 9, 0, 9, 2, 9])[::2]
+    yield "posterior_interpolate", (field(dtype), rows, index, table(4, 3), field(dtype), 7)
+    yield "posterior_interpolate", (field(dtype), rows, index, table(4, 3), None, 7)
     yield "velocity_loss", (field(dtype), field(), table(3).abs(), None, None, None, 0, 0)
     yield "velocity_loss", (field(dtype), None, None, field(dtype), table(4, 3), index, 9, 1)
     stored = [field(), field(dtype), field(dtype)]

@@ -54,7 +54,7 @@ def repeats(case):
 
 def draws(row, case):
     """How many normals the case draws; 0 where it is given them."""
-    noise = row.name == "philox_normal" or case.get("noise")
+    noise = row.name in ("philox_normal", "posterior_interpolate") or case.get("noise")
     return math.prod(case["shape"]) if noise else 0
 
 

@@ -12,6 +12,11 @@ from test_philox_normal import (  # noqa: F401
     test_normals_are_the_oracles,
     test_offset_moves_by_blocks_of_four,
 )
+from test_posterior_interpolate import (  # noqa: F401
+    test_each_of_its_noises_has_the_bits_of_its_stream,
+    test_it_is_gather_draw_and_interpolate_in_turn,
+    test_rows_of_nothing,
+)
 from test_properties import FULL, many
 from test_rows import (  # noqa: F401
     test_a_bad_number_stays_in_its_sample,
@@ -79,6 +84,18 @@ def test_noise_in_other_ops_has_the_bits_of_the_reference(backend):
     assert (ops.velocity_loss(noise, z_0=z, coefficients=pick, index=index, seed=11) == 0).all()
     step = ops.guided_step(z, z, None, None, [], torch.zeros(2, 2), None, 0.0, 0.0, ones, index, 11, 6)
     assert_same_bits(step[0] + 0.0, later + 0.0)
+
+
+def test_a_row_that_is_not_there_makes_its_sample_nan():
+    """The kernel itself, whose host has not looked."""
+    rows, table = torch.tensor([1, 9, -1, 0]), torch.randn(2, 129)
+    for log_variance in (None, table):
+        parts = ROWS["posterior_interpolate"].kernels["triton"](
+            table, rows, torch.arange(4), torch.ones(4, 4), log_variance, 3
+        )
+        for part in parts:
+            assert part[[0, 3]].isfinite().all()
+            assert part[[1, 2]].isnan().all()
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 5, 7), (2, 6, 7), (1, 6, 33, 65)])
