@@ -23,7 +23,8 @@ class LatentCache:
     """Posteriors (or fixed latents) of N images, read by item number.
 
     Attributes: num_items; latent_shape (C, h, w); labels (N,) int64; class_names; mean and std, per channel (C,) over
-    posterior draws; provenance, a dict; has_flip, whether mirrored images were encoded too.
+    posterior draws; provenance, a dict; has_flip, whether mirrored images were encoded too; is_posterior, whether there
+    are log-variances; dtype, of what is stored.
     """
 
     def __init__(self, shards: list[dict[str, torch.Tensor]], class_names, mean, std, provenance: dict):
@@ -38,6 +39,8 @@ class LatentCache:
         self.mean, self.std = torch.tensor(mean), torch.tensor(std)
         self.provenance = dict(provenance)
         self.has_flip = f"{self._names[0]}_flip" in shards[0]
+        self.is_posterior = self._names == POSTERIOR
+        self.dtype = shards[0][self._names[0]].dtype
 
     def read(self, items: torch.Tensor, flips: torch.Tensor | None = None):
         """Posteriors of `items` (B,) int64, mirrored where `flips` (B,) bool says so.

@@ -23,8 +23,33 @@ def flips_of(sample_numbers: torch.Tensor, seed: int) -> torch.Tensor:
     return ops.philox_uniform(sample_numbers, 1, seed, STREAM_AUGMENTATION)[:, 0] < 0.5
 
 
-class CachedLatents:
+class OfCache:
+    """What a source of training tells of the `LatentCache` it reads. Raises ValueError for mirrors it does not hold.
+
+    Besides `batch` such a source has `posteriors(sample_numbers, seed) -> (B, ...), y` and `interpolate(posteriors,
+    coefficients, index, seed) -> (z_t, target)`: a training step then draws z_0 and goes on to z_t in one pass.
+    """
+
+    def __init__(self, cache: LatentCache, flip: bool):
+        if flip and not cache.has_flip:
+            raise ValueError("flip=True needs a cache of mirrored images too: encode again with flip=True.")
+        self.flip = flip
+        self.num_items = cache.num_items
+        self.latent_shape = cache.latent_shape
+        self.class_names = cache.class_names
+        self.num_classes = len(cache.class_names)
+        self.labels = cache.labels
+
+    @classmethod
+    def from_images(cls, source, autoencoder, *, flip: bool = False, batch_size: int = 32, **where):
+        """Encode every image of `source` into memory: for sets that fit, such as the embedded one."""
+        return cls(encode_in_memory(source, autoencoder, flip=flip, batch_size=batch_size), flip=flip, **where)
+
+
+class CachedLatents(OfCache):
     """Training batches from a `LatentCache`, the posterior sampled anew at every visit.
+
+    The batch that is likely to come next is read in a thread, so that nobody waits for the disk.
 
     Args:
         cache: an open `LatentCache`.
@@ -35,27 +60,29 @@ class CachedLatents:
     """
 
     def __init__(self, cache: LatentCache, *, flip: bool = False):
-        if flip and not cache.has_flip:
-            raise ValueError("flip=True needs a cache of mirrored images too: encode again with flip=True.")
-        self.cache, self.flip = cache, flip
-        self.num_items = cache.num_items
-        self.latent_shape = cache.latent_shape
-        self.class_names = cache.class_names
-        self.num_classes = len(cache.class_names)
-        self.labels = cache.labels
-
-    @classmethod
-    def from_images(cls, source, autoencoder, *, flip: bool = False, batch_size: int = 32) -> "CachedLatents":
-        """Encode every image of `source` into memory: for sets that fit, such as the embedded one."""
-        return cls(encode_in_memory(source, autoencoder, flip=flip, batch_size=batch_size), flip=flip)
+        super().__init__(cache, flip)
+        self.cache, self._ahead = cache, ReadAhead(self._read)
 
     def batch(self, sample_numbers: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """z_0 (B, C, h, w) float32 and y (B,) int64 of the global sample numbers (B,) int64, on the CPU."""
+        posteriors, y = self.posteriors(sample_numbers, seed)
+        parts = posteriors.unbind(1)
+        return parts[0] if len(parts) == 1 else Posterior(*parts).sample(sample_numbers, seed), y
+
+    def posteriors(self, sample_numbers: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 2, C, h, w) float32, mean and log-variance of each sample, (B, 1, C, h, w) of fixed latents; y (B,)."""
+        return self._ahead.get(sample_numbers, seed)
+
+    def interpolate(self, posteriors, coefficients, index, seed) -> tuple[torch.Tensor, torch.Tensor]:
+        """(z_t, target) of the samples numbered index (B,), all on one device; coefficients (4, B) as of a path."""
+        mean, log_variance = (*posteriors.unbind(1), None)[:2]
+        rows = torch.arange(len(mean), device=mean.device)
+        return ops.posterior_interpolate(mean, rows, index, coefficients, log_variance, seed)
+
+    def _read(self, sample_numbers, seed):
         items = item_of(sample_numbers, self.num_items, seed)
-        mean, log_variance = self.cache.read(items, flips_of(sample_numbers, seed) if self.flip else None)
-        if log_variance is None:
-            return mean, self.labels[items]
-        return Posterior(mean, log_variance).sample(sample_numbers, seed), self.labels[items]
+        parts = self.cache.read(items, flips_of(sample_numbers, seed) if self.flip else None)
+        return torch.stack([part for part in parts if part is not None], 1), self.labels[items]
 
 
 class EncodedImages:

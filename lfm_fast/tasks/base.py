@@ -2,9 +2,11 @@
 
 from importlib import import_module
 
+import torch
 from torch import Tensor, nn
 
 from lfm_fast.data import ImageSource, open_images
+from lfm_fast.data.latents import ReadAhead, drawn_images, flips_of
 from lfm_fast.models import create_model
 
 # name -> "module:class"; a task is imported when it is asked for
@@ -77,6 +79,41 @@ class Task:
     def evaluate(self, flow, *, num_images: int, seed: int, data: str, **sampling) -> dict[str, float]:
         """Figures of merit, by name, of samples for held-out conditions."""
         raise ValueError("there is nothing to evaluate a plain flow by here.")
+
+
+class ConditionedSource:
+    """A training source whose samples have conditions too: latents, labels and all else are those of `source`, which it
+    stands for. What the conditions of the batch that is likely to come next need is read in a thread.
+
+    Args:
+        source: `ResidentLatents`, `CachedLatents` or `EncodedImages` of `images`, an `ImageSource`.
+    """
+
+    def __init__(self, source, images: ImageSource):
+        self._source, self._images = source, images
+        self._ahead = ReadAhead(self._read)
+
+    def __getattr__(self, name):  # batch, posteriors, num_items, latent_shape, class_names, labels, ...
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._source, name)
+
+    def condition(self, sample_numbers: Tensor, seed: int) -> Tensor:
+        """What each sample is conditioned on, (B, ...)."""
+        return self._ahead.get(sample_numbers, seed)
+
+    def pictures(self, sample_numbers: Tensor, seed: int) -> Tensor:
+        """(B, 3, H, W) uint8: the images themselves, mirrored where training sees them so."""
+        return drawn_images(self._images, sample_numbers, seed, self._source.flip)[0]
+
+    def _flips(self, sample_numbers: Tensor, seed: int) -> Tensor:
+        """Whether each sample is mirrored, (B,) bool."""
+        mirrors = flips_of(sample_numbers, seed)
+        return mirrors if self._source.flip else torch.zeros_like(mirrors)
+
+    def _read(self, sample_numbers: Tensor, seed: int):
+        """What `condition` gives, in the thread."""
+        raise TypeError(f"{type(self).__name__} must implement _read(sample_numbers, seed)")
 
 
 def concatenated(config, latent_shape, more_channels: int) -> nn.Module:

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 
 from lfm_fast.data import open_images
 from lfm_fast.data.encoding import device_of, to_model_range
-from lfm_fast.data.latents import EncodedImages, ReadAhead, drawn_images
+from lfm_fast.data.latents import EncodedImages, drawn_images
 from lfm_fast.data.masks import KINDS, SHARE, free_form, read_mask, to_latent
 from lfm_fast.flow.noise import check_indices
 from lfm_fast.metrics.inpainting import filled_with_mean, hole_errors
 from lfm_fast.models.conditioned import Conditioned
-from lfm_fast.tasks.base import Task, concatenated
+from lfm_fast.tasks.base import ConditionedSource, Task, concatenated
 from lfm_fast.tasks.patches import FITS, Resized, Tiles, filled, read_picture
 from lfm_fast.tasks.projection import project
 
@@ -99,24 +99,20 @@ class Inpainting(Task):
         )
 
 
-class MaskedImages:
-    """A training source whose samples have masks: latents and labels are those of `source`, which it stands for.
+class MaskedImages(ConditionedSource):
+    """Training's latents and labels, and of each sample its image with a hole and the mask: images are read and holes
+    drawn ahead, and encoded when they are asked for.
 
     Args:
-        source: `CachedLatents` or `EncodedImages` of `images`, an `ImageSource`.
+        source, images: as of `ConditionedSource`.
         autoencoder: encodes the masked images, at every visit.
         bf16: encode them in bfloat16, for a network that reads them so anyway: on CPUs with matrix tiles six times
             faster, and an error of 0.004, the rounding of bfloat16 itself.
     """
 
     def __init__(self, source, images, autoencoder, *, bf16=False):
-        self._source, self._images, self.autoencoder, self.bf16 = source, images, autoencoder, bf16
-        self._ahead, self._latest = ReadAhead(self._read), None
-
-    def __getattr__(self, name):  # num_items, latent_shape, class_names, labels, ...
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._source, name)
+        super().__init__(source, images)
+        self.autoencoder, self.bf16, self._latest = autoencoder, bf16, None
 
     def batch(self, sample_numbers, seed):
         """z_0 (B, C, h, w) and y (B,), as of the source; images that it would have to read are read once for both."""

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from lfm_fast import ops
 from lfm_fast.data.boxes import as_boxes, draw_boxes, folder_boxes, folder_classes, mirrored, read_layouts
 from lfm_fast.data.embedded import CATEGORIES
-from lfm_fast.data.latents import flips_of
 from lfm_fast.data.layouts import MAX_BOXES, EmbeddedLayouts
 from lfm_fast.data.order import item_of
 from lfm_fast.data.reading import to_tensor
@@ -18,7 +17,7 @@ from lfm_fast.models import create_model
 from lfm_fast.models.box_encoder import NO_BOX, BoxEncoder
 from lfm_fast.models.conditioned import Conditioned
 from lfm_fast.ops.streams import STREAM_AUGMENTATION
-from lfm_fast.tasks.base import Task
+from lfm_fast.tasks.base import ConditionedSource, Task
 
 EMBEDDED = ("embedded", EmbeddedLayouts.name)
 PLANES = 8  # of a coarse picture of the layout, put behind the latent's channels
@@ -121,34 +120,19 @@ class Layout(Task):
         return figures
 
 
-class WithLayouts:
-    """Training's latents and labels, and the boxes of each sample; `lfm_fast.data.latents` says of what."""
+class WithLayouts(ConditionedSource):
+    """Training's latents and labels, and the boxes of each sample, (B, N, 5) float32, mirrored where its image is; of
+    the share withheld, none."""
 
     def __init__(self, source, images, withheld: float = WITHHELD):
-        self._source, self._images, self._withheld = source, images, withheld
-        self.boxes, self.box_classes = images.boxes, images.box_classes
-        self.num_items, self.latent_shape = source.num_items, source.latent_shape
-        self.class_names, self.num_classes, self.labels = source.class_names, source.num_classes, source.labels
+        super().__init__(source, images)
+        self._withheld, self.boxes, self.box_classes = withheld, images.boxes, images.box_classes
 
-    def batch(self, sample_numbers: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """z_0 (B, C, h, w) and y (B,) of the global sample numbers."""
-        return self._source.batch(sample_numbers, seed)
-
-    def condition(self, sample_numbers: Tensor, seed: int) -> Tensor:
-        """(B, N, 5) float32: the boxes of the same images, mirrored where these are; of the share withheld, none."""
+    def _read(self, sample_numbers, seed):
         boxes = self.boxes[item_of(sample_numbers, self.num_items, seed)]
         boxes = torch.where(self._flips(sample_numbers, seed)[:, None, None], mirrored(boxes), boxes)
         draw = ops.philox_uniform(sample_numbers, 1, seed, STREAM_AUGMENTATION, _DRAW)[:, 0]
         return torch.where((draw < self._withheld)[:, None, None], torch.full_like(boxes, NO_BOX), boxes)
-
-    def pictures(self, sample_numbers: Tensor, seed: int) -> Tensor:
-        """(B, 3, H, W) uint8: the images themselves, mirrored where training sees them so."""
-        images = self._images.batch(item_of(sample_numbers, self.num_items, seed))
-        return torch.where(self._flips(sample_numbers, seed)[:, None, None, None], images.flip(-1), images)
-
-    def _flips(self, sample_numbers, seed):
-        mirrors = flips_of(sample_numbers, seed)
-        return mirrors if self._source.flip else torch.zeros_like(mirrors)
 
 
 def from_layout(flow, boxes, num_samples=1, seed=0, *, layout_scale=1.0, indices=None, **sampling):

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from lfm_fast.data import label_maps, open_images
-from lfm_fast.data.latents import flips_of
 from lfm_fast.data.mapped_images import MappedImages
 from lfm_fast.data.opening import palette_of
 from lfm_fast.data.order import item_of
@@ -12,7 +11,7 @@ from lfm_fast.data.palettes import get_palette
 from lfm_fast.metrics.segmentation import map_agreement
 from lfm_fast.models.conditioned import Conditioned
 from lfm_fast.models.label_map_encoder import LabelMapEncoder
-from lfm_fast.tasks.base import Task, concatenated
+from lfm_fast.tasks.base import ConditionedSource, Task, concatenated
 
 CHANNELS = 4  # that a label map is encoded in, beside the latent's
 
@@ -90,33 +89,17 @@ class Semantic(Task):
         return figures
 
 
-class MappedLatents:
-    """Training's latents and labels, and the label map of each sample; `lfm_fast.data.latents` says of what."""
+class MappedLatents(ConditionedSource):
+    """Training's latents and labels, and the label map of each sample, (B, H, W) int64, mirrored where its image is."""
 
     def __init__(self, source, images: MappedImages):
-        self._source, self._images, self.palette = source, images, images.palette
-        self.num_items, self.latent_shape = source.num_items, source.latent_shape
-        self.class_names, self.num_classes, self.labels = source.class_names, source.num_classes, source.labels
+        super().__init__(source, images)
+        self.palette = images.palette
 
-    def batch(self, sample_numbers: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """z_0 (B, C, h, w) and y (B,) of the global sample numbers."""
-        return self._source.batch(sample_numbers, seed)
-
-    def condition(self, sample_numbers: Tensor, seed: int) -> Tensor:
-        """(B, H, W) int64: the maps of the same images, mirrored where these are."""
+    def _read(self, sample_numbers, seed):
         maps = self._images.label_maps(item_of(sample_numbers, self.num_items, seed))
         flips = self._flips(sample_numbers, seed)
         return torch.where(flips[:, None, None], self.palette.mirror(maps), maps)
-
-    def pictures(self, sample_numbers: Tensor, seed: int) -> Tensor:
-        """(B, 3, H, W) uint8: the images themselves, mirrored where training sees them so."""
-        images = self._images.batch(item_of(sample_numbers, self.num_items, seed))
-        return torch.where(self._flips(sample_numbers, seed)[:, None, None, None], images.flip(-1), images)
-
-    def _flips(self, sample_numbers, seed):
-        return (
-            flips_of(sample_numbers, seed) if self._source.flip else torch.zeros(len(sample_numbers), dtype=torch.bool)
-        )
 
 
 def from_semantic_map(flow, label_map, num_samples=1, seed=0, *, palette=None, holds="auto", **sampling):

@@ -17,6 +17,7 @@ AUTOCAST = ("bf16", "fp8")  # of which the rest of the network is in bf16, weigh
 SCHEDULES = ("constant", "cosine")
 COMPILE = ("auto", "off", "block", "full")
 DEVICES = ("auto", "cpu", "cuda")
+KEEP_LATENTS = ("auto", "device", "mapped")
 
 
 def _setting(default, kind, says, choices=None, where="run", flag=None):
@@ -41,6 +42,13 @@ class TrainConfig:
     layout: str | None = _curve(None, str, "how the images lie there; default: what it looks like", LAYOUTS, "--from")
     max_items: int | None = _curve(None, int, "use only the first N images of the data")
     cache_latents: str | None = _setting(None, str, "encode the images into this folder first, once, and train from it")
+    keep_latents: str = _setting(
+        "auto",
+        str,
+        "where cached latents are: device, a table in its memory; mapped, files read as they are asked for; auto: the "
+        "device where they take at most half of a GPU's free memory, or an eighth of a CPU's",
+        KEEP_LATENTS,
+    )
     flip: bool = _curve(False, bool, "mirror half of the images at random")
     model: str = _curve("DiT-B/2", str, "the network, a name create_model knows")
     start_from: str | None = _curve(

@@ -36,6 +36,7 @@ class Journal:
             "loss": f"{values['loss']:.4f}",
             "steps/s": f"{values['steps_per_s']:.2f}",
             "images/s": f"{values['images_per_s']:.0f}",
+            "data": f"{values['data_share']:.1%}",
             **({"MFU": f"{values['mfu']:.1%}"} if "mfu" in values else {}),
             "memory": f"{values['memory_gb']:.1f} GB",
         }

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 import shlex
 import sys
 import time
@@ -29,7 +28,7 @@ from lfm_fast.train.optimizer import AdamW
 from lfm_fast.train.samples import SAMPLING, columns, sample_grid, save_grid
 from lfm_fast.train.schedule import learning_rate, total_steps
 from lfm_fast.train.source import check_settings, check_source, facts, open_source, resolve_labels
-from lfm_fast.train.step import TrainState, add_gradients_of_part, train_step
+from lfm_fast.train.step import TrainState, gradients_on, train_step
 from lfm_fast.train.stop import StopSignals
 
 
@@ -194,7 +193,7 @@ def _run(config, source, autoencoder, world):
             folder = world.from_main(lambda: resume.start_anew(config, instead_of=damaged))
             journal = Journal(folder, active=world.is_main)
         if config.cuda_graph:
-            add_gradients = functools.partial(add_gradients_of_part, state, config, path, world)
+            add_gradients = gradients_on(state, config, path, world, source)
             state.graph = GraphedGradients(add_gradients, state.trained, world.device)
         if world.is_main:
             resume.truncate_metrics(folder, state.step)
@@ -276,6 +275,7 @@ class Run:
         state.loss_sum.zero_()
         state.loss_steps = 0
         steps_per_s = self.interval_steps / self.interval_seconds
+        waited, state.data_seconds = state.data_seconds / self.interval_seconds, 0.0
         self.seconds += self.interval_seconds
         self.interval_seconds, self.interval_steps = 0.0, 0
         values = {
@@ -286,6 +286,7 @@ class Run:
             "epoch": state.samples / self.source.num_items,
             "images_per_s": steps_per_s * config.batch_size,
             "steps_per_s": steps_per_s,
+            "data_share": waited,
             "memory_gb": report.memory_used(self.world.device) / 1e9,
             "seconds": self.seconds,
         }

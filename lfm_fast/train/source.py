@@ -6,7 +6,9 @@ from pathlib import Path
 
 from lfm_fast import _graphs
 from lfm_fast.autoencoder import DEFAULT_HUB_NAME, load_autoencoder
-from lfm_fast.data.latents import CachedLatents, EncodedImages, LatentCache, encode_images
+from lfm_fast.data import resident
+from lfm_fast.data.latents import EncodedImages, LatentCache, encode_images
+from lfm_fast.data.resident import ResidentLatents
 from lfm_fast.data.source import ImageSource
 from lfm_fast.tasks import CONDITIONED, task_named
 
@@ -24,7 +26,7 @@ def open_source(config, world, say=print):
         autoencoder = load_autoencoder(config.autoencoder, device=world.device)
         cache = LatentCache.open(config.data, fingerprint=autoencoder.fingerprint, image_size=config.image_size)
         _require_whole(config, cache)
-        return CachedLatents(cache, flip=config.flip), autoencoder
+        return _of_cache(cache, config, world), autoencoder
     task = task_named(config.task)
     images = task.images(config)
     if world.is_main and images.report.skipped:
@@ -42,10 +44,16 @@ def _latents_of(images, autoencoder, config, world):
     if config.cache_latents is not None:
         world.from_main(lambda: encode_images(images, autoencoder, config.cache_latents, flip=config.flip) and None)
         cache = LatentCache.open(config.cache_latents, fingerprint=autoencoder.fingerprint)
-        return CachedLatents(cache, flip=config.flip)
+        return _of_cache(cache, config, world)
     if len(images) * config.image_size**2 <= LARGEST_IN_MEMORY:
-        return CachedLatents.from_images(images, autoencoder, flip=config.flip)
+        return ResidentLatents.from_images(images, autoencoder, flip=config.flip, device=world.device)
     return EncodedImages(images, autoencoder, flip=config.flip)
+
+
+def _of_cache(cache, config, world):
+    return resident.of_cache(
+        cache, flip=config.flip, device=world.device, keep=config.keep_latents, sharing=world.local_size
+    )
 
 
 def is_latent_cache(data):

@@ -1,6 +1,7 @@
 """One optimizer step of flow matching, the whole pass on one screen."""
 
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +37,7 @@ class TrainState:
     loss_sum: torch.Tensor | None = None  # () float64: this rank's part of the losses of the steps not yet logged
     loss_steps: int = 0  # how many steps those are
     grad_norm: torch.Tensor | None = None  # () of the last step, before clipping
+    data_seconds: float = 0.0  # that the steps not yet logged have waited for latents, labels and conditions
 
     @property
     def trained(self):
@@ -59,15 +61,18 @@ def train_step(state, source, config, path, world):
     """
     numbers = world.shard(config.batch_size, first=state.samples)  # (b,) int64
     parts = numbers.tensor_split(min(config.accumulation_steps, numbers.numel()))
-    add_gradients = state.graph or partial(add_gradients_of_part, state, config, path, world)
+    add_gradients = state.graph or gradients_on(state, config, path, world, source)
     for part, numbers in enumerate(parts):
-        # data -> z_0
-        z_0, y = source.batch(numbers, config.seed)  # (B, C, h, w) and (B,)
-        z_0, y, index = (tensor.to(world.device, non_blocking=True) for tensor in (z_0, y, numbers))
-        condition = _condition(source, numbers, config.seed, world.device)
+        # data -> z_0, or the posteriors that it is drawn from
+        began = time.perf_counter()
+        given = _given(source, numbers, config.seed)
+        state.data_seconds += time.perf_counter() - began
+        latents, y, index, condition = (
+            None if tensor is None else tensor.to(world.device, non_blocking=True) for tensor in given
+        )
         # z_0 -> z_t -> model -> velocity -> loss -> gradient
         with _gradients_summed_over_ranks(state.network, last=part == len(parts) - 1):
-            state.loss_sum += add_gradients(z_0, y, index, condition)
+            state.loss_sum += add_gradients(latents, y, index, condition)
     # AdamW and the average of the weights, in one pass over them (ops.adamw_ema)
     state.grad_norm, scale = _clip(state.trained, config.clip_grad_norm)
     ema = state.ema
@@ -80,9 +85,23 @@ def train_step(state, source, config, path, world):
     state.samples += config.batch_size
 
 
-def add_gradients_of_part(state, config, path, world, z_0, y, index, condition=None):
-    """Add to the gradients those of the samples z_0 (B, C, h, w), y (B,), numbered index (B,) among all drawn, and of
-    what each is conditioned on, (B, ...) or None; returns their part of the loss, ().
+def gradients_on(state, config, path, world, source):
+    """`add_gradients_of_part` of what this source gives: (latents, y, index, condition) -> loss ()."""
+    interpolate = getattr(source, "interpolate", interpolate_latents)
+    return partial(add_gradients_of_part, state, config, path, world, interpolate=interpolate)
+
+
+def interpolate_latents(z_0, coefficients, index, seed):
+    """(z_t, target) of latents z_0 (B, C, h, w) and the noise of the samples numbered index (B,)."""
+    return ops.interpolate(z_0, coefficients, index=index, seed=seed)
+
+
+def add_gradients_of_part(
+    state, config, path, world, latents, y, index, condition=None, *, interpolate=interpolate_latents
+):
+    """Add to the gradients those of the samples y (B,), numbered index (B,) among all drawn, and of what each is
+    conditioned on, (B, ...) or None; returns their part of the loss, (). Their latents are z_0 (B, C, h, w), or what
+    the source's `interpolate` takes in its place.
 
     A function of what the tensors hold and of the weights: nothing in it is read by the host, and nothing that
     Python knows changes from step to step, so that a CUDA graph can hold it (lfm_fast.train.graphed).
@@ -90,7 +109,7 @@ def add_gradients_of_part(state, config, path, world, z_0, y, index, condition=N
     # t, noise -> z_t and the velocity to be learned
     t = time_samplers.draw(config.time_sampler, index, config.seed, path.t_min, path.t_max)  # (B,)
     coefficients = path.coefficients(t)  # (4, B): alpha, sigma, d_alpha, d_sigma
-    z_t, target = ops.interpolate(z_0, coefficients, index=index, seed=config.seed)
+    z_t, target = interpolate(latents, coefficients, index, config.seed)
     y = _some_dropped(y, index, config, state.model.null_label) if config.num_classes else None
     given = {} if condition is None else {"condition": condition}
     with _products(config, world.device):
@@ -106,11 +125,11 @@ def _products(config, device):
     return float32_products(config.precision != "fp32") if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _condition(source, numbers, seed, device):
-    """What each sample is conditioned on beside its label, as its task has it (lfm_fast/tasks), or None."""
-    if not hasattr(source, "condition"):
-        return None
-    return source.condition(numbers, seed).to(device, non_blocking=True)
+def _given(source, numbers, seed):
+    """(latents, y, numbers, condition) of the samples: z_0, or the posteriors that it is drawn from; labels; and what
+    each is conditioned on beside them, as its task has it (lfm_fast/tasks), or None."""
+    latents, y = getattr(source, "posteriors", source.batch)(numbers, seed)
+    return latents, y, numbers, source.condition(numbers, seed) if hasattr(source, "condition") else None
 
 
 def _some_dropped(y, index, config, null_label):

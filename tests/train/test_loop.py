@@ -13,7 +13,8 @@ from tiny_run import SETTINGS, TinyAutoencoder, TinySource, flags
 import lfm_fast
 from lfm_fast.autoencoder import Autoencoder, SmallVAE
 from lfm_fast.data import open_images
-from lfm_fast.data.latents import CachedLatents, EncodedImages
+from lfm_fast.data.latents import EncodedImages
+from lfm_fast.data.resident import ResidentLatents
 from lfm_fast.distributed import World
 from lfm_fast.models import DiT, checkpointing, create_model, num_parameters
 from lfm_fast.train import loop, report, source
@@ -85,7 +86,7 @@ def network():
 def test_log_lines_say_what_a_person_wants(tmp_path, capfd):
     folder = train(settings(tmp_path, steps=2), TinySource())
     printed = capfd.readouterr().out
-    expected = r"step 2/2: loss \d\.\d{4}, steps/s [\d.]+, images/s \d+, memory [\d.]+ GB, left 00:00"
+    expected = r"step 2/2: loss \d\.\d{4}, steps/s [\d.]+, images/s \d+, data [\d.]+%, memory [\d.]+ GB, left 00:00"
     assert re.search(expected, printed)
     assert (folder / "log.txt").read_text() == printed
 
@@ -267,7 +268,7 @@ def test_images_are_encoded_ahead_where_they_fit_and_on_the_fly_where_not(tmp_pa
     live, _ = open_source(config, World())
     cached, _ = open_source(settings(tmp_path, **{**config_of(config), "cache_latents": str(tmp_path / "c")}), World())
     direct, _ = open_source(settings(tmp_path, **{**config_of(config), "data": str(tmp_path / "c")}), World())
-    assert [type(s) for s in (ahead, live, cached, direct)] == [CachedLatents, EncodedImages] + [CachedLatents] * 2
+    assert [type(s) for s in (ahead, live, cached, direct)] == [ResidentLatents, EncodedImages] + [ResidentLatents] * 2
     index = torch.tensor([3, 11, 4])
     z_0, y = ahead.batch(index, 5)
     for other in (live, cached, direct):
