@@ -1,6 +1,7 @@
 """The workloads by kind: what a specification (kind, arguments) builds, in this process or in another."""
 
 from benchmarks.feeding import CacheFeeding, FolderFeeding
+from benchmarks.latents import ResidentFeeding
 from benchmarks.networks import Forward, GuidedSampling
 from benchmarks.optimizer import OptimizerStep
 from benchmarks.solving import AtEqualError, Overhead, Solving
@@ -22,6 +23,7 @@ KINDS = {
     "overhead": Overhead,
     "cached latents": CacheFeeding,
     "image folder": FolderFeeding,
+    "resident latents": ResidentFeeding,
     "start": Starting,
     "import": Importing,
 }

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lfm_fast
-from benchmarks import conftest, feeding, measure, names, plain, report
+from benchmarks import conftest, feeding, latents, measure, names, plain, report
 from benchmarks.networks import Forward, GuidedSampling, flow_match_scheduler
 from benchmarks.solving import Mixture, Solving
 from benchmarks.training import TrainingStep
@@ -218,6 +218,17 @@ def test_batches_for_training_are_exact(small, tmp_path, monkeypatch):
                 contender.call()
                 contender.call()
         assert workload.facts("fast path", 1e-3)["share_of_step"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_latents_in_memory_are_exact_however_they_are_made(small, dtype):
+    workload = latents.ResidentFeeding(8, 4, dtype)
+    for contender in workload.contenders().values():
+        with plain.forced(contender.backend):
+            contender.call()
+            if contender.result is not None:
+                assert 0 < relative_error(contender.result(), workload.truth()) < 1e-6
+    assert workload.facts("fast path", 1e-3)["share_of_step"] > 0
 
 
 def write_result(file):
