@@ -1,5 +1,6 @@
 """The workloads by kind: what a specification (kind, arguments) builds, in this process or in another."""
 
+from benchmarks.autoencoders import Autoencoding
 from benchmarks.feeding import CacheFeeding, FolderFeeding
 from benchmarks.latents import ResidentFeeding
 from benchmarks.networks import Forward, GuidedSampling
@@ -24,6 +25,7 @@ KINDS = {
     "cached latents": CacheFeeding,
     "image folder": FolderFeeding,
     "resident latents": ResidentFeeding,
+    "autoencoder": Autoencoding,
     "start": Starting,
     "import": Importing,
 }

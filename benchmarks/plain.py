@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lfm_fast import ops as table
-from lfm_fast.models import dit, edm_layers, guided_layers, layers, spatial_transformer
+from lfm_fast.models import autoencoder_layers, dit, edm_layers, guided_layers, layers, spatial_transformer
 
 WITHOUT_OPS = "plain"  # among backends: the networks without the ops of the table
 
@@ -56,7 +56,8 @@ _OPS = SimpleNamespace(**PLAIN, gelu_tanh=gelu_tanh, linear=F.linear, mlp=mlp)
 @contextmanager
 def plain_pytorch():
     """Within: the networks call these functions instead of the library's ops."""
-    before = {module: module.ops for module in (dit, layers, spatial_transformer, guided_layers, edm_layers)}
+    using = (dit, layers, spatial_transformer, guided_layers, edm_layers, autoencoder_layers)
+    before = {module: module.ops for module in using}
     for module in before:
         module.ops = _OPS
     try:

@@ -12,19 +12,19 @@ import urllib.request
 import warnings
 from dataclasses import dataclass
 from importlib import resources
-from itertools import pairwise
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from lfm_fast import ops
+from lfm_fast.models import fast_autoencoder
+from lfm_fast.models.small_vae import WEIGHTS_FILE, SmallVAE
 from lfm_fast.ops.streams import STREAM_POSTERIOR
 
 EMBEDDED_FOLDER = resources.files("lfm_fast") / "embedded"  # the flow and, in vae/, the VAE that ship with the package
+PIXELS_AT_ONCE = {"cpu": 2**16, "cuda": 2**22}  # of the images that are computed at a time; one is, whatever its size
 DEFAULT_HUB_NAME = "stabilityai/sd-vae-ft-mse"
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # diffusers' name, so that one folder format serves both
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,41 @@ class Autoencoder(nn.Module):
     """A VAE behind one interface: images in [-1, 1] to a scaled ``Posterior`` and latents back to images.
 
     ``network`` is a diffusers ``AutoencoderKL`` or a ``SmallVAE``; both have ``encode(x).latent_dist`` and
-    ``decode(z).sample`` and a ``scaling_factor`` in their configuration.
+    ``decode(z).sample`` and a ``scaling_factor`` in their configuration. It holds the weights, and is what is saved.
+    Where a faster form of it is known (`lfm_fast.models.fast_autoencoder`), that one computes: on a CPU, and on CUDA
+    where ``precision`` asks for it (`lfm_fast.optimize`). Batches are taken in parts, so that memory is bounded by the
+    size of one image.
     """
 
-    def __init__(self, network, name):
+    def __init__(self, network, name, precision=None):
         super().__init__()
         self.network = network.eval().requires_grad_(False)
-        self.name = name
+        self.name, self.precision = name, precision
         config = network.config
         self.scaling_factor = float(config["scaling_factor"])
         self.latent_channels = int(config["latent_channels"])
         self.downsampling = 2 ** (len(config["block_out_channels"]) - 1)
+        self._faster = None  # (what it was made of, the network that computes)
+        self._compiling = None  # torch.compile's options
+
+    def optimized(self, precision="bf16", mode="inference"):
+        """What `lfm_fast.optimize` makes of it: an ``Autoencoder`` on the same weights that computes in `precision`.
+
+        Raises ValueError for a mode other than "inference", an unknown precision or one that the device does not have,
+        and a network of which no faster form is known.
+        """
+        if mode != "inference":
+            raise ValueError(f"mode is {mode!r}, and an autoencoder is for inference; leave mode out.")
+        reason = fast_autoencoder.why_not(self.network, precision, next(self.network.parameters()).device)
+        if reason is not None:
+            raise ValueError(f"{reason}.")
+        other = Autoencoder(self.network, self.name, precision)
+        other.scaling_factor = self.scaling_factor
+        return other
+
+    def compile(self, **options):
+        """Compute through torch.compile, with its options, from the next call on. For CUDA; never run on a GPU."""
+        self._compiling, self._faster = options, None
 
     @property
     def dtype(self):
@@ -91,9 +115,11 @@ class Autoencoder(nn.Module):
             raise ValueError(
                 f"images are {images.shape[2]}x{images.shape[3]}; both sides must be multiples of {self.downsampling}"
             )
-        distribution = self.network.encode(images.to(self.dtype)).latent_dist
+        parts = self._parts(images, images.shape[2] * images.shape[3])
+        found = [self._run("encode", part).latent_dist for part in parts]
         log_scale = 2 * torch.log(torch.tensor(self.scaling_factor))
-        return Posterior(distribution.mean.float() * self.scaling_factor, distribution.logvar.float() + log_scale)
+        mean, log_variance = (torch.cat([getattr(x, name).float() for x in found]) for name in ("mean", "logvar"))
+        return Posterior(mean * self.scaling_factor, log_variance + log_scale)
 
     @torch.no_grad()
     def decode(self, latents):
@@ -102,8 +128,46 @@ class Autoencoder(nn.Module):
             raise ValueError(
                 f"latents have shape {tuple(latents.shape)}; {self.name} decodes (B, {self.latent_channels}, h, w)"
             )
-        images = self.network.decode((latents / self.scaling_factor).to(self.dtype)).sample
-        return images.float().clamp(-1, 1)
+        pixels = latents.shape[2] * latents.shape[3] * self.downsampling**2
+        parts = self._parts(latents / self.scaling_factor, pixels)
+        return torch.cat([self._run("decode", part).sample.float().clamp(-1, 1) for part in parts])
+
+    def _parts(self, batch, pixels):
+        """A batch, of images or of latents of so many pixels, in parts that are computed one after the other."""
+        at_once = PIXELS_AT_ONCE["cuda" if batch.is_cuda else "cpu"]
+        return batch.split(max(1, at_once // max(1, pixels)))
+
+    def _run(self, name, x):
+        network, dtype = self._network()
+        x = x.to(dtype)
+        if network is self.network:
+            return getattr(network, name)(x)
+        with network.products():
+            return getattr(network, name)(x.contiguous(memory_format=torch.channels_last))
+
+    def _network(self):
+        """(the network that computes, the dtype it takes): made anew when a weight was changed or moved."""
+        parameters = list(self.network.parameters())
+        elsewhere = self.precision is None and parameters[0].device.type != "cpu"
+        if elsewhere or self.dtype is not torch.float32 or any(p.is_inference() for p in parameters):
+            return self.network, self.dtype
+        made_of = [(p.data_ptr(), p._version) for p in parameters]
+        if self._faster is None or self._faster[0] != made_of:
+            self._faster = made_of, self._made()
+        return self._faster[1]
+
+    def _made(self):
+        precision = self.precision or "fp32"
+        if self.precision is None and fast_autoencoder.why_not_of(self.network):
+            return self.network, self.dtype
+        network = fast_autoencoder.faster(self.network, precision)
+        if self._compiling is not None:
+            for name in ("encode", "decode"):
+                setattr(network, name, torch.compile(getattr(network, name), **self._compiling))
+        return network, fast_autoencoder.DTYPES[precision]
+
+    def __getstate__(self):
+        return {**self.__dict__, "_faster": None}  # a copy has weights of its own
 
     def save_pretrained(self, folder):
         """Write config.json and the weights into ``folder`` in diffusers' layout. Raises OSError if it cannot."""
@@ -115,137 +179,27 @@ class Autoencoder(nn.Module):
             raise OSError(f"cannot write {folder}: {error}") from error
 
 
-class ResidualBlock(nn.Module):
-    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), width unchanged."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(channels // 16, channels)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(channels // 16, channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
-
-    def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(h)))
-
-
-@dataclass
-class _Gaussian:
-    mean: torch.Tensor
-    logvar: torch.Tensor
-
-
-@dataclass
-class _Encoded:
-    latent_dist: _Gaussian
-
-
-@dataclass
-class _Decoded:
-    sample: torch.Tensor
-
-
-class SmallVAE(nn.Module):
-    """The embedded VAE: a small convolutional autoencoder with diffusers' calling convention and folder format.
-
-    ``block_out_channels`` are the widths from full resolution down; each further level halves the side.
-    """
-
-    def __init__(self, *, block_out_channels=(32, 64, 128), layers_per_block=1, latent_channels=4, scaling_factor=1.0):
-        super().__init__()
-        self.config = {
-            "_class_name": "SmallVAE",
-            "block_out_channels": list(block_out_channels),
-            "layers_per_block": layers_per_block,
-            "latent_channels": latent_channels,
-            "scaling_factor": scaling_factor,
-        }
-        widths = list(block_out_channels)
-        self.encoder = nn.Sequential(*_encoder_layers(widths, layers_per_block, latent_channels))
-        self.decoder = nn.Sequential(*_decoder_layers(widths, layers_per_block, latent_channels))
-        self.to(memory_format=torch.channels_last)  # convolutions run twice as fast on CPUs
-
-    def encode(self, x):
-        mean, log_variance = self.encoder(x).chunk(2, dim=1)
-        return _Encoded(_Gaussian(mean, log_variance.clamp(-20, 10)))
-
-    def decode(self, z):
-        return _Decoded(self.decoder(z))
-
-    def save_pretrained(self, folder):
-        """Write config.json and float16 weights: half the size, and far below the reconstruction error."""
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        half = {key: value.detach().to(torch.float16).contiguous() for key, value in self.state_dict().items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{WEIGHTS_FILE}.partial"
-        save_file(half, partial)
-        partial.replace(folder / WEIGHTS_FILE)
-        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")  # last: then it is whole
-
-    @classmethod
-    def from_pretrained(cls, folder):
-        """Read what ``save_pretrained`` wrote; weights become float32. Raises ValueError for a damaged folder."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        config = {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if not k.startswith("_")}
-        network = cls(**config)
-        try:
-            weights = load((folder / WEIGHTS_FILE).read_bytes())
-        except OSError as error:
-            raise ValueError(f"{folder} holds a config.json but no {WEIGHTS_FILE}") from error
-        except SafetensorError as error:
-            raise ValueError(f"{folder / WEIGHTS_FILE} is truncated or no safetensors file ({error})") from error
-        try:
-            network.load_state_dict({key: value.float() for key, value in weights.items()})
-        except RuntimeError as error:
-            raise ValueError(f"{folder / WEIGHTS_FILE} does not fit the config.json beside it") from error
-        return network
-
-
-def _encoder_layers(widths, layers_per_block, latent_channels):
-    yield nn.Conv2d(3, widths[0], 3, padding=1)
-    for narrow, wide in pairwise(widths):
-        yield nn.Conv2d(narrow, wide, 4, stride=2, padding=1)
-        yield from (ResidualBlock(wide) for _ in range(layers_per_block))
-    yield ResidualBlock(widths[-1])
-    yield nn.GroupNorm(widths[-1] // 16, widths[-1])
-    yield nn.SiLU()
-    yield nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
-
-
-def _decoder_layers(widths, layers_per_block, latent_channels):
-    yield nn.Conv2d(latent_channels, widths[-1], 3, padding=1)
-    yield ResidualBlock(widths[-1])
-    for wide, narrow in pairwise(reversed(widths)):
-        yield from (ResidualBlock(wide) for _ in range(layers_per_block))
-        yield nn.Upsample(scale_factor=2, mode="nearest")
-        yield nn.Conv2d(wide, narrow, 3, padding=1)
-    yield ResidualBlock(widths[0])
-    yield nn.GroupNorm(widths[0] // 16, widths[0])
-    yield nn.SiLU()
-    yield nn.Conv2d(widths[0], 3, 3, padding=1)
-
-
-def load_autoencoder(name_or_folder="embedded", device=None):
+def load_autoencoder(name_or_folder="embedded", device=None, precision=None):
     """An ``Autoencoder`` from the package ("embedded"), a local folder, or a name on the Hugging Face hub.
+
+    ``precision`` is that of `lfm_fast.optimize`; None is float32, as ``Autoencoder`` says.
 
     A folder holds config.json and diffusion_pytorch_model.safetensors (diffusers' layout), or has them in a sub-folder
     ``vae``. Raises ValueError with one sentence where nothing usable is found.
     """
-    device = device or "cpu"
+    found = _found(name_or_folder).to(device or "cpu")
+    return found if precision is None else found.optimized(precision)
+
+
+def _found(name_or_folder):
     if str(name_or_folder) == "embedded":
-        return Autoencoder(SmallVAE.from_pretrained(EMBEDDED_FOLDER / "vae"), "embedded").to(device)
+        return Autoencoder(SmallVAE.from_pretrained(EMBEDDED_FOLDER / "vae"), "embedded")
     folder = Path(name_or_folder)
     if folder.is_dir():
-        return Autoencoder(_from_folder(folder), str(name_or_folder)).to(device)
+        return Autoencoder(_from_folder(folder), str(name_or_folder))
     if folder.is_absolute() or str(name_or_folder).startswith(".") or str(name_or_folder).count("/") != 1:
         raise ValueError(f"autoencoder folder {str(name_or_folder)!r} does not exist")
-    return Autoencoder(_from_hub(str(name_or_folder)), str(name_or_folder)).to(device)
+    return Autoencoder(_from_hub(str(name_or_folder)), str(name_or_folder))
 
 
 def _from_folder(folder):

@@ -10,7 +10,9 @@
 #     sanitizer  compute-sanitizer's memcheck, racecheck and initcheck over the kernels' tests. Each has to catch a fault
 #                made on purpose first; where it cannot (some drivers allow none of them), the table says so
 #     suite      all other tests that are not slow
-# and, only where it is named: graph-times, a training step and sampling with and without CUDA graphs (benchmarks/graphs.py)
+# and, only where they are named: graph-times, a training step and sampling with and without CUDA graphs
+# (benchmarks/graphs.py), and autoencoder-times, encoding and decoding by sd-vae's network (benchmarks/autoencoders.py;
+# wanted of an H200 at 256 px: 1,200 images encoded and 550 decoded a second)
 # A failed test is named below the table: op, shape, dtype and backend are in its name. Logs and results go to
 # test-results/gpu (LFM_FAST_GPU_RESULTS names another folder).
 # Variables: PYTHON, the interpreter that has torch (default python3). It needs pytest, hypothesis, numpy and scipy for
@@ -100,6 +102,9 @@ for phase in "${phases[@]}"; do
       -k "captured or on_a_gpu or host_read or reads_back"
     ;;
   graph-times) checked graph-times "$python" -m benchmarks.graphs --output "$results/graph-times.json" ;;
+  autoencoder-times)
+    checked autoencoder-times "$python" -m benchmarks.autoencoders --output "$results/autoencoder-times.json"
+    ;;
   rows) tests rows tests/ops -m "not slow" -k "cuda and not test_cuda and not triton" ;;
   triton) tests triton tests/ops -m "not slow" --ignore tests/ops/interpreter -k "triton and not test_cuda and not interpret" ;;
   sanitizer)
@@ -132,7 +137,7 @@ try:
 except OSError:
     driver = "unknown"
 print(f"{torch.cuda.get_device_name()}, driver {driver}, torch {torch.__version__}, CUDA {torch.version.cuda}, {commit}")
-print(f"{'phase':<12} {'result':<8} {'passed':>7} {'failed':>7} {'skipped':>7} {'seconds':>8}")
+print(f"{'phase':<17} {'result':<8} {'passed':>7} {'failed':>7} {'skipped':>7} {'seconds':>8}")
 failures = []
 for line in (folder / "phases.tsv").read_text().splitlines():
     name, status, seconds, remark = line.split("\t")
@@ -147,7 +152,7 @@ for line in (folder / "phases.tsv").read_text().splitlines():
             message = re.sub(r"\s+", " ", found.get("message") or "")[:160]
             failures.append(f"  {name}: {case.get('classname')}::{case.get('name')}: {message}")
     passed, failed, skips = counts
-    print(f"{name:<12} {status:<8} {passed:>7} {failed:>7} {skips:>7} {seconds:>8} {remark}".rstrip())
+    print(f"{name:<17} {status:<8} {passed:>7} {failed:>7} {skips:>7} {seconds:>8} {remark}".rstrip())
 print("\n".join(failures))
 PYTHON
 ! grep -q "FAILED" "$results/phases.tsv"

@@ -28,6 +28,7 @@ WITHIN_A_ROW = {
     ("sampler", "sampling"),
     ("guidance", "flow"),
     ("checkpoint", "models"),
+    ("autoencoder", "models"),
 }
 ABOVE_ALL = ("train_fast", "scripts", "tests", "benchmarks")
 RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}

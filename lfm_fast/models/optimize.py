@@ -31,7 +31,7 @@ def optimize(model: nn.Module, precision: str = "bf16", mode: str = "inference")
     Args:
         model: a network of `lfm_fast.create_model`; it is left as it is. In inference also another project's DiT, in
             an adapter of `lfm_fast.interop` or called as ours is: one whose weights have exactly the names and shapes,
-            and that is seen to compute the same on a small input.
+            and that is seen to compute the same on a small input. Or an autoencoder of `lfm_fast.autoencoder`.
         precision: of the matrix products: "bf16", "fp32", "fp8" or, in inference, "tf32", "fp16" or "int8".
             On CPUs with matrix tiles (AMX), bf16 and fp32 multiply packed weights with bias and GELU in one pass; in
             fp32 a number is the sum of three bfloat16, which loses nothing. int8, which is for such CPUs alone,
@@ -59,6 +59,8 @@ def optimize(model: nn.Module, precision: str = "bf16", mode: str = "inference")
 
     Source: Micikevicius et al. 2018, "Mixed precision training" (arXiv 1710.03740), for the float32 copy of weights.
     """
+    if hasattr(type(model), "optimized"):  # an autoencoder
+        return model.optimized(precision, mode)
     ours = isinstance(model, Conditioned | ConvolutionalNetwork) or type(model) is DiT
     if not ours and not _may_be_dit(model):
         raise ValueError(f"optimize takes a network of lfm_fast.create_model, but this is {type(model).__name__}.")

@@ -25,11 +25,16 @@ class _Packed:
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not _serves(x, weight):
             return super()._conv_forward(x, weight, bias)
+        packed, how = self._packed(x, weight)
+        return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *how, "none", [], "")
+
+    def _packed(self, x: Tensor, weight: Tensor) -> tuple[Tensor, tuple]:
+        """The weight in oneDNN's order for inputs such as x, and padding, stride, dilation and groups."""
         how = (self.padding, self.stride, self.dilation, self.groups)
         made_of = (weight.data_ptr(), weight._version)
         if self._order is None or self._order[0] != made_of:
             self._order = made_of, torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *how, list(x.shape))
-        return torch.ops.mkldnn._convolution_pointwise(x, self._order[1], bias, *how, "none", [], "")
+        return self._order[1], how
 
     def __getstate__(self):
         return {name: value for name, value in self.__dict__.items() if name != "_order"}
@@ -50,6 +55,16 @@ def pack_convolutions(network: nn.Module) -> None:
     """Let the convolutions of a network use packed weights, in place; their state dicts are what they were."""
     for module in network.modules():
         module.__class__ = _CLASSES.get(type(module), type(module))
+
+
+def added_to(skip: Tensor, convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    """skip + convolution(x); where the weight is packed, the sum is written over `skip` while the products are made,
+    and rounded once."""
+    if not isinstance(convolution, PackedConv2d) or not _serves(x, convolution.weight) or not _serves(skip, skip):
+        return skip + convolution(x)
+    packed, how = convolution._packed(x, convolution.weight)
+    pointwise = torch.ops.mkldnn._convolution_pointwise_.binary
+    return pointwise(skip, x, packed, convolution.bias, *how, "add", 1.0, None, [], None)
 
 
 def _serves(x: Tensor, weight: Tensor) -> bool:

@@ -1,0 +1,51 @@
+"""Layers of the autoencoders that compute in another way than the layers they stand for."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lfm_fast.models.autoencoder_layers import Subpixel
+from lfm_fast.models.packed_convolution import added_to, pack_convolutions, why_not
+
+with_onednn = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+
+def error(got, want):
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 3, 1, 5), (3, 17, 5, 7)])
+def test_four_convolutions_of_two_by_two_are_one_of_doubled_maps(shape, packed):
+    conv = nn.Conv2d(shape[1], 19, 3, padding=1)
+    fast = nn.Sequential(Subpixel(conv, conv.weight))
+    if packed:
+        pack_convolutions(fast)
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    want = conv.double()(F.interpolate(x.double(), scale_factor=2, mode="nearest"))
+    torch.testing.assert_close(fast(x).double(), want, atol=2e-6, rtol=1e-5)
+
+
+@with_onednn
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 16, 1, 1), (2, 16, 5, 7)])
+def test_a_sum_is_written_over_the_skip_and_rounded_once(shape, dtype):
+    layer = nn.Sequential(nn.Conv2d(16, 24, 3, padding=1).to(dtype))
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+    skip = torch.randn(shape[0], 24, *shape[2:]).to(dtype).contiguous(memory_format=torch.channels_last)
+    want = skip.double() + copy.deepcopy(layer[0]).double()(x.double())
+    assert error(added_to(skip, layer[0], x), want) < {torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+    pack_convolutions(layer)
+    before = skip.clone()
+    got = added_to(skip, layer[0], x)
+    assert got.data_ptr() == skip.data_ptr()
+    # one rounding to 8 bits: at most 2^-9 of each number, and 2^-8 where a product sum lies at the edge of two
+    torch.testing.assert_close(got.double(), want, rtol=2**-8 if dtype is torch.bfloat16 else 1e-5, atol=1e-5)
+    with torch.enable_grad():
+        added_to(before.requires_grad_(), layer[0], x).sum().backward()
+    assert bool((before.grad == 1).all())

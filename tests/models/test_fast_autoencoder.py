@@ -1,0 +1,370 @@
+"""Autoencoders on their fastest path, against diffusers' own network and against float64."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import lfm_fast
+from lfm_fast.autoencoder import PIXELS_AT_ONCE, Autoencoder, SmallVAE, load_autoencoder
+from lfm_fast.models.packed_convolution import PackedConv2d, why_not
+
+WIDTHS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+SHAPES = {
+    "four levels": {"block_out_channels": (16, 32, 32, 64), "norm_num_groups": 8},
+    "deep": {"block_out_channels": (16, 32), "layers_per_block": 2, "norm_num_groups": 16},
+    "bare": {
+        "block_out_channels": (32, 32),
+        "norm_num_groups": 32,
+        "latent_channels": 16,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "mid_block_add_attention": False,
+    },
+    "one level": {"block_out_channels": (24,), "norm_num_groups": 8, "latent_channels": 3},
+}
+with_onednn = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+
+def kl(shape="deep", **changes):
+    """diffusers' autoencoder with random weights, norms that scale and shift among them."""
+    from diffusers import AutoencoderKL
+
+    config = {"latent_channels": 4, **SHAPES[shape], **changes}
+    levels = len(config["block_out_channels"])
+    config = {**{name: (block,) * levels for name, block in WIDTHS.items()}, **config}
+    torch.manual_seed(0)
+    return disturbed(AutoencoderKL(**config))
+
+
+def small(**sizes):
+    torch.manual_seed(0)
+    return disturbed(SmallVAE(**{"block_out_channels": (16, 32, 32), **sizes}))
+
+
+@torch.no_grad()
+def disturbed(network):
+    for module in network.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.uniform_(-0.5, 0.5)
+    for parameter in network.parameters():
+        if not parameter.any():  # what ends a branch that starts as nothing
+            parameter.normal_(std=0.1)
+    return network.eval()
+
+
+def pictures(batch=2, height=32, width=48, seed=1):
+    """Smooth and of full range; each its own."""
+    coarse = torch.rand(batch, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return F.interpolate(coarse, size=(height, width), mode="bicubic").clamp(-1, 1)
+
+
+@torch.no_grad()
+def ways(network, images, latents, dtype=torch.float32):
+    """Mean, log-variance and reconstruction by a network itself, in a dtype."""
+    network = copy.deepcopy(network).to(dtype)
+    gaussian = network.encode(images.to(dtype)).latent_dist
+    return gaussian.mean, gaussian.logvar, network.decode(latents.to(dtype)).sample
+
+
+def fast_ways(autoencoder, images, latents):
+    """The same by an Autoencoder with a scaling factor of 1, but for the clamp of images."""
+    assert autoencoder._network()[0] is not autoencoder.network
+    gaussian = autoencoder._run("encode", images).latent_dist
+    return gaussian.mean, gaussian.logvar, autoencoder._run("decode", latents).sample
+
+
+def error(got, want):
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def inputs(network, **sizes):
+    images = pictures(**sizes)
+    factor = 2 ** (len(network.config["block_out_channels"]) - 1)
+    shape = len(images), network.config["latent_channels"], images.shape[2] // factor, images.shape[3] // factor
+    return images, torch.randn(shape, generator=torch.Generator().manual_seed(2))
+
+
+NETWORKS = {**{name: lambda name=name: kl(name) for name in SHAPES}, "small": small}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_float32_is_the_networks_own(kind):
+    """Posterior and image within 1e-4; sums of a thousand products in another order are 1e-5 apart at most."""
+    network = NETWORKS[kind]()
+    images, latents = inputs(network)
+    want = ways(network, images, latents, torch.float64)
+    own = ways(network, images, latents)
+    fast = lfm_fast.optimize(Autoencoder(network, "test"), "fp32")
+    for got, exact, plain in zip(fast_ways(fast, images, latents), want, own):
+        assert error(got, plain) < 1e-5
+        assert error(got, exact) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_bfloat16_is_no_further_from_float64_than_the_networks_own(kind):
+    network = NETWORKS[kind]()
+    images, latents = inputs(network, batch=4, height=64, width=64)
+    want = ways(network, images, latents, torch.float64)
+    own = ways(network, images, latents, torch.bfloat16)
+    fast = lfm_fast.optimize(Autoencoder(network, "test"), "bf16")
+    for got, exact, plain in zip(fast_ways(fast, images, latents), want, own):
+        assert got.dtype is torch.bfloat16
+        assert error(got, exact) < error(plain, exact) < 0.1
+
+
+def test_the_small_vae_is_what_its_description_says():
+    """By hand, in float64: pairs of convolutions beside a skip, means of two by two channels, repeated pixels."""
+    network = small(block_out_channels=(16, 32), layers_per_block=1)
+    weights = {name: value.double() for name, value in network.state_dict().items()}
+    images, latents = (x.double() for x in inputs(network))
+
+    def conv(x, name, **how):
+        return F.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], **{"padding": 1, **how})
+
+    def norm(x, name):
+        return F.silu(F.group_norm(x, x.shape[1] // 16, weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-5))
+
+    def block(x, name):
+        h = conv(norm(x, f"{name}.norm1"), f"{name}.conv1")
+        return x + conv(norm(h, f"{name}.norm2"), f"{name}.conv2")
+
+    x = conv(conv(images, "encoder.0"), "encoder.1", stride=2)
+    x = conv(norm(block(block(x, "encoder.2"), "encoder.3"), "encoder.4"), "encoder.6")
+    mean, log_variance = x.chunk(2, dim=1)
+    y = block(block(conv(latents, "decoder.0"), "decoder.1"), "decoder.2")
+    y = conv(y.repeat_interleave(2, 2).repeat_interleave(2, 3), "decoder.4")
+    y = conv(norm(block(y, "decoder.5"), "decoder.6"), "decoder.8")
+    fast = lfm_fast.optimize(Autoencoder(network, "test"), "fp32")
+    for got, exact in zip(fast_ways(fast, images, latents), (mean, log_variance.clamp(-20, 10), y)):
+        assert error(got, exact) < 1e-5
+
+
+def test_weights_state_dict_and_fingerprint_are_the_originals(tmp_path):
+    plain = Autoencoder(kl(), "test")
+    weights = {name: value.clone() for name, value in plain.state_dict().items()}
+    for precision in ("fp32", "bf16"):
+        fast = lfm_fast.optimize(plain, precision)
+        fast.decode(fast.encode(pictures()).mode())
+        assert fast.fingerprint == plain.fingerprint
+        assert list(fast.state_dict()) == list(weights)
+        assert all(torch.equal(value, weights[name]) for name, value in fast.state_dict().items())
+        assert all(p is q for p, q in zip(fast.parameters(), plain.parameters(), strict=True))
+    fast.save_pretrained(tmp_path)
+    assert load_autoencoder(tmp_path).fingerprint == plain.fingerprint
+
+
+@pytest.mark.parametrize("precision", [None, "fp32", "bf16"])
+def test_weights_that_are_changed_or_loaded_are_used(precision):
+    autoencoder, images = Autoencoder(small(), "test", precision), pictures()
+    before = autoencoder.encode(images).mean
+    with torch.no_grad():
+        for parameter in autoencoder.parameters():
+            parameter.mul_(1.2)
+    changed = autoencoder.encode(images).mean
+    assert error(changed, before) > 0.05
+    autoencoder.network.load_state_dict(small().state_dict())
+    assert torch.equal(autoencoder.encode(images).mean, before)
+    autoencoder.network.encoder[0] = copy.deepcopy(autoencoder.network.encoder[0])
+    autoencoder.network.encoder[0].bias.add_(1)
+    assert not torch.equal(autoencoder.encode(images).mean, before)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_compute_the_same_on_weights_of_their_own(again):
+    autoencoder, images = lfm_fast.optimize(Autoencoder(small(), "test")), pictures()
+    expected = autoencoder.encode(images).mean
+    other = again(autoencoder)
+    assert torch.equal(other.encode(images).mean, expected)
+    with torch.no_grad():
+        other.network.encoder[0].bias.add_(1)
+    assert not torch.equal(other.encode(images).mean, expected)
+    assert torch.equal(autoencoder.encode(images).mean, expected)
+
+
+def test_float64_is_computed_in_float64():
+    network = kl()
+    images, latents = inputs(network)
+    autoencoder = Autoencoder(copy.deepcopy(network).double(), "test")
+    mean, _, decoded = ways(network, images, latents, torch.float64)
+    assert torch.equal(autoencoder.encode(images.double()).mean, mean.float() * autoencoder.scaling_factor)
+    got = autoencoder.decode(latents.double() * autoencoder.scaling_factor)
+    torch.testing.assert_close(got, decoded.float().clamp(-1, 1))
+
+
+def test_made_and_called_in_inference_mode():
+    images = pictures()
+    expected = Autoencoder(small(), "test").encode(images).mean
+    with torch.inference_mode():
+        inside = Autoencoder(small(), "test")
+        assert error(inside.encode(images).mean, expected) < 1e-5
+        inside.network.encoder[0].bias.add_(1)
+        assert error(inside.encode(images).mean, expected) > 1e-3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_batches_are_taken_in_parts(monkeypatch, precision):
+    autoencoder = lfm_fast.optimize(Autoencoder(kl(), "test"), precision)
+    images = pictures(batch=5, height=16, width=16)
+    whole = autoencoder.encode(images)
+    assert PIXELS_AT_ONCE["cpu"] >= 5 * 256
+    sizes, run = [], autoencoder._run
+    monkeypatch.setitem(PIXELS_AT_ONCE, "cpu", 2 * 256 + 255)
+    monkeypatch.setattr(autoencoder, "_run", lambda name, x: sizes.append(len(x)) or run(name, x))
+    parts = autoencoder.encode(images)
+    decoded = autoencoder.decode(parts.mode())
+    assert sizes == [2, 2, 1] * 2
+    bound = {"fp32": 1e-5, "bf16": 3e-2}[precision]
+    assert error(parts.mean, whole.mean) < bound
+    assert error(parts.log_variance, whole.log_variance) < bound
+    alone = torch.cat([autoencoder.decode(z[None]) for z in parts.mode()])
+    assert error(decoded, alone) < bound
+
+
+def test_memory_is_that_of_one_image(monkeypatch):
+    autoencoder = Autoencoder(kl(), "test")
+    monkeypatch.setitem(PIXELS_AT_ONCE, "cpu", 1)
+    one, six = (torch.randn(batch, 4, 32, 32) for batch in (1, 6))
+    autoencoder.decode(one)
+    extra = peak(lambda: autoencoder.decode(six)) - peak(lambda: autoencoder.decode(one))
+    results = 6 * 3 * 64 * 64 * 4  # bytes
+    assert extra < 3 * results  # parts, whole and the latents; one image's maps take 16 channels of its pixels and more
+    assert peak(lambda: autoencoder.decode(one)) > 3 * 16 * 64 * 64 * 4
+
+
+def peak(call):
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    held = most = 0
+    for event in sorted(_memory_events(profiler), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def _memory_events(profiler):
+    return [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+
+
+def test_an_empty_batch_gives_an_empty_one():
+    autoencoder = Autoencoder(kl(), "test")
+    assert autoencoder.encode(torch.zeros(0, 3, 16, 16)).mean.shape == (0, 4, 8, 8)
+    assert autoencoder.decode(torch.zeros(0, 4, 8, 8)).shape == (0, 3, 16, 16)
+
+
+@pytest.mark.parametrize("make", [kl, small])
+def test_compiled_it_computes_the_same(make):
+    autoencoder, images = lfm_fast.optimize(Autoencoder(make(), "test"), "fp32"), pictures(height=16, width=16)
+    expected = autoencoder.encode(images)
+    decoded = autoencoder.decode(expected.mode())
+    autoencoder.compile(backend="eager", fullgraph=True)
+    assert error(autoencoder.encode(images).mean, expected.mean) < 1e-5
+    assert error(autoencoder.decode(expected.mode()), decoded) < 1e-5
+
+
+def test_loaded_in_a_precision(tmp_path):
+    network = kl()
+    network.save_pretrained(tmp_path)
+    fast = load_autoencoder(tmp_path, precision="bf16")
+    assert fast.precision == "bf16"
+    images = pictures()
+    expected = lfm_fast.optimize(Autoencoder(network, "test"), "bf16").encode(images).mean
+    assert torch.equal(fast.encode(images).mean, expected)
+    assert error(fast.encode(images).mean, load_autoencoder(tmp_path).encode(images).mean) > 1e-4
+
+
+class Other(nn.Module):
+    config = {"scaling_factor": 1.0, "latent_channels": 3, "block_out_channels": (8, 8)}
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 2, stride=2)
+
+
+def another_activation(network):
+    network.register_to_config(act_fn="relu")
+
+
+def another_block(network):
+    network.register_to_config(down_block_types=("AttnDownEncoderBlock2D", "DownEncoderBlock2D"))
+
+
+def scaled_inside(network):
+    network.decoder.mid_block.resnets[0].output_scale_factor = 2.0
+
+
+def in_tiles(network):
+    network.enable_tiling()
+
+
+def in_half(network):
+    network.bfloat16()
+
+
+REFUSED = {
+    another_activation: "activation is relu, and silu alone is known",
+    another_block: "blocks of type AttnDownEncoderBlock2D",
+    scaled_inside: "computes another thing than its configuration describes",
+    in_tiles: "told to work in tiles",
+    in_half: "weights are bfloat16; load them in float32",
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_what_is_not_known_is_refused_and_computes_as_it_is(change):
+    network, images = kl(), pictures()
+    change(network)
+    autoencoder = Autoencoder(network, "test")
+    with pytest.raises(ValueError, match=REFUSED[change]):
+        lfm_fast.optimize(autoencoder, "fp32")
+    with torch.no_grad():
+        expected = network.encode(images.to(autoencoder.dtype)).latent_dist.mean.float() * autoencoder.scaling_factor
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(autoencoder.encode(images).mean, expected)
+
+
+@pytest.mark.parametrize(
+    ("network", "arguments", "says"),
+    [
+        (Other(), ("fp32",), "is a Other, neither AutoencoderKL nor SmallVAE"),
+        (small(), ("fp8",), "precision is 'fp8', expected fp32, tf32, bf16, fp16"),
+        (small(), ("tf32",), "tf32 exists on CUDA devices only"),
+        (small(), ("fp16",), "use bf16 or fp32 on a CPU"),
+        (small(), ("bf16", "training"), "mode is 'training', and an autoencoder is for inference"),
+    ],
+)
+def test_refusals(network, arguments, says):
+    with pytest.raises(ValueError, match=says):
+        lfm_fast.optimize(Autoencoder(network, "test"), *arguments)
+
+
+@with_onednn
+def test_the_embedded_one_is_packed():
+    autoencoder = load_autoencoder("embedded")
+    autoencoder.encode(pictures())
+    packed = [module for module in autoencoder._faster[1][0].modules() if isinstance(module, PackedConv2d)]
+    assert len(packed) > 15
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-2), ("tf32", 1e-2), ("bf16", 3e-2), ("fp16", 1e-2)])
+def test_on_a_gpu_it_computes_the_same(precision, bound, compiled):
+    """cuDNN takes TF32 for convolutions in float32 unless it is told otherwise, hence the bound there."""
+    network = kl("four levels")
+    images, latents = inputs(network)
+    want = ways(network, images, latents, torch.float64)
+    fast = lfm_fast.optimize(Autoencoder(network, "test").to("cuda"), precision)
+    if compiled:
+        fast.compile()
+    for got, exact in zip(fast_ways(fast, images.cuda(), latents.cuda()), want):
+        assert error(got.cpu(), exact) < bound
