@@ -1,6 +1,7 @@
 # Shared by the scripts beside it: `source scripts/environment.sh`, from the repository's root.
 #   phase NAME COMMAND...     run quietly, print one line with the seconds; on failure print the command's output too
 #   make_environment EXTRA    the virtual environment with torch, the packages of that extra and the compiled library
+#   run_tests ARGUMENTS...    pytest of that environment on all cores
 # Variables a user may set:
 #   LFM_FAST_VENV   the environment's folder (default .venv; reused when it is there)
 #   PYTHON          the interpreter a new environment is made with (default python3)
@@ -90,4 +91,9 @@ make_environment() {
   # apart from pip, so that a second run compiles only what changed
   phase "compiled library" "$VENV/bin/python" setup.py -q build_ext --inplace || return 1
   "$VENV/bin/python" -m lfm_fast._library
+}
+
+# A process for each core, of one thread: threads of processes that share cores wait for each other.
+run_tests() {
+  OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$VENV/bin/python" -m pytest -n auto --maxprocesses=8 --dist worksteal "$@"
 }

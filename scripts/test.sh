@@ -26,10 +26,12 @@ run() {
   printf '== %-41s %s %4d s\n' "$name" "$([ "$status" -eq 0 ] && echo 'ok    ' || echo FAILED)" $((SECONDS - start))
 }
 
+slow_tests() { LFM_FAST_SAMPLE=full run_tests -m "slow and not sanitizer" "$@"; }
+
 everything() {
-  run "tests not marked slow" "$VENV/bin/python" -m pytest -m "not slow" "$@"
+  run "tests not marked slow" run_tests -m "not slow" "$@"
   if $all; then
-    run "slow tests, in full" env LFM_FAST_SAMPLE=full "$VENV/bin/python" -m pytest -m "slow and not sanitizer" "$@"
+    run "slow tests, in full" slow_tests "$@"
     run "sanitizers, in full" bash scripts/sanitize.sh full
     run "every way to install" bash scripts/check_install.sh --all
   fi
