@@ -6,8 +6,10 @@ Work is split by *sample number*: a rank takes a contiguous slice of the numbers
 on the number alone, any world size makes the same samples.
 """
 
+import contextlib
 import gc
 import os
+import pickle
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -15,6 +17,10 @@ import torch
 import torch.distributed as dist
 
 CONTROL_TIMEOUT = timedelta(days=7)  # rank 0 may encode a whole data set; torchrun ends everybody if it dies
+
+
+class PeerLost(RuntimeError):
+    """Another rank has ended before its part was done: killed, or by an error of its own."""
 
 
 @dataclass
@@ -75,10 +81,47 @@ class World:
                 box[0] = make()
             except Exception as error:
                 box[1] = error
-        dist.broadcast_object_list(box, src=0, group=self.control)
+            box[1] = box[1] and _portable(box[1])
+        with _exchange():
+            dist.broadcast_object_list(box, src=0, group=self.control)
         if box[1] is not None:
             raise box[1]
         return box[0]
+
+    def main_first(self, make):
+        """`make()` of every rank, after rank 0's: a note or a file that it leaves there saves the others their work."""
+        made = []
+        self.from_main(lambda: made.append(make()))
+        return made[0] if made else make()
+
+    def gather_objects(self, value):
+        """Every rank's `value`, anything that pickles, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        with _exchange():
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def spread(self, work, count):
+        """[work(0), ..., work(count - 1)] on every rank; rank r makes those of r, r + size, r + 2 size, ...
+
+        An error ends the share of the rank that meets it, and is raised on every rank when all others have made theirs.
+        """
+        made, error = {}, None
+        try:
+            for number in range(self.rank, count, self.size):
+                made[number] = work(number)
+        except Exception as problem:
+            error = problem
+        parts = self.gather_objects((made, error and self.size > 1 and _portable(error)))
+        if error is not None:
+            raise error
+        for part, problem in parts:
+            made |= part
+            if problem:
+                raise problem
+        return [made[number] for number in range(count)]
 
     def vote(self, ballot):
         """A started, not yet awaited sum of every rank's bool: call `.result()` for whether any said yes."""
@@ -93,6 +136,23 @@ class World:
             self.control = None
             gc.collect()  # DistributedDataParallel is part of a cycle and holds the group
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _exchange():
+    """The transport's words for a rank that is not there any more, in ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost("another rank has ended before its part was done") from error
+
+
+def _portable(error):
+    """`error`, or what it says in an error that another process can be sent."""
+    with contextlib.suppress(Exception):
+        if str(pickle.loads(pickle.dumps(error))) == str(error):
+            return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 class Vote:

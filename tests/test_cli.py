@@ -90,6 +90,16 @@ def test_encode_writes_a_cache_that_training_reads(tmp_path, capsys):
     assert "wrote the latents of 4 images" in said
     cache = LatentCache.open(tmp_path / "cache")
     assert (cache.num_items, cache.latent_shape, list(cache.class_names)) == (4, (4, 8, 8), ["blue", "red"])
+    assert main(["info", str(tmp_path / "cache"), "--verify"]) == 0
+    said = capsys.readouterr().out
+    assert "4 images in 2 classes, latents (4, 8, 8)" in said
+    assert f"fingerprint {cache.provenance['fingerprint']}" in said
+    copy = ["--data", str(tmp_path / "cache"), "--image-size", "32", "--autoencoder", "embedded", "--dtype", "bf16"]
+    assert main(["encode", *copy, "--output", str(tmp_path / "copy")]) == 0
+    assert "wrote 4 latents" in capsys.readouterr().out
+    assert LatentCache.open(tmp_path / "copy").dtype == torch.bfloat16
+    assert main(["encode", *arguments, "--store", "samples", "--seed", "1", "--output", str(tmp_path / "cache")]) == 2
+    assert "store='posterior', but store='samples' is asked for" in capsys.readouterr().err
 
 
 def test_convert_keeps_what_is_drawn(tmp_path):

@@ -1,15 +1,41 @@
-"""`lfm-fast info`: what is installed and which kernels run."""
+"""`lfm-fast info`: what is installed and which kernels run, or what lies in a folder of latents."""
 
 from lfm_fast import __version__
 
 
 def add(commands):
-    says = "say what is installed and which kernels run"
+    says = "say what is installed and which kernels run, or what lies in a folder of latents"
     parser = commands.add_parser("info", help=says, description=f"{says[0].upper()}{says[1:]}.")
     parser.set_defaults(run=run)
+    parser.add_argument("folder", nargs="?", help="folder of latents (default: what is installed)")
+    parser.add_argument("--verify", action="store_true", help="compare the checksum of every shard, whatever is noted")
 
 
 def run(args):
+    if args.folder is not None:
+        return _latents(args.folder, args.verify or None)
+    return _installed()
+
+
+def _latents(folder, verify):
+    from lfm_fast.data.foreign_latents import OURS, latent_layout, open_latents
+
+    layout = latent_layout(folder)
+    # another tool's are in a unit that they do not say: shown as they lie there
+    cache = open_latents(folder, scaling=None if layout in (OURS, None) else 1.0, verify=verify)
+    made, mirrored = cache.provenance, " and their mirror images" if cache.has_flip else ""
+    print(f"{cache.num_items} images{mirrored} in {len(cache.class_names)} classes, latents {cache.latent_shape}")
+    print(f"layout: {layout}, {made['store']} in {str(cache.dtype).removeprefix('torch.')}")
+    if made.get("fingerprint"):
+        print(f"autoencoder: {made['autoencoder']}, fingerprint {made['fingerprint']}")
+        print(f"images: {made['source']}, {made['image_size']} pixels, list {made['images_digest']}")
+    for name, values in (("mean", cache.mean), ("standard deviation", cache.std)):
+        print(f"{name}: {', '.join(f'{value:.4g}' for value in values.tolist())}")
+    if cache.variance_note() and layout == OURS:
+        print(cache.variance_note())
+
+
+def _installed():
     import platform
 
     import torch

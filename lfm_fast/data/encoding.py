@@ -1,25 +1,27 @@
 """Images through the autoencoder, once: into a latent cache on disk, or into memory."""
 
+import contextlib
 import hashlib
 import json
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from lfm_fast.checkpoint import atomic_write
-from lfm_fast.data.latent_cache import (
-    FORMAT,
-    LATENTS,
-    POSTERIOR,
-    STATS_FILE,
-    LatentCache,
-    file_checksum,
-    moments,
-    read_header,
-)
+from lfm_fast.data.latent_cache import FORMAT, LATENTS, POSTERIOR, LatentCache, moments, sums_of
+from lfm_fast.data.latent_writing import LatentWriter
+from lfm_fast.distributed import World
+
+STORES = {  # what of a posterior is kept
+    "posterior": "mean and log-variance, to be sampled anew at every visit",
+    "latents": "its mode",
+    "samples": "one sample, drawn once",
+}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+_COPIED_AT_ONCE = 256
 
 
 def encode_images(
@@ -30,54 +32,116 @@ def encode_images(
     flip: bool | None = None,
     store: str = "posterior",
     dtype: torch.dtype = torch.float32,
+    seed: int = 0,
     batch_size: int = 32,
     shard_size: int = 4096,
     progress: bool = True,
+    world: World | None = None,
 ) -> LatentCache:
     """Encode every image of `source` into a latent cache at `folder`, shard by shard, and open it.
 
-    A shard is written whole or not at all; calling again after an interruption makes only the missing shards.
+    A shard is written whole or not at all; calling again after an interruption makes only the missing and the damaged
+    ones. With a `world` of several ranks every rank calls this, on a folder that all of them see, and each encodes its
+    share; the files are the same for any number of ranks.
 
     Args:
         source: an `ImageSource`.
         autoencoder: encode(images in [-1, 1]) -> posterior in latent units; see `lfm_fast.autoencoder`.
         folder: where the shards go; empty, new, or begun by the same call.
         flip: encode the mirrored images as well; None follows `source.flip`.
-        store: "posterior" (mean and log-variance, sampled anew at every visit) or "latents" (the mode alone).
+        store: "posterior" (mean and log-variance, sampled anew at every visit), "latents" (the mode alone) or
+            "samples" (one draw: that of sample number i for image i of N, and of N + i for its mirror image).
         dtype: of the stored tensors, float32, float16 or bfloat16.
+        seed: of the draws of store="samples".
         batch_size, shard_size: images per forward, and per file.
+        world: the ranks that encode; None is this process alone.
 
     Raises:
-        ValueError: bad argument, a folder begun with other images or another autoencoder, or non-finite latents.
+        ValueError: bad argument, a folder begun with other images or another autoencoder, an image that cannot be read
+            any more, or non-finite latents.
+        OSError: the disk is full, or the folder cannot be written.
+        RuntimeError: another rank has died.
     """
     check_sizes(source, autoencoder)
-    if store not in ("posterior", "latents"):
-        raise ValueError(f"store={store!r} is not known: choose 'posterior' or 'latents'.")
+    if store not in STORES:
+        raise ValueError(f"store={store!r} is not known: choose 'posterior', 'latents' or 'samples'.")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype} is not one to store latents in: choose float32, float16 or bfloat16.")
     if batch_size < 1 or shard_size < 1:
         raise ValueError(f"batch_size={batch_size} and shard_size={shard_size} must be at least 1.")
-    folder = Path(folder).expanduser()
     flip = source.flip if flip is None else flip
-    names = POSTERIOR if store == "posterior" else LATENTS
     provenance = _provenance(source, autoencoder, flip, store, dtype, shard_size)
-    ranges = [range(k, min(k + shard_size, len(source))) for k in range(0, len(source), shard_size)]
-    missing = [k for k in range(len(ranges)) if not _stands(folder, k, provenance)]
-    bar = tqdm(total=sum(len(ranges[k]) for k in missing), desc="encoding", unit="image", disable=not progress or None)
-    with bar:
-        for k in missing:
-            shard = encode_range(source, autoencoder, ranges[k], names, flip, batch_size, dtype, bar)
-            _write_shard(_shard_path(folder, k), shard, provenance | {"shard": k})
-    if missing or not (folder / STATS_FILE).is_file():
-        _write_stats(folder, ranges, names, source, provenance)
-    return _checked(LatentCache.open(folder))
+    if store == "samples":
+        provenance["seed"] = int(seed)
+
+    def rows(chunks):
+        return encoded_rows(source, autoencoder, chunks, store, flip, dtype, seed)
+
+    writer = LatentWriter(
+        Path(folder).expanduser(),
+        source.labels,
+        source.class_names,
+        provenance,
+        rows,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        progress=progress,
+        world=world or World(),
+    )
+    return _checked(writer.write())
+
+
+def copy_latents(cache: LatentCache, folder, *, dtype=None, shard_size: int = 4096, progress=True, world=None):
+    """Write any open cache, such as one of another tool's files, into a cache of ours at `folder`, and open it.
+
+    Labels and their order stay; latents are stored as `dtype` (None: as they are) in the unit that `cache` has them in.
+
+    Raises:
+        ValueError, OSError: as `encode_images`.
+    """
+    names, mirrored = POSTERIOR if cache.is_posterior else LATENTS, (False, True) if cache.has_flip else (False,)
+    dtype = dtype or cache.dtype
+
+    def rows(chunks):
+        for chunk in chunks:
+            items, found = torch.arange(chunk.start, chunk.stop), {}
+            for flipped in mirrored:
+                flips = torch.ones(len(items), dtype=torch.bool) if flipped else None
+                for name, values in zip(names, cache.read(items, flips)):
+                    found[name + "_flip" * flipped] = values.to(dtype)
+            yield found
+
+    made = {"format": FORMAT, "dtype": str(dtype).removeprefix("torch."), "shard_size": shard_size}
+    provenance = cache.provenance | made | {"copied_from": cache.provenance["format"]}
+    writer = LatentWriter(
+        Path(folder).expanduser(),
+        cache.labels,
+        cache.class_names,
+        provenance,
+        rows,
+        batch_size=_COPIED_AT_ONCE,
+        shard_size=shard_size,
+        progress=progress,
+        world=world or World(),
+    )
+    return writer.write()
 
 
 def encode_in_memory(source, autoencoder, *, flip: bool | None = None, batch_size: int = 32) -> LatentCache:
     """The same without files: every posterior of `source` as float32 in memory."""
     check_sizes(source, autoencoder)
     flip = source.flip if flip is None else flip
-    shard = encode_range(source, autoencoder, range(len(source)), POSTERIOR, flip, batch_size, torch.float32)
+    chunks = [range(k, min(k + batch_size, len(source))) for k in range(0, len(source), batch_size)]
+    shard = {}
+    with contextlib.closing(encoded_rows(source, autoencoder, chunks, "posterior", flip, torch.float32)) as rows:
+        for chunk, found in zip(chunks, rows):
+            for name, values in found.items():
+                if name not in shard:
+                    shard[name] = torch.empty(len(source), *values.shape[1:])
+                shard[name][chunk.start : chunk.stop] = values
+    shard["labels"] = source.labels.clone()
     provenance = _provenance(source, autoencoder, flip, "posterior", torch.float32, len(source))
-    return _checked(LatentCache([shard], source.class_names, *moments([shard], POSTERIOR), provenance))
+    return _checked(LatentCache([shard], source.class_names, *moments([sums_of(shard, POSTERIOR)]), provenance))
 
 
 def _checked(cache: LatentCache) -> LatentCache:
@@ -109,26 +173,51 @@ def device_of(autoencoder):
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def encode_range(source, autoencoder, positions, names, flip, batch_size, dtype, bar=None) -> dict[str, torch.Tensor]:
-    """One shard: tensors `names` (and `_flip`) of shape (n, C, h, w) and labels (n,), on the CPU."""
-    chunks = [positions[k : k + batch_size] for k in range(0, len(positions), batch_size)]
-    parts = {}
+def dtype_of(autoencoder) -> torch.dtype:
+    """What its weights are of."""
+    return getattr(autoencoder, "dtype", torch.float32)
+
+
+def encoded_rows(source, autoencoder, chunks, store, flip, dtype, seed=0) -> Iterator[dict[str, torch.Tensor]]:
+    """For each chunk of positions the tensors that a shard keeps of it (and `_flip`), (b, C, h, w), on the CPU."""
+    with contextlib.closing(_read_ahead(source, chunks)) as read:
+        for chunk, images in read:
+            yield _kept(source, autoencoder, chunk, images, store, flip, dtype, seed)
+
+
+def _kept(source, autoencoder, chunk, images, store, flip, dtype, seed) -> dict[str, torch.Tensor]:
+    names = POSTERIOR if store == "posterior" else LATENTS
+    images, rows = to_model_range(images, device_of(autoencoder)), {}
+    for suffix in ("", "_flip") if flip else ("",):
+        posterior = autoencoder.encode(images.flip(-1) if suffix else images)
+        if store == "posterior":
+            values = posterior.mean, posterior.log_variance
+        elif store == "latents":
+            values = (posterior.mode(),)
+        else:
+            index = torch.arange(chunk.start, chunk.stop, device=posterior.mean.device)
+            values = (posterior.sample(index + len(source) if suffix else index, seed),)
+        for name, value in zip(names, values):
+            rows[name + suffix] = _finite(value.to(dtype), source, chunk).cpu()
+    return rows
+
+
+def _read_ahead(source, chunks):
+    """(chunk, its images), while a thread reads the next one's."""
+
+    def read(chunk):
+        try:
+            return source.batch(chunk)
+        except OSError as error:  # a sentence of ours: it is no fault of the shard that is being written
+            names = f"{source.names[chunk[0]]} to {source.names[chunk[-1]]}"
+            raise ValueError(f"An image of {source.name} cannot be read, among {names}: {error}.") from error
+
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as ahead:
-        waiting = ahead.submit(source.batch, chunks[0])
+        waiting = [ahead.submit(read, chunk) for chunk in chunks[:1]]
         for number, chunk in enumerate(chunks):
-            images = waiting.result()
-            if number + 1 < len(chunks):  # the next batch is decoded while this one is encoded
-                waiting = ahead.submit(source.batch, chunks[number + 1])
-            images = to_model_range(images, device_of(autoencoder))
-            for suffix in ("", "_flip") if flip else ("",):
-                posterior = autoencoder.encode(images.flip(-1) if suffix else images)
-                for name, value in zip(names, (posterior.mean, posterior.log_variance)):
-                    parts.setdefault(name + suffix, []).append(_finite(value, source, chunk).to(dtype).cpu())
-            if bar is not None:
-                bar.update(len(chunk))
-    shard = {name: torch.cat(values).contiguous() for name, values in parts.items()}
-    shard["labels"] = source.labels[list(positions)].clone()
-    return shard
+            images = waiting.pop().result()
+            waiting += [ahead.submit(read, following) for following in chunks[number + 1 : number + 2]]
+            yield chunk, images
 
 
 def _finite(value, source, chunk):
@@ -136,7 +225,7 @@ def _finite(value, source, chunk):
     if bad:
         raise ValueError(
             f"The autoencoder gives a latent that is not finite for {source.names[chunk[bad[0]]]}: "
-            "run it in float32 (half precision overflows on some images)."
+            "run it, and store its latents, in float32 or bfloat16 (float16 overflows on some images)."
         )
     return value
 
@@ -155,45 +244,7 @@ def _provenance(source, autoencoder, flip, store, dtype, shard_size) -> dict:
         "store": store,
         "dtype": str(dtype).removeprefix("torch."),
         "shard_size": shard_size,
+        "crop": source.crop,
+        "precision": getattr(autoencoder, "precision", None)
+        or _PRECISIONS[getattr(autoencoder, "dtype", torch.float32)],
     }
-
-
-def _shard_path(folder: Path, number: int) -> Path:
-    return folder / f"latents-{number:05d}.safetensors"
-
-
-def _stands(folder: Path, number: int, provenance: dict) -> bool:
-    """Whether the shard is there already; refuses a folder begun with something else."""
-    header = read_header(_shard_path(folder, number))
-    if header is None:
-        return False
-    for key, value in (provenance | {"shard": number}).items():
-        if header.get(key) != value:
-            raise ValueError(
-                f"{folder} holds latents with {key}={header.get(key)!r}, but {key}={value!r} is asked for: "
-                "choose another folder, or delete this one."
-            )
-    return True
-
-
-def _write_shard(path: Path, shard: dict, header: dict) -> None:
-    from safetensors.torch import save_file
-
-    with atomic_write(path) as temporary:
-        save_file(shard, temporary, metadata={"lfm_fast": json.dumps(header)})
-
-
-def _write_stats(folder: Path, ranges, names, source, provenance) -> None:
-    """Statistics over all shards, read back from disk one at a time, and each file's size and checksum."""
-    from safetensors.torch import load_file
-
-    paths = [_shard_path(folder, k) for k in range(len(ranges))]
-    mean, std = moments((load_file(path) for path in paths), names)
-    rows = [
-        {"file": path.name, "items": len(items), "bytes": path.stat().st_size, "crc32": file_checksum(path)}
-        for path, items in zip(paths, ranges)
-    ]
-    stats = {"format": FORMAT, "mean": mean, "std": std, "class_names": source.class_names}
-    stats |= {"provenance": provenance, "shards": rows}
-    with atomic_write(folder / STATS_FILE) as temporary:
-        temporary.write_text(json.dumps(stats, indent=1) + "\n", encoding="utf-8")

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import torch
 
+from lfm_fast.checkpoint import atomic_write
 from lfm_fast.data.cache import read_note, write_note
+from lfm_fast.data.shards import file_checksum, map_shard
 
 FORMAT = 1
 STATS_FILE = "stats.json"
 POSTERIOR, LATENTS = ("mean", "log_variance"), ("latents",)
+_NUMBERS_AT_ONCE = 1 << 20  # summed in float64 at a time
 
 
 class LatentCache:
@@ -97,49 +100,73 @@ class LatentCache:
         stats = _read_stats(folder)
         _check_provenance(stats["provenance"], fingerprint, image_size)  # before gigabytes are read
         _verify(folder, stats["shards"], verify)
-        shards = [_map_shard(folder / row["file"], row["items"]) for row in stats["shards"]]
-        return cls(shards, stats["class_names"], stats["mean"], stats["std"], stats["provenance"])
+        shards = [_map(folder / row["file"], row["items"]) for row in stats["shards"]]
+        if len({layout_of(shard) for shard in shards}) > 1:
+            raise ValueError(f"{folder} holds shards of different kinds: delete it and encode again.")
+        cache = cls(shards, stats["class_names"], stats["mean"], stats["std"], stats["provenance"])
+        if not 0 <= int(cache.labels.min()) <= int(cache.labels.max()) < len(cache.class_names):
+            raise ValueError(f"{folder} has labels beyond its {len(cache.class_names)} classes: encode again.")
+        return cache
 
 
-def moments(shards, names) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel of posterior draws: var = E[mean^2] - E[mean]^2 + E[exp(log_variance)].
+def sums_of(shard: dict, names) -> tuple[int, list[float], list[float]]:
+    """(elements per channel, sum of E[z], sum of E[z^2]) of posterior draws of a shard, per channel, in float64.
 
-    `shards` yields dicts of tensors (n, C, h, w); sums run in float64.
+    E[z^2] = mean^2 + exp(log_variance). A few rows at a time: a shard may be larger than the memory.
     """
+    rows = shard[names[0]]
     count, total, squares = 0, 0.0, 0.0
-    for shard in shards:
-        mean = shard[names[0]].double()
+    step = max(1, _NUMBERS_AT_ONCE // max(1, rows.shape[1:].numel()))
+    for first in range(0, len(rows), step):
+        mean = rows[first : first + step].double()
         count += mean.numel() // mean.shape[1]
         total = total + mean.sum(dim=(0, 2, 3))
         squares = squares + mean.square().sum(dim=(0, 2, 3))
         if len(names) == 2:
-            squares = squares + shard[names[1]].double().exp().sum(dim=(0, 2, 3))
-    average = total / count
-    return average.tolist(), (squares / count - average.square()).clamp(min=0).sqrt().tolist()
+            squares = squares + shard[names[1]][first : first + step].double().exp().sum(dim=(0, 2, 3))
+    return count, total.tolist(), squares.tolist()
 
 
-def file_checksum(path) -> int:
-    """CRC-32 of a file's bytes: finds a flipped bit, at the speed of the disk."""
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
+def moments(sums) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel of what `sums_of` gave for all shards, added in their order."""
+    counts, totals, squares = zip(*sums)
+    count = sum(counts)
+    average = torch.tensor(totals, dtype=torch.float64).sum(0) / count
+    square = torch.tensor(squares, dtype=torch.float64).sum(0) / count
+    return average.tolist(), (square - average.square()).clamp(min=0).sqrt().tolist()
 
 
-def read_header(path) -> dict | None:
-    """The provenance inside a shard, or None where the file is missing or damaged."""
-    from safetensors import SafetensorError, safe_open
+def write_stats(folder: Path, content: dict) -> None:
+    """stats.json, with a checksum over all that it says; with it the cache is finished."""
+    content = {"format": FORMAT} | content
+    with atomic_write(folder / STATS_FILE) as temporary:
+        text = json.dumps(content | {"checksum": _checksum(content)}, indent=1)
+        temporary.write_text(text + "\n", encoding="utf-8")
 
+
+def known_checksums(folder: Path) -> dict[str, int]:
+    """The checksum of each shard that stats.json knows; none where there is no such file that can be read."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {})["lfm_fast"])
-    except (OSError, SafetensorError, KeyError, ValueError):
-        return None
+        return {row["file"]: row["crc32"] for row in _read_stats(folder)["shards"]}
+    except ValueError:
+        return {}
+
+
+def note_checksums(folder: Path, rows, states) -> None:
+    """Remember that this machine has compared these files, when they were in these states."""
+    write_note("shards", folder, {row["file"]: [*state, row["crc32"]] for row, state in zip(rows, states)})
+
+
+def file_state(path: Path) -> list[int]:
+    """What changes when a file is written again: its size and its time."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def _check_provenance(provenance: dict, fingerprint, image_size) -> None:
     made_by, side = provenance.get("fingerprint"), provenance.get("image_size")
+    if made_by is None and isinstance(provenance.get("format"), str):
+        return  # another tool's files do not say what they were made with
     if fingerprint is not None and fingerprint != made_by:
         raise ValueError(
             f"These latents were made by the autoencoder {provenance.get('autoencoder')} with fingerprint {made_by}, "
@@ -163,15 +190,40 @@ def _read_stats(folder: Path) -> dict:
         )
     try:
         stats = json.loads(path.read_text(encoding="utf-8"))
-        lists = [stats["class_names"], stats["mean"], stats["std"], stats["shards"]]
-        rows = [(str(row["file"]), int(row["items"]), int(row["bytes"]), int(row["crc32"])) for row in stats["shards"]]
-        known = stats["format"] == FORMAT and isinstance(stats["provenance"], dict) and rows
-        whole = known and all(isinstance(part, list) for part in lists) and all(map(math.isfinite, stats["std"]))
-    except (ValueError, KeyError, TypeError) as error:
+        known = stats["format"] == FORMAT
+        if known:
+            _require_whole(stats)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}): delete it and encode again.") from error
-    if not whole:
+    if not known:
         raise ValueError(f"{path} is not of format {FORMAT}, which this version reads: encode the images again.")
     return stats
+
+
+def _require_whole(stats: dict) -> None:
+    """Raise an error of some kind for statistics that `write_stats` would not have written."""
+    if "checksum" in stats:  # older ones have none
+        content = {name: value for name, value in stats.items() if name != "checksum"}
+        if stats["checksum"] != _checksum(content):
+            raise ValueError("checksum")
+    rows, mean, std = stats["shards"], stats["mean"], stats["std"]
+    counts = [int(number) for row in rows for number in (row["items"], row["bytes"], row["crc32"])]
+    names = [row["file"] == shard_name(number) for number, row in enumerate(rows)]
+    if not (rows and all(names) and min(counts) >= 0 and len(mean) == len(std) > 0):
+        raise ValueError("rows")
+    if not all(math.isfinite(value) for value in [*mean, *std]) or not isinstance(stats["provenance"], dict):
+        raise ValueError("values")
+    if not (isinstance(stats["class_names"], list) and all(isinstance(name, str) for name in stats["class_names"])):
+        raise ValueError("class names")
+
+
+def _checksum(content: dict) -> int:
+    """CRC-32 of the content itself, not of how it is laid out."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def shard_name(number: int) -> str:
+    return f"latents-{number:05d}.safetensors"
 
 
 def _verify(folder: Path, rows: list[dict], verify: bool | None) -> None:
@@ -182,34 +234,46 @@ def _verify(folder: Path, rows: list[dict], verify: bool | None) -> None:
         path = folder / row["file"]
         if not path.is_file():
             raise ValueError(f"Shard {path} is missing: encode again into the same folder and only it is made anew.")
-        status = path.stat()
-        if status.st_size != row["bytes"]:
-            raise _damaged(path, f"it has {status.st_size} bytes instead of {row['bytes']}")
-        key = [status.st_size, status.st_mtime_ns, row["crc32"]]
-        if verify or (verify is None and known.get(row["file"]) != key):
-            new.append((path, row, key))
+        state = [*file_state(path), row["crc32"]]
+        if state[0] != row["bytes"]:
+            raise _damaged(path, f"it has {state[0]} bytes instead of {row['bytes']}")
+        if verify or (verify is None and known.get(row["file"]) != state):
+            new.append((path, row, state))
     with ThreadPoolExecutor(4) as pool:
-        for (path, row, key), value in zip(new, pool.map(file_checksum, (path for path, _, _ in new))):
+        for (path, row, state), value in zip(new, pool.map(file_checksum, (path for path, _, _ in new))):
             if value != row["crc32"]:
                 raise _damaged(path, "its checksum differs from the one in stats.json")
-            known[row["file"]] = key
+            known[row["file"]] = state
     if new:
         write_note("shards", folder, known)
 
 
 def _damaged(path, why) -> ValueError:
-    return ValueError(f"Shard {path} is damaged ({why}): delete it, encode again, and only it is made anew.")
+    return ValueError(f"Shard {path} is damaged ({why}): encode again into the same folder and only it is made anew.")
 
 
-def _map_shard(path: Path, items: int) -> dict[str, torch.Tensor]:
-    """The shard's tensors, memory-mapped: rows are read from the disk when they are asked for."""
-    from safetensors import SafetensorError, safe_open
-
+def _map(path: Path, items: int) -> dict[str, torch.Tensor]:
     try:
-        with safe_open(path, framework="pt") as file:
-            shard = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
+        shard = map_shard(path)
+    except ValueError as error:
         raise _damaged(path, str(error)) from error
-    if len(shard.get("labels", ())) != items or not ("latents" in shard or "mean" in shard):
+    if any(len(tensor) != items for tensor in shard.values()) or not layout_of(shard):
         raise _damaged(path, f"it does not hold {items} items with labels")
     return shard
+
+
+def names_in(shard: dict) -> tuple[str, ...]:
+    """The tensors that a latent of the shard is made of: a posterior's two, or the latent itself."""
+    return POSTERIOR if "mean" in shard else LATENTS
+
+
+def layout_of(shard: dict) -> tuple | None:
+    """What the shards of a cache have in common: tensors, types, and shape of a latent; None if they are none."""
+    names = names_in(shard)
+    whole = [name + suffix for suffix in (("", "_flip") if f"{names[0]}_flip" in shard else ("",)) for name in names]
+    if sorted(shard) != sorted([*whole, "labels"]) or shard["labels"].ndim != 1:
+        return None
+    shapes = {tuple(shard[name].shape[1:]) for name in whole}
+    if len(shapes) > 1 or len(next(iter(shapes))) != 3:
+        return None
+    return tuple(sorted(whole)), shapes.pop(), *(str(shard[name].dtype) for name in (names[0], "labels"))

@@ -34,12 +34,13 @@ class ImageSource:
     """Square RGB pictures with a label each.
 
     Attributes: labels (N,) int64; class_names and names, lists of str; image_size, the side in pixels; flip, whether
-    a horizontal mirror is a fair augmentation; report, a `Report`; name, what provenance calls this source.
-    Subclasses implement `load`.
+    a horizontal mirror is a fair augmentation; report, a `Report`; name, what provenance calls this source; crop, how
+    pictures are cut to size ("centre": box halvings, bicubic, the middle square). Subclasses implement `load`.
     """
 
     name = "images"
     flip = False
+    crop = "centre"
 
     def __init__(self, image_size, labels, class_names, names, report=None):
         self.image_size = int(image_size)

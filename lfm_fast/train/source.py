@@ -7,7 +7,8 @@ from pathlib import Path
 from lfm_fast import _graphs
 from lfm_fast.autoencoder import DEFAULT_HUB_NAME, load_autoencoder
 from lfm_fast.data import resident
-from lfm_fast.data.latents import EncodedImages, LatentCache, encode_images
+from lfm_fast.data.foreign_latents import OURS, latent_layout, open_latents
+from lfm_fast.data.latents import EncodedImages, encode_images
 from lfm_fast.data.resident import ResidentLatents
 from lfm_fast.data.source import ImageSource
 from lfm_fast.tasks import CONDITIONED, task_named
@@ -20,11 +21,15 @@ def open_source(config, world, say=print):
     if config.data is None:
         raise ValueError(f"preset {config.preset} comes without data; give --data FOLDER (images or cached latents)")
     latent_format(config.autoencoder)  # its complaints, before anything is read or loaded
-    if is_latent_cache(config.data):
+    if latent_layout(config.data) is not None:
         _refuse_second_cache(config)
         _refuse_cache(config)
         autoencoder = load_autoencoder(config.autoencoder, device=world.device)
-        cache = LatentCache.open(config.data, fingerprint=autoencoder.fingerprint, image_size=config.image_size)
+        cache = world.main_first(
+            lambda: open_latents(config.data, autoencoder=autoencoder, image_size=config.image_size)
+        )
+        if world.is_main and latent_layout(config.data) != OURS:
+            say(f"The latents in {config.data} do not say what made them; they fit {autoencoder.name}, and are its.")
         _require_whole(config, cache)
         return _of_cache(cache, config, world), autoencoder
     task = task_named(config.task)
@@ -42,8 +47,7 @@ def open_source(config, world, say=print):
 def _latents_of(images, autoencoder, config, world):
     """Latents and labels of images: in shards on the disk, in memory where they are few, or encoded as they come."""
     if config.cache_latents is not None:
-        world.from_main(lambda: encode_images(images, autoencoder, config.cache_latents, flip=config.flip) and None)
-        cache = LatentCache.open(config.cache_latents, fingerprint=autoencoder.fingerprint)
+        cache = encode_images(images, autoencoder, config.cache_latents, flip=config.flip, world=world)
         return _of_cache(cache, config, world)
     if len(images) * config.image_size**2 <= LARGEST_IN_MEMORY:
         return ResidentLatents.from_images(images, autoencoder, flip=config.flip, device=world.device)
@@ -56,20 +60,18 @@ def _of_cache(cache, config, world):
     )
 
 
-def is_latent_cache(data):
-    return (Path(data).expanduser() / "stats.json").is_file()
-
-
 def facts(config):
     """(num_items or None, num_classes, latent_shape) for a dry run, without encoding anything.
 
     Raises ValueError for what `open_source` would refuse and for an image size that does not divide.
     """
     channels, downsampling = latent_format(config.autoencoder)
-    if config.data is not None and is_latent_cache(config.data):
+    layout = None if config.data is None else latent_layout(config.data)
+    if layout is not None:
         _refuse_second_cache(config)
         _refuse_cache(config)
-        cache = LatentCache.open(config.data, image_size=config.image_size)
+        unit = None if layout == OURS else 1.0  # whatever it is: no latent is looked at
+        cache = open_latents(config.data, image_size=config.image_size, scaling=unit)
         _require_whole(config, cache)
         return cache.num_items, len(cache.class_names), cache.latent_shape
     if config.image_size % downsampling:
@@ -145,7 +147,8 @@ class FirstImages(ImageSource):
         super().__init__(
             source.image_size, source.labels[:count], source.class_names, source.names[:count], source.report
         )
-        self.name, self.flip, self._source = f"{source.name}, first {count}", source.flip, source
+        self.name, self._source = f"{source.name}, first {count}", source
+        self.flip, self.crop = source.flip, source.crop
 
     def load(self, position):
         return self._source.load(position)

@@ -1,48 +1,11 @@
-import json
-import shutil
-import warnings
-
 import pytest
 import torch
-from torch import nn
+from small_images import Pixels, Pooling, expected_mean
 
 from lfm_fast.autoencoder import Posterior
-from lfm_fast.data import encoding
 from lfm_fast.data.latent_cache import LatentCache
 from lfm_fast.data.latents import CachedLatents, EncodedImages, encode_images, flips_of
 from lfm_fast.data.order import item_of
-from lfm_fast.data.source import ImageSource
-
-
-class Pixels(ImageSource):
-    """13 random 8-pixel images in 3 classes."""
-
-    name = "pixels"
-
-    def __init__(self, count=13, image_size=8, flip=False, shift=0, first=0, classes="abc"):
-        generator = torch.Generator().manual_seed(1)
-        self.pixels = torch.randint(0, 256, (count, 3, image_size, image_size), generator=generator).to(torch.uint8)
-        names = [f"{k + shift}.png" for k in range(count)]
-        super().__init__(image_size, (torch.arange(count) + first) % 3, list(classes), names)
-        self.flip = flip
-
-    def load(self, position):
-        return self.pixels[position]
-
-
-class Pooling(nn.Module):
-    """An autoencoder in name: averages 2 x 2 pixels, scaled to about unit variance; log-variance -4 in every place."""
-
-    name, fingerprint, downsampling, latent_channels, scaling_factor = "pooling", "0123456789ab", 2, 3, 3.5
-
-    def __init__(self):
-        super().__init__()
-        self.calls = 0
-
-    def encode(self, images):
-        self.calls += 1
-        mean = nn.functional.avg_pool2d(images, 2) * self.scaling_factor
-        return Posterior(mean, torch.full_like(mean, -4.0))
 
 
 @pytest.fixture
@@ -53,17 +16,6 @@ def source():
 @pytest.fixture
 def numbers():
     return torch.tensor([0, 5, 12, 13, 200, 4, 1_000_003])
-
-
-def expected_mean(source, items, flips=None):
-    images = encoding.to_model_range(source.pixels[items])
-    if flips is not None:
-        images[flips] = images[flips].flip(-1)
-    return Pooling().encode(images).mean
-
-
-def files_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("shard_size", [1, 4, 13, 100])
@@ -101,6 +53,23 @@ def test_the_mode_alone(tmp_path, source, numbers):
     z_0, _ = latents.batch(numbers, 0)
     torch.testing.assert_close(z_0, expected_mean(source, item_of(numbers, 13, 0)), rtol=0, atol=1e-6)
     assert torch.equal(z_0, latents.batch(numbers, 0)[0])
+
+
+@pytest.mark.parametrize("shard_size", [4, 100])
+def test_samples_drawn_once(tmp_path, source, shard_size):
+    settings = {"store": "samples", "seed": 5, "flip": True, "progress": False, "batch_size": 3}
+    cache = encode_images(source, Pooling(), tmp_path / "a", shard_size=shard_size, **settings)
+    items = torch.arange(13)
+    for flips, first in ((torch.zeros(13, dtype=torch.bool), 0), (torch.ones(13, dtype=torch.bool), 13)):
+        z_0, log_variance = cache.read(items, flips)
+        assert log_variance is None
+        mean = expected_mean(source, items, flips)
+        # the draw of sample number i, or of N + i for the mirror image, whatever the batch and the shard it came in
+        expected = Posterior(mean, torch.full_like(mean, -4.0)).sample(items + first, 5)
+        torch.testing.assert_close(z_0, expected, rtol=0, atol=1e-6)
+    assert cache.provenance["seed"] == 5
+    with pytest.raises(ValueError, match="seed=5, but seed=6 is asked for"):
+        encode_images(source, Pooling(), tmp_path / "a", shard_size=shard_size, **settings | {"seed": 6})
 
 
 def test_statistics_are_those_of_posterior_draws(tmp_path, source):
@@ -204,197 +173,3 @@ def test_an_error_while_reading_ahead_arrives_at_the_batch_that_has_it(source):
     with pytest.raises(ValueError, match="gone"):
         latents.batch(torch.arange(3, 6), 0)
     assert latents.batch(torch.arange(6, 9), 0)[0].shape == (3, 3, 4, 4)
-
-
-# -- interruption, damage, and other people's caches
-
-
-def test_an_interrupted_encoding_goes_on_where_it_stopped(tmp_path, source):
-    whole = tmp_path / "whole"
-    encode_images(source, Pooling(), whole, shard_size=3, progress=False)
-    broken = tmp_path / "broken"
-    autoencoder = Pooling()
-    real = source.load
-
-    def fails_at_ten(position):
-        if position == 10:
-            raise OSError("the disk went away")
-        return real(position)
-
-    source.load = fails_at_ten
-    with pytest.raises(OSError, match="went away"):
-        encode_images(source, autoencoder, broken, shard_size=3, progress=False)
-    assert sorted(path.name for path in broken.iterdir()) == [f"latents-0000{k}.safetensors" for k in range(3)]
-    with pytest.raises(ValueError, match=r"no stats\.json.*encode again"):
-        LatentCache.open(broken)
-    source.load = real
-    autoencoder.calls = 0
-    encode_images(source, autoencoder, broken, shard_size=3, progress=False)
-    assert autoencoder.calls == 2  # items 9 to 11 and 12
-    assert files_of(broken) == files_of(whole)
-
-
-def test_a_shard_whose_writing_fails_leaves_nothing(tmp_path, source, monkeypatch):
-    def full_disk(path):
-        raise OSError("no space left")
-
-    from lfm_fast.data import cache
-
-    monkeypatch.setattr(cache.os, "fsync", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        encode_images(source, Pooling(), tmp_path, progress=False)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_finished_cache_is_not_made_again(tmp_path, source):
-    encode_images(source, Pooling(), tmp_path, progress=False)
-    before, autoencoder = files_of(tmp_path), Pooling()
-    encode_images(source, autoencoder, tmp_path, progress=False)
-    assert autoencoder.calls == 0
-    assert files_of(tmp_path) == before
-
-
-@pytest.mark.parametrize("damage", ["flipped bit", "truncated", "missing", "header"])
-def test_a_damaged_shard_is_refused_and_made_anew(tmp_path, source, damage):
-    encode_images(source, Pooling(), tmp_path, shard_size=4, progress=False)
-    whole, path = files_of(tmp_path), tmp_path / "latents-00001.safetensors"
-    content = bytearray(path.read_bytes())
-    if damage == "missing":
-        path.unlink()
-    elif damage == "truncated":
-        path.write_bytes(content[:-7])
-    else:
-        content[-99 if damage == "flipped bit" else 3] ^= 1 << 4
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"latents-00001\.safetensors is (damaged|missing)"):
-        LatentCache.open(tmp_path)
-    path.unlink(missing_ok=True)
-    encode_images(source, Pooling(), tmp_path, shard_size=4, progress=False)
-    assert files_of(tmp_path) == whole
-
-
-def test_a_truncated_shard_is_refused_even_where_checksums_are_not_compared(tmp_path, source):
-    encode_images(source, Pooling(), tmp_path, progress=False)
-    path = tmp_path / "latents-00000.safetensors"
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(ValueError, match=r"bytes instead of"):
-        LatentCache.open(tmp_path, verify=False)
-
-
-def test_every_flipped_bit_of_a_small_shard_is_found(tmp_path, source):
-    encode_images(Pixels(2), Pooling(), tmp_path, progress=False)
-    path = tmp_path / "latents-00000.safetensors"
-    content = path.read_bytes()
-    for place in range(0, len(content), 37):
-        damaged = bytearray(content)
-        damaged[place] ^= 1 << (place % 8)
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="damaged"):
-            LatentCache.open(tmp_path, verify=True)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1}', '{"format": 99}'])
-def test_damaged_statistics_are_refused(tmp_path, source, text):
-    encode_images(source, Pooling(), tmp_path, progress=False)
-    (tmp_path / "stats.json").write_text(text)
-    with pytest.raises(ValueError, match=r"stats\.json is (damaged|not of format)"):
-        LatentCache.open(tmp_path)
-
-
-def test_another_format_is_refused(tmp_path, source):
-    encode_images(source, Pooling(), tmp_path, progress=False)
-    stats = json.loads((tmp_path / "stats.json").read_text())
-    (tmp_path / "stats.json").write_text(json.dumps(stats | {"format": 2}))
-    with pytest.raises(ValueError, match="not of format 1"):
-        LatentCache.open(tmp_path)
-
-
-def test_checksums_are_compared_once_per_file(tmp_path, source, monkeypatch):
-    encode_images(source, Pooling(), tmp_path, shard_size=4, progress=False)
-    from lfm_fast.data import latent_cache
-
-    monkeypatch.setattr(latent_cache, "file_checksum", lambda path: pytest.fail("read again"))
-    LatentCache.open(tmp_path)
-    with pytest.raises(pytest.fail.Exception):
-        LatentCache.open(tmp_path, verify=True)
-    copy = tmp_path.with_name("copy")
-    shutil.copytree(tmp_path, copy, copy_function=shutil.copyfile)
-    with pytest.raises(pytest.fail.Exception):
-        LatentCache.open(copy)
-
-
-def test_another_autoencoder_or_size_is_refused(tmp_path, source):
-    cache = encode_images(source, Pooling(), tmp_path, progress=False)
-    with pytest.raises(ValueError, match="fingerprint 0123456789ab, but the one in use has ffff"):
-        LatentCache.open(tmp_path, fingerprint="ffff")
-    with pytest.raises(ValueError, match="made from 8-pixel images, but 16 pixels"):
-        LatentCache.open(tmp_path, image_size=16)
-    LatentCache.open(tmp_path, fingerprint="0123456789ab", image_size=8)
-    with pytest.raises(ValueError, match="encode the images again"):
-        cache.check(fingerprint="x")
-
-
-OTHERS = (("shift", 1), ("first", 1), ("classes", "abd"))  # other names, labels, names of classes
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"source": Pixels(12)}, "num_items=13"),
-        *(({"source": Pixels(**{name: value})}, "images_digest=") for name, value in OTHERS),
-        ({"flip": True}, "flip=False"),
-        ({"dtype": torch.float16}, "dtype='float32'"),
-        ({"store": "latents"}, "store='posterior'"),
-        ({"shard_size": 5}, "shard_size=4"),
-    ],
-)
-def test_a_folder_begun_with_something_else_is_refused(tmp_path, source, change, words):
-    arguments = {"source": source, "autoencoder": Pooling(), "folder": tmp_path, "shard_size": 4, "progress": False}
-    encode_images(**arguments)
-    before = files_of(tmp_path)
-    with pytest.raises(ValueError, match=f"{words}.*choose another folder"):
-        encode_images(**arguments | change)
-    other = Pooling()
-    other.fingerprint = "ba9876543210"
-    with pytest.raises(ValueError, match="fingerprint="):
-        encode_images(**arguments | {"autoencoder": other})
-    assert files_of(tmp_path) == before
-
-
-def test_bad_arguments_get_a_sentence_before_any_work(tmp_path, source):
-    autoencoder = Pooling()
-    for arguments, words in [
-        ({"store": "pixels"}, "store='pixels'"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"shard_size": 0}, "shard_size=0"),
-        ({"source": Pixels(image_size=9)}, "image_size=9 is not a multiple of 2"),
-        ({"source": Pixels(0)}, "no image"),
-    ]:
-        with pytest.raises(ValueError, match=words):
-            encode_images(**{"source": source, "autoencoder": autoencoder, "folder": tmp_path / "x"} | arguments)
-    assert autoencoder.calls == 0
-    assert not (tmp_path / "x").exists()
-    with pytest.raises(ValueError, match="does not exist"):
-        LatentCache.open(tmp_path / "x")
-    with pytest.raises(ValueError, match="flip=True needs"):
-        CachedLatents(encode_images(source, autoencoder, tmp_path / "y", progress=False), flip=True)
-
-
-def test_a_latent_that_is_not_finite_is_refused_by_name(tmp_path, source):
-    autoencoder = Pooling()
-    real = autoencoder.encode
-
-    def overflow(images):
-        posterior = real(images)
-        posterior.mean[2, 0, 0, 0] = torch.inf
-        return posterior
-
-    autoencoder.encode = overflow
-    with pytest.raises(ValueError, match=r"not finite for 2\.png"):
-        encode_images(source, autoencoder, tmp_path, batch_size=4, progress=False)
-
-
-def test_no_warning_on_the_usual_way(tmp_path, source):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        encode_images(source, Pooling(), tmp_path, progress=False)

@@ -1,0 +1,224 @@
+"""Encoding into a full disk, beside another encoder, and from images that go away: nothing is left half-written."""
+
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from small_images import Pixels, Pooling, files_of
+
+from lfm_fast.cli import main
+from lfm_fast.data import shards
+from lfm_fast.data.latent_cache import LatentCache
+from lfm_fast.data.latents import encode_images
+from lfm_fast.data.shards import is_whole
+
+
+@pytest.fixture
+def source():
+    return Pixels()
+
+
+class FullDisk:
+    """Takes `whole` writes and a part of the next one, and says then that it is full."""
+
+    def __init__(self, whole):
+        self.left, self.real = whole + 1, os.pwrite
+
+    def pwrite(self, descriptor, data, offset):
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.real(descriptor, data[: max(1, len(data) // 2)] if self.left == 0 else data, offset)
+
+
+@pytest.mark.parametrize("writes", range(18))
+def test_a_disk_that_is_full_at_any_write_leaves_whole_shards_alone(tmp_path, source, monkeypatch, writes):
+    """8 and 5 images, of two tensors: 4 and 3 batches of them, and the labels and the header of each shard."""
+    settings = {"shard_size": 8, "batch_size": 2, "flip": True, "store": "latents", "progress": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.os, "pwrite", FullDisk(writes).pwrite)
+        with pytest.raises(OSError, match=r"^cannot write .*/latents-0000[01]\.safetensors: No space left on device$"):
+            encode_images(source, Pooling(), tmp_path / "a", **settings)
+    assert all(is_whole(path) for path in (tmp_path / "a").iterdir())
+    with pytest.raises(ValueError, match=r"no stats\.json"):
+        LatentCache.open(tmp_path / "a")
+    encode_images(source, Pooling(), tmp_path / "a", **settings)
+    encode_images(source, Pooling(), tmp_path / "b", **settings)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+
+
+def test_a_limit_of_the_file_size_ends_in_a_sentence(tmp_path):
+    """As a full disk, by the operating system itself."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(8):
+        Image.new("RGB", (32, 32), (number, 100, 200)).save(images / f"{number}.png")
+    command = ["encode", "--data", str(images), "--image-size", "32", "--autoencoder", "embedded"]
+    command += ["--output", str(tmp_path / "cache")]
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))  # a shard takes 16,000 bytes
+
+    environment = {**os.environ, "LFM_FAST_CACHE": str(tmp_path / "notes")}
+    failed = subprocess.run(
+        [sys.executable, "-m", "lfm_fast.cli", *command],
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment,
+    )
+    assert failed.returncode == 2
+    assert failed.stderr.splitlines()[-1].startswith(f"lfm-fast encode: cannot write {tmp_path}/cache/latents-00000")
+    assert "File too large" in failed.stderr
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert main(command) == 0
+    assert LatentCache.open(tmp_path / "cache", verify=True).num_items == 8
+
+
+def test_an_image_that_goes_away_is_named_and_the_next_call_goes_on(tmp_path, source):
+    real = source.load
+
+    def gone(position):
+        if position == 7:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", "7.png")
+        return real(position)
+
+    source.load = gone
+    with pytest.raises(ValueError, match=r"image of pixels cannot be read, among 6\.png to 8\.png: .*'7\.png'"):
+        encode_images(source, Pooling(), tmp_path, shard_size=3, batch_size=3, progress=False)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "latents-00000.safetensors",
+        "latents-00001.safetensors",
+    ]
+    source.load = real
+    assert encode_images(source, Pooling(), tmp_path, shard_size=3, batch_size=3, progress=False).num_items == 13
+
+
+def test_a_second_encoder_of_one_folder_is_refused(tmp_path, source):
+    """While it is at work; a process that died holds nothing."""
+
+    class Meanwhile(Pooling):
+        said = None
+
+        def encode(self, images):
+            if self.said is None:
+                with pytest.raises(
+                    ValueError, match=r"Another process is encoding into .*choose another folder"
+                ) as found:
+                    encode_images(source, Pooling(), tmp_path, progress=False)
+                self.said = found.value
+            return super().encode(images)
+
+    autoencoder = Meanwhile()
+    encode_images(source, autoencoder, tmp_path, progress=False)
+    assert autoencoder.said is not None
+    encode_images(source, Pooling(), tmp_path, progress=False)
+
+
+def test_a_mixture_of_two_encoders_is_found_without_locks(tmp_path, source, monkeypatch):
+    """On a file system without locks: whose shards were replaced refuses to call that a cache."""
+    import fcntl
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+
+    class Meanwhile(Pooling):
+        def encode(self, images):
+            if self.calls == 1:  # the first shard stands: another encoder puts its own in its place
+                other = Pooling()
+                other.fingerprint = "ba9876543210"
+                with pytest.raises(ValueError, match="fingerprint="):
+                    encode_images(source, other, tmp_path / "a", shard_size=7, progress=False)
+                encode_images(source, other, tmp_path / "b", shard_size=7, progress=False)
+                (tmp_path / "b" / "latents-00000.safetensors").replace(tmp_path / "a" / "latents-00000.safetensors")
+            return super().encode(images)
+
+    with pytest.raises(ValueError, match="holds latents with fingerprint='ba9876543210'"):
+        encode_images(source, Meanwhile(), tmp_path / "a", shard_size=7, progress=False)
+    assert not (tmp_path / "a" / "stats.json").exists()
+
+
+def test_a_disk_that_does_not_keep_what_is_written_is_named(tmp_path, source, monkeypatch):
+    real = os.pwrite
+
+    def forgets(descriptor, data, offset):
+        data = bytearray(data)
+        data[-1] ^= 1 if len(data) == 2 * 3 * 4 * 4 * 4 else 0  # two means
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(shards.os, "pwrite", forgets)
+    with pytest.raises(OSError, match=r"latents-00000\.safetensors was written, but is not whole: check the disk"):
+        encode_images(source, Pooling(), tmp_path, batch_size=2, progress=False)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_flipped_bit_is_found_and_that_shard_made_again(tmp_path, source, finished):
+    """Also in a folder that was never finished, where no statistics have a checksum of the file."""
+    encode_images(source, Pooling(), tmp_path, shard_size=4, progress=False)
+    whole, path = files_of(tmp_path), tmp_path / "latents-00002.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 8
+    path.write_bytes(content)
+    if not finished:
+        (tmp_path / "stats.json").unlink()
+    autoencoder = Pooling()
+    encode_images(source, autoencoder, tmp_path, shard_size=4, progress=False)
+    assert autoencoder.calls == 1
+    assert files_of(tmp_path) == whole
+
+
+def test_a_shard_of_before_checksums_is_held_against_the_statistics(tmp_path, source):
+    from safetensors.torch import load_file, save_file
+
+    encode_images(source, Pooling(), tmp_path, shard_size=4, progress=False)
+    path = tmp_path / "latents-00001.safetensors"
+    header = shards.read_header(path)
+    save_file(load_file(path), path, metadata={"lfm_fast": json.dumps(header)})  # other bytes, none of them wrong
+    autoencoder = Pooling()
+    encode_images(source, autoencoder, tmp_path, shard_size=4, progress=False)
+    assert autoencoder.calls == 1
+
+
+def test_an_interrupted_repair_is_no_cache(tmp_path, source):
+    """While a shard is made again the statistics are away: nobody takes the old ones for those of the new shard."""
+    encode_images(source, Pooling(), tmp_path, shard_size=4, progress=False)
+    (tmp_path / "latents-00001.safetensors").unlink()
+
+    class Killed(Pooling):
+        def encode(self, images):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_images(source, Killed(), tmp_path, shard_size=4, progress=False)
+    with pytest.raises(ValueError, match=r"no stats\.json"):
+        LatentCache.open(tmp_path)
+    assert encode_images(source, Pooling(), tmp_path, shard_size=4, progress=False).num_items == 13
+
+
+def test_old_headers_without_crop_and_precision_are_of_the_ones_there_were(tmp_path, source):
+    from safetensors.torch import load_file, save_file
+
+    encode_images(source, Pooling(), tmp_path, shard_size=4, progress=False)
+    (tmp_path / "stats.json").unlink()
+    for path in tmp_path.iterdir():
+        header = {name: value for name, value in shards.read_header(path).items() if name not in ("crop", "precision")}
+        save_file(load_file(path), path, metadata={"lfm_fast": json.dumps(header)})
+    autoencoder = Pooling()
+    cache = encode_images(source, autoencoder, tmp_path, shard_size=4, progress=False)
+    assert (autoencoder.calls, cache.num_items) == (0, 13)
+    source.crop = "random"
+    with pytest.raises(ValueError, match=r"crop='centre', but crop='random' is asked for"):
+        encode_images(source, autoencoder, tmp_path, shard_size=4, progress=False)
+    autoencoder.dtype, source.crop = torch.bfloat16, "centre"
+    with pytest.raises(ValueError, match=r"precision='fp32', but precision='bf16'"):
+        encode_images(source, autoencoder, tmp_path, shard_size=4, progress=False)

@@ -1,0 +1,75 @@
+"""Tens of thousands of items are encoded and read in the memory of a batch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_images import Pooling
+from torch import nn
+
+from lfm_fast.autoencoder import Posterior
+from lfm_fast.data.encoding import copy_latents
+from lfm_fast.data.latent_cache import LatentCache
+from lfm_fast.data.latents import CachedLatents, encode_images
+from lfm_fast.data.source import ImageSource
+
+COUNT, BATCH, MOST = 20_000, 100, 48e6  # a shard and the whole are 164 MB of posteriors, a batch 0.8 MB
+STATUS = Path("/proc/self/status")
+
+
+class Flat(ImageSource):
+    def __init__(self):
+        super().__init__(8, torch.arange(COUNT) % 5, list("abcde"), list(map(str, range(COUNT))))
+
+    def batch(self, positions):
+        return (torch.tensor(list(positions)) % 251).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+
+
+class Wide(Pooling):
+    """Latents (4, 16, 16) of one value each, that of its image."""
+
+    def __init__(self, memory):
+        super().__init__()
+        self.memory = memory
+
+    def encode(self, images):
+        self.memory.look()
+        mean = nn.functional.pad(images[:, :1, :1, :1] * 2, (0, 15, 0, 15), mode="replicate").repeat(1, 4, 1, 1)
+        return Posterior(mean, torch.full_like(mean, -4.0))
+
+
+class Memory:
+    """The most memory of this process's own (no page of a mapped file) since `__init__`, in bytes."""
+
+    def __init__(self):
+        self.most, self.before = 0, self._now()
+
+    def look(self):
+        self.most = max(self.most, self._now() - self.before)
+
+    @staticmethod
+    def _now():
+        return 1024 * int(STATUS.read_text().split("RssAnon:")[1].split()[0])
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="the memory of a process is read from /proc")
+def test_memory_holds_batches_however_large_the_shards(tmp_path):
+    memory = Memory()
+    encode_images(Flat(), Wide(memory), tmp_path / "a", batch_size=BATCH, shard_size=COUNT, progress=False)
+    memory.look()
+    assert memory.most < MOST
+    memory = Memory()
+    cache = LatentCache.open(tmp_path / "a", verify=True)
+    latents = CachedLatents(cache)
+    for first in range(0, COUNT, BATCH):
+        z_0, _ = latents.batch(torch.arange(first, first + BATCH), 0)
+        memory.look()
+    mean, _ = cache.read(torch.tensor([0, 300, COUNT - 1]))
+    expected = (torch.tensor([0, 300, COUNT - 1]) % 251).float() / 127.5 - 1
+    torch.testing.assert_close(mean[:, 3, 15, 15], 2 * expected)
+    assert z_0.shape == (BATCH, 4, 16, 16)
+    assert memory.most < MOST
+    memory = Memory()
+    copy_latents(cache, tmp_path / "b", dtype=torch.bfloat16, shard_size=7000, progress=False)
+    memory.look()
+    assert memory.most < MOST
