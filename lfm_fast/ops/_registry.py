@@ -213,10 +213,9 @@ class Op:
 
     def _refuse_gradient(self, args: tuple) -> None:
         for name, value in zip(self.argument_names, args):
-            if not self.mutates and name not in self.not_differentiable:
-                continue
             tensors = value if isinstance(value, list) else [value]
-            if not any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
+            refused = self.mutates or name in self.not_differentiable
+            if not refused or not any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
                 continue
             if self.mutates:
                 raise ValueError(
