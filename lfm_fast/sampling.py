@@ -83,16 +83,16 @@ def sample(
         null_label: the label that means "no label"; with it both velocities come from one forward of 2 B rows.
             Without it the unconditional velocity is model(t, z, y=None), a forward of its own.
         guidance_interval: (low, high) in t; outside it the unconditional forward is skipped.
-        method: euler, midpoint, heun, rk4 (fixed); ab2, ab3, dpmpp_2m, unipc (fixed, one evaluation a step);
+        method: euler, midpoint, heun, rk4 (fixed); ab2, ab3, abm5, dpmpp_2m, unipc (fixed, one evaluation a step);
             euler_maruyama, sde_heun (fixed, stochastic); dopri5, dopri8, bosh3, adaptive_heun, tsit5 (adaptive, each
             sample with its own steps, so that it does not depend on which others are in the batch); any of
             torchdiffeq's as "torchdiffeq:NAME" (its adaptive ones have one step size for the whole batch); or an object
             such as lfm_fast.solvers.UniPC(solver_order=3) or EulerMaruyama(diffusion="path").
         num_steps: solver steps N of a fixed method; of an adaptive one only the N + 1 times of a trajectory.
         time_grid: None or "uniform"; "lfm" (N points over [1, 1e-5], so N - 1 steps); ("shift", s), that is
-            t' = s t / (1 + (s - 1) t); "quadratic"; "karras" or ("karras", rho), even in (sigma / alpha)^(1 / rho);
-            ("step", h), a 1-D tensor of strictly monotone times, or a .json file of them (as `tune_grid` writes it),
-            instead of num_steps.
+            t' = s t / (1 + (s - 1) t); "quadratic"; "logit" or ("logit", a), even in log((t + a) / (1 - t + a));
+            "karras" or ("karras", rho), even in (sigma / alpha)^(1 / rho); ("step", h), a 1-D tensor of strictly
+            monotone times, or a .json file of them (as `tune_grid` writes it), instead of num_steps.
         atol, rtol: tolerances of adaptive methods.
         max_nfe: evaluations at most, of each sample. A fixed method that needs more is refused. An adaptive one stops
             where it is, warns, returns the state of its last accepted step and says reached = False in the stats.

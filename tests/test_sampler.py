@@ -10,7 +10,7 @@ from lfm_fast import guidance, ops
 from lfm_fast.sampler import Sampler
 
 CLASSES, NULL, SHAPE = 5, 5, (4, 4, 8, 8)
-METHODS = ["euler", "heun", "rk4", "ab3", "dpmpp_2m", "unipc", "euler_maruyama", "sde_heun"]
+METHODS = ["euler", "heun", "rk4", "ab3", "abm5", "dpmpp_2m", "unipc", "euler_maruyama", "sde_heun"]
 
 
 def dit(**settings):

@@ -9,7 +9,9 @@ _GUIDANCE = {"plain": "LinearGuidance", "rescale": "Rescale", "apg": "APG", "cfg
 # flag that tells what to condition on -> task that makes images of it
 _CONDITIONS = {"image": "inpainting", "label_map": "semantic", "layout": "layout"}
 _COMPARED = 4  # images that --reuse solves both ways
-_GRIDS = "uniform, quadratic, karras, karras:RHO, shift:S, step:H, lfm or a .json file that tune-grid wrote"
+_GRIDS = (
+    "uniform, quadratic, logit, logit:A, karras, karras:RHO, shift:S, step:H, lfm or a .json file that tune-grid wrote"
+)
 
 
 def add(commands):

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from lfm_fast.solvers import adaptive, embedded, external, fixed, tableaus
-from lfm_fast.solvers.multistep import AdamsBashforth, DPMSolverPP2M, UniPC
+from lfm_fast.solvers.multistep import AdamsBashforth, AdamsBashforthMoulton, DPMSolverPP2M, UniPC
 from lfm_fast.solvers.runge_kutta import HeunThenEuler, RungeKutta
 from lfm_fast.solvers.solution import Settings, Solution
 from lfm_fast.solvers.stochastic import EulerMaruyama, SDEHeun, Stochastic
@@ -29,6 +29,7 @@ from lfm_fast.solvers.stochastic import EulerMaruyama, SDEHeun, Stochastic
 __all__ = [
     "METHODS",
     "AdamsBashforth",
+    "AdamsBashforthMoulton",
     "DPMSolverPP2M",
     "EulerMaruyama",
     "RungeKutta",
@@ -95,6 +96,7 @@ METHODS = {
         _fixed(RungeKutta("rk4", tableaus.RK4)),
         _fixed(AdamsBashforth(2)),
         _fixed(AdamsBashforth(3)),
+        _fixed(AdamsBashforthMoulton(5)),
         _fixed(DPMSolverPP2M()),
         _fixed(UniPC()),
         _fixed(EulerMaruyama()),

@@ -14,6 +14,8 @@ _LARGEST_SHIFT = 1e6  # far beyond, neighbouring times are one number
 _KARRAS_LOW, _KARRAS_HIGH, _KARRAS_RHO, _LARGEST_RHO = 0.002, 80.0, 7.0, 1000.0
 # how many numbers stand after each name
 _NUMBERS = {"uniform": (0,), "lfm": (0,), "quadratic": (0,), "karras": (0, 1), "shift": (1,), "step": (1,)}
+_NUMBERS |= {"logit": (0, 1)}
+_LOGIT, _LEAST_LOGIT, _LARGEST_LOGIT = 0.1, 1e-3, 1e3  # beyond, one step is nearly all, or the grid is uniform
 
 
 def time_grid(kind, num_steps, t_start=1.0, t_end=0.0, path=None):
@@ -25,6 +27,7 @@ def time_grid(kind, num_steps, t_start=1.0, t_end=0.0, path=None):
         ("shift", s): s u / (1 + (s - 1) u) of equidistant u, denser near noise for s > 1 (arXiv 2403.03206, eq. 23);
         ("step", h): steps of h from the start, and a shorter last one, whatever num_steps (torchdiffeq's step_size);
         "quadratic": (sqrt(s) + i/N (sqrt(e) - sqrt(s)))^2, denser near data (arXiv 2010.02502, appendix D.2);
+        "logit" or ("logit", a): equal steps of log((t + a) / (1 - t + a)), a = 0.1 unless given, denser near both ends;
         "karras" or ("karras", rho): the noise per data r = sigma(t) / alpha(t) of the path is
         (r_s^(1/rho) + i/M (r_e^(1/rho) - r_s^(1/rho)))^rho, rho = 7 unless given, much denser near data
         (arXiv 2206.00364, eq. 5); there r is at most 80 and at least 0.002, and as in the paper a last step (M = N - 1)
@@ -61,6 +64,8 @@ def time_grid(kind, num_steps, t_start=1.0, t_end=0.0, path=None):
     noisy, clean = max(t_start, t_end), min(t_start, t_end)
     if name == "shift":
         times = _shifted(*arguments, noisy, clean, num_steps)
+    elif name == "logit":
+        times = _logit(*(arguments or [_LOGIT]), noisy, clean, num_steps)
     elif name == "quadratic":
         times = [noisy, *(u * u for u in _equidistant(noisy**0.5, clean**0.5, num_steps)[1:-1]), clean]
     else:
@@ -111,8 +116,8 @@ def _words(kind):
     words = ("uniform",) if kind is None else (kind,) if isinstance(kind, str) else kind
     if not _named(words) or len(words) - 1 not in _NUMBERS.get(words[0], ()):
         raise ValueError(
-            f"time_grid is {kind!r}, expected 'uniform', 'lfm', 'quadratic', 'karras', ('karras', rho), ('shift', s), "
-            "('step', h), a 1-D tensor of times or a .json file of them."
+            f"time_grid is {kind!r}, expected 'uniform', 'lfm', 'quadratic', 'logit', ('logit', a), 'karras', "
+            "('karras', rho), ('shift', s), ('step', h), a 1-D tensor of times or a .json file of them."
         )
     return words
 
@@ -148,6 +153,16 @@ def _shifted(shift, t_start, t_end, num_steps):
     first, last = (t / (shift - (shift - 1) * t) for t in (t_start, t_end))  # the inverse, so that the ends stay
     middle = [shift * u / (1 + (shift - 1) * u) for u in _equidistant(first, last, num_steps)[1:-1]]
     return [t_start, *middle, t_end]
+
+
+def _logit(width, t_start, t_end, num_steps):
+    if not is_number(width) or not _LEAST_LOGIT <= width <= _LARGEST_LOGIT:
+        raise ValueError(
+            f"time_grid=('logit', {width!r}): a has to be a number from {_LEAST_LOGIT:g} to {_LARGEST_LOGIT:g}."
+        )
+    first, last = (math.log((t + width) / (1 - t + width)) for t in (t_start, t_end))
+    ratios = [math.exp(u) for u in _equidistant(first, last, num_steps)[1:-1]]
+    return [t_start, *((ratio * (1 + width) - width) / (1 + ratio) for ratio in ratios), t_end]
 
 
 def _karras(rho, noisy, clean, num_steps, path):

@@ -31,7 +31,7 @@ def constant(z):
 
 def test_all_methods_of_fixed_steps_are_here():
     assert FIXED == [
-        "euler", "midpoint", "heun", "rk4", "ab2", "ab3", "dpmpp_2m", "unipc", "euler_maruyama", "sde_heun"
+        "euler", "midpoint", "heun", "rk4", "ab2", "ab3", "abm5", "dpmpp_2m", "unipc", "euler_maruyama", "sde_heun"
     ]  # fmt: skip
 
 
@@ -90,7 +90,8 @@ def test_python_allocates_no_more_for_more_steps(method):
 
 
 def test_places_of_a_store_are_used_again():
-    for method, places in (("euler", 1), ("rk4", 4), ("ab3", 3), ("dpmpp_2m", 3), ("unipc", 5), ("sde_heun", 3)):
+    known = {"euler": 1, "rk4": 4, "ab3": 3, "abm5": 6, "dpmpp_2m": 3, "unipc": 5, "sde_heun": 3}
+    for method, places in known.items():
         program = compile_schedule(get_solver(method).integrate.args[0], time_grid(None, 50), Linear())
         assert program.num_places <= places, method
 

@@ -60,7 +60,7 @@ def test_order_holds_on_an_uneven_grid(method):
 
 
 EVALUATIONS = {"euler": 7, "midpoint": 14, "heun": 14, "rk4": 28, "ab2": 8, "ab3": 9, "dpmpp_2m": 7, "unipc": 7}
-EVALUATIONS |= {"euler_maruyama": 7, "sde_heun": 14}
+EVALUATIONS |= {"abm5": 7, "euler_maruyama": 7, "sde_heun": 14}
 
 
 @pytest.mark.parametrize("method", EVALUATIONS)

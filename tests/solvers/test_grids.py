@@ -61,6 +61,20 @@ def test_quadratic_is_even_in_the_root_of_t(start, end):
     torch.testing.assert_close(steps, steps.mean().expand(7), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("width", [1e-3, 0.1, 2, 1e3])
+@pytest.mark.parametrize(("start", "end"), [(1.0, 0.0), (0.0, 1.0), (0.81, 0.09)])
+def test_logit_is_even_in_a_widened_logit_of_t(width, start, end):
+    times = time_grid(("logit", width), 7, start, end)
+    assert (times[0], times[-1], len(times)) == (start, end, 8)
+    t = torch.tensor(times, dtype=torch.float64)
+    steps = ((t + width) / (1 - t + width)).log().diff()
+    # of times near 1 rounded to 1e-16, each divided by a width of 1e-3; or of a logarithm of all but 1, by its 1e-3
+    torch.testing.assert_close(steps, steps.mean().expand(7), rtol=1e-10, atol=0)
+    if (start, width) == (1.0, 0.1):
+        assert times == time_grid("logit", 7)
+        torch.testing.assert_close(t + t.flip(0), torch.ones(8, dtype=torch.float64))  # both ends are as dense
+
+
 def test_karras_is_that_of_diffusers_from_where_the_noise_is_80_times_the_data():
     """On the straight path sigma / alpha = t / (1 - t): 80 at t = 80 / 81."""
     from diffusers import EDMEulerScheduler
@@ -151,6 +165,9 @@ def test_a_tensor_is_taken_as_it_is_and_only_moved_inside_the_path():
         ((("karras", float("nan")), 10, 1.0, 0.0, Linear()), "rho has to be"),
         (("karras", 10, 1e-3, 0.0, Linear()), "does not cross"),
         (("karras", 10), "needs a path"),
+        ((("logit", 0.0), 10), "a has to be a number from 0.001 to 1000"),
+        ((("logit", "x"), 10), "a has to be a number"),
+        ((("logit", 1.0, 2.0), 10), "time_grid is"),
         ((("shift", 0.0), 10), "has to be a positive number"),
         ((("shift", "2"), 10), "has to be a positive number"),
         ((("shift", 1e308), 10), "has to be a positive number, from 1e-6 to 1e6"),
