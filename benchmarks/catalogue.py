@@ -1,6 +1,7 @@
 """The workloads by kind: what a specification (kind, arguments) builds, in this process or in another."""
 
 from benchmarks.autoencoders import Autoencoding
+from benchmarks.decoding import Decoding
 from benchmarks.feeding import CacheFeeding, FolderFeeding
 from benchmarks.latents import ResidentFeeding
 from benchmarks.networks import Forward, GuidedSampling
@@ -26,6 +27,7 @@ KINDS = {
     "image folder": FolderFeeding,
     "resident latents": ResidentFeeding,
     "autoencoder": Autoencoding,
+    "decoding": Decoding,
     "start": Starting,
     "import": Importing,
 }

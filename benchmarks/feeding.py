@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.names import EAGER
+from benchmarks.names import DATA_LOADER, EAGER
 from benchmarks.networks import LATENT_SHAPE
 from benchmarks.plain import WITHOUT_OPS
 from benchmarks.training import Ours, TrainingStep
@@ -23,7 +23,6 @@ from lfm_fast.data.order import item_of
 from lfm_fast.ops.streams import STREAM_POSTERIOR
 
 SEED = 0
-DATA_LOADER = "torch DataLoader"
 IMAGE_SIZE = 64  # what the embedded VAE was trained on
 
 

@@ -6,6 +6,7 @@ COMPILED, FAST_COMPILED = "torch.compile", "fast path + torch.compile"
 DIFFUSERS, DIFFUSERS_COMPILED = "diffusers", "diffusers + torch.compile"
 
 ONEDNN = "oneDNN, packed"
+DATA_LOADER = "torch DataLoader"
 COPY = "copy of as many bytes"  # half of them read, half written
 
 FIXED = ("euler", "midpoint", "heun", "rk4", "ab2", "ab3", "abm5", "dpmpp_2m", "unipc")  # solvers

@@ -21,3 +21,15 @@ def test_image_folder(benchmark, tmp_path, monkeypatch):
     workload = build(("image folder", {"folder": str(tmp_path / "images"), "batch_size": BATCH_SIZE}))
     title = f"64 px PNGs through the embedded VAE, 4 batches of {BATCH_SIZE}"
     compare(benchmark, title, workload, seconds=seconds_for(full=8.0, quick=1.0))
+
+
+@pytest.mark.benchmark(group="data")
+@pytest.mark.parametrize("side", [256, 1024])
+def test_decoding(benchmark, tmp_path, monkeypatch, side):
+    pytest.importorskip("nvidia.dali")
+    monkeypatch.setenv("LFM_FAST_CACHE", str(tmp_path / "notes"))
+    count = 32 if QUICK else {256: 512, 1024: 64}[side]
+    arguments = {"folder": str(tmp_path / "images"), "side": side, "image_size": 256, "count": count, "batch_size": 32}
+    workload = build(("decoding", arguments))
+    title = f"{count} JPEGs of {side} px to 256 px, batches of 32"
+    compare(benchmark, title, workload, seconds=seconds_for(full=16.0, quick=1.0))

@@ -31,6 +31,7 @@ def add(commands):
         default="posterior",
         help="mean and log-variance, the mode alone, or one sample drawn once (default: %(default)s)",
     )
+    add("--decoder", default="auto", help="of image files: auto, pil or dali (default: %(default)s)")
     add("--dtype", choices=tuple(DTYPES), default="fp32", help="of the stored numbers (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the draws of --store samples (default: %(default)s)")
     add("--batch-size", type=int, default=32, help="images per forward (default: %(default)s)")
@@ -79,7 +80,7 @@ def _encode(args, world):
         cache = copy_latents(latents, args.output, dtype=dtype, shard_size=args.shard_size, world=world)
         what = f"{cache.num_items} latents"
     else:
-        images = {"layout": args.layout or "auto", "flip": args.flip}
+        images = {"layout": args.layout or "auto", "flip": args.flip, "decoder": args.decoder, "device": device}
         source = world.main_first(lambda: open_images(args.data, args.image_size, **images))
         autoencoder = load_autoencoder(args.autoencoder, device=device)
         settings = {"store": args.store, "dtype": dtype, "seed": args.seed, "flip": args.flip}

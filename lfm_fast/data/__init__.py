@@ -1,5 +1,6 @@
 """Images and latents to train on: the embedded set, folders, and caches of encoded images."""
 
+from lfm_fast.data.decoders import check_decoder
 from lfm_fast.data.source import ImageSource, Report, check_num_classes
 
 __all__ = ["ImageSource", "Report", "open_images"]
@@ -16,6 +17,8 @@ def open_images(
     check="decode",
     num_classes=None,
     compat=None,
+    decoder="auto",
+    device="cpu",
 ) -> ImageSource:
     """Open "embedded", "embedded-layouts" (scenes of it, with `.boxes`) or what lies at a path as an `ImageSource`.
 
@@ -30,6 +33,8 @@ def open_images(
         check: of files, "decode" (every one once, remembered) or "headers" (sizes alone: for millions of files).
         num_classes: if given, refuse labels that do not fit.
         compat: "lfm" takes the first 120,000 pictures of LSUN.
+        decoder: of files, "auto", "pil" or "dali" (`lfm_fast.data.decoders.decoder_named`).
+        device: where batches are wanted, "cpu" or a CUDA device; only DALI decodes there, others leave them on the CPU.
 
     Raises:
         ValueError: one sentence, before any image is handed out.
@@ -43,6 +48,7 @@ def open_images(
         raise ValueError(f"image_size={image_size!r} must be a whole number of pixels, at least 1.")
     if source in ("embedded", "embedded-layouts") and layout != "auto":
         raise ValueError(f"layout={layout!r}, but {source!r} is a set of its own and lies nowhere: leave it out.")
+    check_decoder(decoder)
     if source == "embedded":
         from lfm_fast.data.embedded import EmbeddedImages
 
@@ -56,7 +62,8 @@ def open_images(
         from lfm_fast.data.stored import StoredImages
 
         store = open_store(source, layout, split, compat)
-        images = StoredImages(store, int(image_size), flip=flip, small=small, check=check)
+        choices = {"flip": flip, "small": small, "check": check, "decoder": decoder, "device": device}
+        images = StoredImages(store, int(image_size), **choices)
     if num_classes is not None:
         check_num_classes(images, num_classes)
     return images

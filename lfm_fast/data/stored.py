@@ -10,7 +10,8 @@ import torch
 from tqdm import tqdm
 
 from lfm_fast.data.cache import read_note, write_note
-from lfm_fast.data.reading import Checked, UnusableImage, centre_crop, check_image, decode
+from lfm_fast.data.decoders import PillowDecoder, UndecodableImage, decoder_named
+from lfm_fast.data.reading import Checked, UnusableImage, check_image
 from lfm_fast.data.source import ImageSource, Report
 from lfm_fast.data.store import Store
 
@@ -32,12 +33,25 @@ class StoredImages(ImageSource):
         flip: allow mirrored pictures as augmentation.
         small: what to do with a picture whose shorter side is less than image_size: "skip", "upscale" or "error".
         check: "decode" or "headers".
+        decoder: "auto", "pil" or "dali"; see `lfm_fast.data.decoders.decoder_named`.
+        device: where batches are wanted; DALI decodes on a CUDA device, Pillow's batches stay on the CPU.
 
     Raises:
         ValueError: an unknown choice, or no picture that can be used.
     """
 
-    def __init__(self, store: Store, image_size: int, *, flip: bool = False, small="skip", check="decode"):
+    def __init__(
+        self,
+        store: Store,
+        image_size: int,
+        *,
+        flip: bool = False,
+        small="skip",
+        check="decode",
+        decoder="auto",
+        device="cpu",
+    ):
+        decode = decoder_named(decoder, device, count=len(store))  # its complaints, before all pictures are read
         if small not in ("skip", "upscale", "error"):
             raise ValueError(f"small={small!r} is not known: choose 'skip', 'upscale' or 'error'.")
         if check not in CHECKS:
@@ -53,7 +67,8 @@ class StoredImages(ImageSource):
         super().__init__(image_size, labels, store.class_names, [names[position] for position in kept], report)
         self.name, self.store, self.flip = store.name, store, flip
         self.sizes = [(checked[position].width, checked[position].height) for position in kept]
-        self._kept, self._pool = kept, None
+        self._kept = kept
+        self.decoder = decode if store.raw_shape is None else PillowDecoder(raw_shape=store.raw_shape)
 
     def load(self, position: int) -> torch.Tensor:
         """The centre crop of picture number `position`, (3, H, W) uint8.
@@ -61,23 +76,31 @@ class StoredImages(ImageSource):
         Raises:
             ValueError: the picture has changed since it was checked and cannot be read any more.
         """
-        try:
-            picture = decode(self.store.read(self._kept[position]), raw_shape=self.store.raw_shape)
-        except UnusableImage as error:
-            raise ValueError(
-                f"{self.names[position]} in {self.store.path} was readable when it was checked, but now {error}: "
-                "put it back, or start again to leave it out."
-            ) from error
-        return torch.from_numpy(centre_crop(picture, self.image_size)).permute(2, 0, 1).contiguous()
+        return self.batch([position])[0]
 
     def batch(self, positions) -> torch.Tensor:
-        """The pictures at `positions`, decoded in threads, (B, 3, H, W) uint8."""
+        """The pictures at `positions`, (B, 3, H, W) uint8, channels innermost in memory. Raises as `load`."""
         positions = [int(i) for i in positions]
-        if len(positions) < 2:
-            return super().batch(positions)
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="decode")
-        return torch.stack(list(self._pool.map(self.load, positions)))
+        try:
+            return self.decoder.decode(_Contents(self.store, [self._kept[i] for i in positions]), self.image_size)
+        except UndecodableImage as error:
+            raise ValueError(
+                f"{self.names[positions[error.place]]} in {self.store.path} was readable when it was checked, but now "
+                f"{error}: put it back, or start again to leave it out."
+            ) from error
+
+
+class _Contents:
+    """The bytes of some of a store's pictures, each read when it is looked up."""
+
+    def __init__(self, store: Store, positions: list[int]):
+        self.store, self.positions = store, positions
+
+    def __len__(self):
+        return len(self.positions)
+
+    def __getitem__(self, place: int) -> bytes:
+        return self.store.read(self.positions[place])
 
 
 def _check_all(store: Store, check: str) -> list[Checked]:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from lfm_fast.data.opening import LAYOUTS
+from lfm_fast.data.decoders import DECODERS
 from lfm_fast.flow.paths import PATHS
 from lfm_fast.flow.time_samplers import TIME_SAMPLERS
 from lfm_fast.models.checkpointing import MODES
@@ -101,6 +102,9 @@ class TrainConfig:
     )
     activation_checkpointing: str = _setting(
         "none", str, "what the backward pass makes again; selective: all but products and attention", MODES
+    )
+    decoder: str = _setting(
+        "auto", str, "of image files: Pillow, or DALI (on the GPU where there is one); auto is the faster", DECODERS
     )
     output: str = _setting("results", str, "folder that holds the numbered run folders")
     resume: str = _setting("auto", str, "auto: go on with an unfinished run of these settings; never; or a path")

@@ -153,6 +153,9 @@ class FirstImages(ImageSource):
     def load(self, position):
         return self._source.load(position)
 
+    def batch(self, positions):
+        return self._source.batch(positions)
+
     def __getattr__(self, name):  # what else a source knows of its images, for a task: masks, boxes
         if name.startswith("_"):
             raise AttributeError(name)

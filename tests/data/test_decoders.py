@@ -1,0 +1,377 @@
+"""Pillow and DALI on the same bytes: equal pictures, equal verdicts, whatever the format, the size or the damage."""
+
+import io
+import multiprocessing
+import pickle
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from lfm_fast.data import decoders, open_images
+from lfm_fast.data.decoders import PillowDecoder, UndecodableImage, decoder_named
+from lfm_fast.data.reading import UnusableImage, centre_crop, decode
+
+if decoders.dali_is_there():
+    from lfm_fast.data.dali import AT_ONCE, PATIENCE, DaliDecoder
+needs_dali = pytest.mark.skipif(not decoders.dali_is_there(), reason="DALI is not installed")
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+BOTH = ["pil", pytest.param("dali", marks=needs_dali)]
+
+# (width, height, side asked for): halved 0 to 3 times, then enlarged, reduced, cut or left, both ways round
+SIZES = [
+    *((64, 64, 64), (96, 64, 64), (64, 97, 64), (128, 128, 64), (256, 256, 64), (512, 256, 32), (320, 480, 40)),
+    *((127, 127, 64), (300, 200, 64), (200, 300, 64), (340, 250, 126), (251, 188, 128), (188, 251, 128)),
+    *((90, 90, 64), (33, 70, 64), (100, 99, 64), (600, 76, 64), (40, 40, 64)),
+]
+# an odd side to halve, at once or after a halving; halved 4 times; far ends
+PILLOWS_SIZES = [(129, 129, 64), (131, 257, 32), (132, 250, 32), (333, 250, 32), (256, 512, 16), (700, 80, 32)]
+
+
+@pytest.fixture(scope="module")
+def dali():
+    return {device: DaliDecoder(device) for device in DEVICES}
+
+
+def photograph(width, height, seed=0):
+    """A picture with a photograph's spectrum: amplitudes that fall as 1 / frequency, colours correlated."""
+    generator = np.random.default_rng(seed)
+    frequencies = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequencies[0, 0] = np.inf
+    planes = np.fft.irfft2(np.fft.rfft2(generator.standard_normal((3, height, width))) / frequencies, (height, width))
+    planes /= planes.std(axis=(1, 2), keepdims=True) + 1e-9
+    mixed = np.einsum("ij,jhw->hwi", [[0.9, 0.3, 0.1], [0.9, 0, -0.2], [0.9, -0.3, 0.1]], planes)
+    return Image.fromarray((128 + 48 * mixed).clip(0, 255).astype(np.uint8))
+
+
+def encoded(picture, kind="jpeg", **options):
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def by_pillow(content, image_size):
+    return torch.from_numpy(centre_crop(decode(content), image_size)).permute(2, 0, 1)
+
+
+def difference(pictures, contents, image_size):
+    """The largest mean difference of a picture from Pillow's, of 255."""
+    expected = torch.stack([by_pillow(content, image_size) for content in contents])
+    return (pictures.cpu().float() - expected.float()).abs().mean((1, 2, 3))
+
+
+# -- equal pictures
+
+
+@needs_dali
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "{}x{} to {}".format(*size))
+def test_dali_gives_pillows_picture(dali, device, kind, size):
+    *sides, image_size = size
+    contents = [encoded(photograph(*sides, seed), kind, quality=90) for seed in range(2)]
+    pictures = dali[device].decode(contents, image_size)
+    assert pictures.shape == (2, 3, image_size, image_size)
+    assert pictures.dtype == torch.uint8
+    assert pictures.device.type == device
+    assert difference(pictures, contents, image_size).max() <= 2.0  # what a crop may differ by, on the average
+
+
+@needs_dali
+@pytest.mark.parametrize("size", PILLOWS_SIZES, ids=lambda size: "{}x{} to {}".format(*size))
+def test_sizes_that_dali_would_cut_otherwise_are_pillows(dali, size):
+    *sides, image_size = size
+    content = encoded(photograph(*sides))
+    assert torch.equal(dali["cpu"].decode([content], image_size)[0], by_pillow(content, image_size))
+
+
+@needs_dali
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("image_size", [52, 104, 200, 256, 416])
+def test_real_photographs(dali, device, image_size):
+    """Their edges tell a shift by a fraction of a pixel, which noise of a photograph's spectrum hides."""
+    photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    contents = [encoded(p, quality=90) for p in photographs] + [encoded(p.crop((0, 0, 640, 416))) for p in photographs]
+    assert difference(dali[device].decode(contents, image_size), contents, image_size).max() <= 2.0
+    drafted = PillowDecoder(draft=True).decode(contents, image_size)
+    assert difference(drafted, contents, image_size).max() <= 2.0
+
+
+@needs_dali
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+@pytest.mark.parametrize("size", [(64, 64, 64), (96, 64, 64), (256, 384, 64), (128, 128, 64)])
+def test_pictures_halved_evenly_differ_by_roundings_alone(dali, kind, size):
+    """Each halving rounds once where Pillow rounds twice."""
+    *sides, image_size = size
+    noise = np.random.default_rng(0).integers(0, 256, (sides[1], sides[0], 3)).astype(np.uint8)
+    content = encoded(Image.fromarray(noise), kind)
+    found, expected = dali["cpu"].decode([content], image_size)[0], by_pillow(content, image_size)
+    halvings = {64: 0, 96: 0, 256: 2, 128: 1}[sides[0]]
+    assert (found.int() - expected.int()).abs().max() <= halvings
+
+
+KINDS = {
+    "grey jpeg": lambda picture: encoded(picture.convert("L")),
+    "grey png": lambda picture: encoded(picture.convert("L"), "png"),
+    "progressive": lambda picture: encoded(picture, progressive=True),
+    "4:4:4": lambda picture: encoded(picture, subsampling=0),
+    "4:2:2": lambda picture: encoded(picture, subsampling=1),
+    "poor": lambda picture: encoded(picture, quality=8),
+    "restarts": lambda picture: encoded(picture, restart_marker_blocks=3),
+    "cmyk": lambda picture: encoded(picture.convert("CMYK")),
+    "rgb inside": lambda picture: encoded(picture, keep_rgb=True),
+    "palette": lambda picture: encoded(picture.convert("P"), "png"),
+    "one bit": lambda picture: encoded(picture.convert("1"), "png"),
+    "alpha": lambda picture: encoded(with_alpha(picture), "png"),
+    "alpha webp": lambda picture: encoded(with_alpha(picture), "webp"),
+    "16 bits": lambda picture: encoded(
+        Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257), "png"
+    ),
+    "lossless webp": lambda picture: encoded(picture, "webp", lossless=True),
+    "gif": lambda picture: encoded(picture, "gif"),
+    "bmp": lambda picture: encoded(picture, "bmp"),
+    "tiff": lambda picture: encoded(picture, "tiff"),
+    "png with a gamma": lambda picture: with_gamma(encoded(picture, "png")),
+    **{f"turned {k}": lambda picture, k=k: encoded(picture, exif=turned(k)) for k in range(1, 9)},
+    **{f"turned webp {k}": lambda picture, k=k: encoded(picture, "webp", exif=turned(k)) for k in (3, 6)},
+    **{f"turned png {k}": lambda picture, k=k: encoded(picture, "png", exif=turned(k)) for k in (3, 6)},
+}
+
+
+def with_alpha(picture):
+    rgba = picture.convert("RGBA")
+    rgba.putalpha(Image.linear_gradient("L").resize(picture.size))
+    return rgba
+
+
+def with_gamma(png):
+    """The same with a chunk that says how bright the picture is meant, which Pillow passes by."""
+    chunk = b"gAMA" + struct.pack(">I", 20000)
+    return png[:33] + struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[33:]
+
+
+@needs_dali
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_is_pillows_picture(dali, device, name):
+    contents = [KINDS[name](photograph(80, 70, seed)) for seed in range(2)]
+    assert difference(dali[device].decode(contents, 32), contents, 32).max() <= 2.0
+    whole = difference(dali[device].decode(contents, 70), contents, 70)  # cut alone: what is decoded, to the bit
+    assert whole.max() == 0 if device == "cpu" else whole.max() <= 2.0
+
+
+@needs_dali
+def test_a_batch_of_all_kinds_and_sizes_keeps_its_order(dali):
+    """More than one run of a pipeline, several pipelines, and Pillow, in one batch."""
+    makers = list(KINDS.values())
+    contents = [makers[k % len(makers)](photograph(40 + 7 * (k % 13), 40 + 5 * (k % 7), k)) for k in range(3 * AT_ONCE)]
+    together = dali["cpu"].decode(contents, 32)
+    assert difference(together, contents, 32).max() <= 2.0
+    places = torch.randperm(len(contents), generator=torch.Generator().manual_seed(0))[:20].tolist()
+    again = dali["cpu"].decode([contents[place] for place in places], 32)
+    assert torch.equal(again, together[places])  # a picture does not depend on its neighbours
+
+
+def test_half_the_resolution_is_within_the_tolerance():
+    for sides in ((256, 256), (300, 514), (1024, 700)):
+        contents = [encoded(photograph(*sides, seed), quality=90) for seed in range(3)]
+        pictures = PillowDecoder(draft=True).decode(contents, 64)
+        assert 0 < difference(pictures, contents, 64).max() <= 2.0  # of 255; above 0: it was decoded otherwise
+    for side in (254, 257):  # half of it is less than twice what is asked for; half of it is no whole number
+        content = encoded(photograph(side, side))
+        assert torch.equal(PillowDecoder(draft=True).decode([content], 64)[0], by_pillow(content, 64))
+
+
+def test_bare_pixels_are_taken_as_they_are():
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3)).astype(np.uint8)
+    pictures = PillowDecoder(raw_shape=(20, 20, 3)).decode([p.tobytes() for p in pixels], 20)
+    assert (pictures.permute(0, 2, 3, 1).numpy() == pixels).all()
+    with pytest.raises(UndecodableImage, match="it has 1199 bytes, not 20x20x3"):
+        PillowDecoder(raw_shape=(20, 20, 3)).decode([pixels[0].tobytes()[1:]], 20)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_no_pictures_make_an_empty_batch(name):
+    assert decoder_named(name).decode([], 16).shape == (0, 3, 16, 16)
+
+
+# -- damage: named, never a wrong picture
+
+
+def huge_png():
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"0" * 10)), (b"IEND", b""))
+    parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def huge_jpeg():
+    content = bytearray(encoded(photograph(40, 40)))
+    place = content.index(b"\xff\xc0") + 5
+    content[place : place + 4] = struct.pack(">HH", 60000, 60000)
+    return bytes(content)
+
+
+PNG, JPEG, WEBP = (encoded(photograph(48, 40), kind) for kind in ("png", "jpeg", "webp"))
+DAMAGED = {
+    "zero bytes": (b"", "zero bytes"),
+    "text": (b"hello, this is not a picture", "not an image"),
+    "png cut": (PNG[: len(PNG) // 2], "damaged or truncated"),
+    "png flipped": (PNG[:200] + bytes([PNG[200] ^ 255]) + PNG[201:], "damaged or truncated"),
+    "jpeg cut": (JPEG[: len(JPEG) // 2], "damaged or truncated"),
+    "jpeg without tables": (JPEG.replace(b"\xff\xdb", b"\xff\xfe"), "damaged or truncated"),
+    "webp cut": (WEBP[: len(WEBP) // 2], "damaged or truncated|not an image"),
+    "bomb, png": (huge_png(), "more pixels than can be decoded"),
+    "bomb, jpeg": (huge_jpeg(), "more pixels than can be decoded"),
+}
+
+
+@pytest.mark.parametrize("decoder", BOTH)
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_picture_is_named_and_the_next_batch_is_right(decoder, name):
+    content, reason = DAMAGED[name]
+    healthy = encoded(photograph(50, 40), "png")
+    decoder = decoder_named(decoder)
+    for place, contents in ((1, [healthy, content, healthy]), (0, [content])):
+        with pytest.raises(UndecodableImage, match=reason) as raised:
+            decoder.decode(contents, 32)
+        assert raised.value.place == place
+    assert torch.equal(decoder.decode([healthy], 40)[0], by_pillow(healthy, 40))
+
+
+@pytest.mark.parametrize("decoder", BOTH)
+def test_a_file_that_vanishes_or_changes_during_a_run_is_named(tmp_path, decoder):
+    for k in range(6):
+        photograph(40, 40, k).save(tmp_path / f"{k}.jpg")
+    images = open_images(tmp_path, 32, decoder=decoder)
+    first = images.batch(range(6))
+    (tmp_path / "3.jpg").unlink()
+    with pytest.raises(ValueError, match=r"3\.jpg in .* now it cannot be opened"):
+        images.batch([0, 3])
+    (tmp_path / "3.jpg").write_bytes((tmp_path / "2.jpg").read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"3\.jpg in .* now it is damaged or truncated"):
+        images.batch([5, 0, 3])
+    assert torch.equal(images.batch([2, 5]), first[[2, 5]])
+    assert torch.equal(images.load(4), first[4])
+
+
+@needs_dali
+def test_a_picture_of_another_size_than_its_header_is_not_believed(monkeypatch):
+    """Should the two ever disagree on a file, nothing stretched comes out: Pillow decodes it."""
+    from lfm_fast.data import dali as module
+
+    real = module.plain_header
+    monkeypatch.setattr(module, "plain_header", lambda content: real(content)._replace(width=50))
+    content = encoded(photograph(60, 40))
+    assert torch.equal(DaliDecoder().decode([content, content], 32)[1], by_pillow(content, 32))
+
+
+@needs_dali
+def test_where_dali_keeps_failing_pillow_takes_over_and_says_so(monkeypatch):
+    from lfm_fast.data import dali as module
+
+    asked = []
+
+    def broken(*arguments):
+        asked.append(arguments)
+        raise RuntimeError("no memory on the device")
+
+    monkeypatch.setattr(module, "_pipeline", broken)
+    decoder, contents = DaliDecoder(), [encoded(photograph(60, 40))]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(PATIENCE + 3):
+            assert torch.equal(decoder.decode(contents, 32)[0], by_pillow(contents[0], 32))
+    assert len(asked) == PATIENCE
+    assert [str(w.message) for w in warned] == [
+        f"DALI failed {PATIENCE} times in a row, Pillow decodes from here on: no memory on the device"
+    ]
+
+
+def test_a_reader_that_cannot_read_is_named_by_either(tmp_path):
+    class Contents(list):
+        def __getitem__(self, place):
+            if place == 1:
+                raise UnusableImage("page 7 is damaged")
+            return super().__getitem__(place)
+
+    for decoder in ("pil", "dali") if decoders.dali_is_there() else ("pil",):
+        with pytest.raises(UndecodableImage, match="page 7 is damaged") as raised:
+            decoder_named(decoder).decode(Contents([PNG, PNG, PNG]), 32)
+        assert raised.value.place == 1
+
+
+# -- processes
+
+
+def _decode_in_child(decoder, queue):
+    queue.put(decoder.decode([PNG, JPEG], 32).numpy())
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_another_process_gets_the_decoder_by_pickle(name):
+    decoder = decoder_named(name)
+    expected = decoder.decode([PNG, JPEG], 32)
+    assert torch.equal(pickle.loads(pickle.dumps(decoder)).decode([PNG, JPEG], 32), expected)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_forked_process_decodes_the_same(name):
+    """It inherits threads that do not run, and must not wait for them."""
+    decoder = decoder_named(name)
+    expected = decoder.decode([PNG, JPEG], 32).numpy()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_decode_in_child, args=(decoder, queue), daemon=True)
+    child.start()
+    found = queue.get(timeout=60)
+    child.join(60)
+    assert child.exitcode == 0
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+# -- which decoder
+
+
+def test_an_unknown_decoder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="decoder='opencv' is not known: choose 'auto', 'pil' or 'dali'"):
+        decoder_named("opencv")
+    photograph(40, 40).save(tmp_path / "0.png")
+    with pytest.raises(ValueError, match="decoder='opencv'"):
+        open_images(tmp_path, 16, decoder="opencv")
+    with pytest.raises(ValueError, match="decoder='opencv'"):
+        open_images("embedded", 16, decoder="opencv")
+
+
+def test_without_dali_auto_is_pillow_and_dali_a_sentence(monkeypatch):
+    monkeypatch.setattr(decoders.importlib.util, "find_spec", lambda name: None)
+    assert decoder_named("auto", count=10**6).name == "pil"
+    with pytest.raises(ValueError, match="needs NVIDIA DALI, which is not installed: pip install nvidia-dali"):
+        decoder_named("dali")
+
+
+@needs_dali
+def test_auto_takes_dali_where_its_start_is_earned_back():
+    assert decoder_named("auto", count=decoders.WORTH_DALI).name == "dali"
+    assert decoder_named("auto", count=decoders.WORTH_DALI - 1).name == "pil"
+    assert decoder_named("auto").name == "pil"
+
+
+@needs_dali
+def test_auto_reads_large_jpegs_at_half_the_resolution_with_either():
+    """So that how many pictures there are does not change what one looks like by more than rounding."""
+    content = encoded(photograph(256, 256))
+    pil, dali = (decoder_named("auto", count=count).decode([content], 64) for count in (1, 10**6))
+    assert torch.equal(pil, dali)
+    assert not torch.equal(pil[0], by_pillow(content, 64))
