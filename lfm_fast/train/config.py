@@ -5,8 +5,8 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
-from lfm_fast.data.opening import LAYOUTS
 from lfm_fast.data.decoders import DECODERS
+from lfm_fast.data.opening import LAYOUTS
 from lfm_fast.flow.paths import PATHS
 from lfm_fast.flow.time_samplers import TIME_SAMPLERS
 from lfm_fast.models.checkpointing import MODES
