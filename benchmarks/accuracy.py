@@ -21,7 +21,8 @@ from benchmarks.solving import SCALE, errors, field, spread, start
 
 EVALUATIONS = (8, 24) if QUICK else (8, 12, 18, 27, 40, 60)
 TOLERANCES = (1e-2,) if QUICK else (1e-2, 1e-3, 1e-4, 1e-5)
-GRIDS = ("uniform", ("shift", 2.0), ("shift", 3.0), "quadratic", "karras")
+HEUN, MULTISTEP = (30, 40, 60, 90, 120), (20, 30, 40, 60)  # evaluations, to read half of Heun's off at small errors
+GRIDS = ("uniform", ("shift", 2.0), ("shift", 3.0), "quadratic", "karras", "logit")
 REUSED, THRESHOLDS = 60, (0.1,) if QUICK else (0.2, 0.1, 0.05, 0.02)  # steps of ab2, and what it may miss
 
 
@@ -36,11 +37,8 @@ class Point:
 
 def points() -> list[Point]:
     """All methods with as many steps as evaluations allow, all tolerances, and reuse of velocities."""
-    found = []
-    for name in FIXED:
-        evaluations = lfm_fast.solvers.get_solver(name).evaluations
-        steps = {max(n for n in range(1, most + 1) if evaluations(n) <= most or n == 1) for most in EVALUATIONS}
-        found += [Point(name, f"x {n}", {"method": name, "num_steps": n}) for n in sorted(steps)]
+    found = [point for name in FIXED for point in _fixed(name, EVALUATIONS)]
+    found += _fixed("abm5", EVALUATIONS, time_grid="logit")
     for name in (*ADAPTIVE, "torchdiffeq:dopri5"):
         tolerances = TOLERANCES[:2] if name == "adaptive_heun" else TOLERANCES  # 1e-5 asks it for 700 evaluations
         found += [Point(name, f"{tol:g}", {"method": name, "atol": tol, "rtol": tol}) for tol in tolerances]
@@ -49,6 +47,19 @@ def points() -> list[Point]:
         settings = {"method": "ab2", "num_steps": REUSED, "guidance": reuse}
         found.append(Point(f"ab2 x {REUSED}, reuse", f"{threshold:g}", settings))
     return found
+
+
+def against_heun() -> list[Point]:
+    """Methods of one evaluation a step beside Heun, whose curve goes as far as twice their evaluations."""
+    found = [point for name in ("ab3", "unipc", "abm5") for point in _fixed(name, MULTISTEP)]
+    return _fixed("heun", HEUN) + found + _fixed("abm5", MULTISTEP, time_grid="logit")
+
+
+def _fixed(name: str, allowed: tuple[int, ...], **more) -> list[Point]:
+    """A method with as many steps as these numbers of evaluations allow."""
+    evaluations, words = lfm_fast.solvers.get_solver(name).evaluations, ", ".join([name, *map(str, more.values())])
+    steps = {max(n for n in range(1, most + 1) if evaluations(n) <= most or n == 1) for most in allowed}
+    return [Point(words, f"x {n}", {"method": name, "num_steps": n, **more}) for n in sorted(steps)]
 
 
 def grids(num_steps: int) -> list[Point]:

@@ -34,7 +34,11 @@ OTHER_COLOUR = "#009e73"
 HALF = ("bfloat16",)
 _FEW = 10  # points that make a table, and no picture
 _DARK = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000", "#882255", "#999999")
-_FAMILIES = {"fixed": ("-", "o", _DARK), "adaptive": ("--", "s", _DARK), "other": (":", "^", ("#555555", "#aa4499"))}
+_FAMILIES = {
+    "fixed": ("-", "o", _DARK),
+    "adaptive": ("--", "s", _DARK),
+    "other": (":", "^", ("#000000", "#777777", "#aa4499")),
+}
 
 
 def draw(records: list[dict], folder: Path) -> dict[Path, str]:

@@ -14,7 +14,7 @@ METHODS = {"euler": 48, "midpoint": 24, "heun": 24, "rk4": 12, "ab2": 47, "ab3":
 METHODS |= {"abm5": 48, "dopri5": None, "dopri8": None, "bosh3": None, "tsit5": None}
 REFERENCE_STEPS = {"mixture": 200 if QUICK else 1000, "embedded": 48}  # of RK4 in float64; its own error is recorded
 MIXTURE, EMBEDDED, FEW = 16, 64, 16  # samples; few for the many solves of a sweep
-AT_EQUAL_ERROR = {"method": "dopri5", "atol": 1.4e-5, "rtol": 1.4e-5}
+AT_EQUAL_ERROR = {"method": "abm5", "num_steps": 38, "time_grid": "logit"}
 
 needs_the_embedded_flow = pytest.mark.skipif(
     not (EMBEDDED_FOLDER / INDEX).is_file(), reason="this installation has no weights of the embedded flow"
@@ -57,9 +57,19 @@ def test_error_over_evaluations(benchmark, what):
 @in_full
 @needs_the_embedded_flow
 @pytest.mark.benchmark(group="solvers")
+def test_evaluations_beside_heun(benchmark):
+    truth, note = solution("embedded", EMBEDDED, REFERENCE_STEPS["embedded"])
+    accuracy.sweep(benchmark, "embedded, beside Heun", accuracy.against_heun(), "embedded", truth, note)
+
+
+@in_full
+@needs_the_embedded_flow
+@pytest.mark.benchmark(group="solvers")
 def test_time_at_equal_error(benchmark):
     settings = {"field_name": "embedded", "ours": AT_EQUAL_ERROR, "batch_size": EMBEDDED, "rounds": 2}
     settings["reference_steps"] = REFERENCE_STEPS["embedded"]
     words = ", ".join(f"{value}" if name == "method" else f"{name} {value}" for name, value in AT_EQUAL_ERROR.items())
     title = f"embedded, {EMBEDDED} samples, {words} against torchdiffeq's dopri5 at 1e-5"
-    compare(benchmark, title, build(("at equal error", settings)), seconds=0)
+    workload = build(("at equal error", settings))
+    compare(benchmark, title, workload, seconds=0)
+    workload.check()

@@ -34,6 +34,14 @@ def test_as_many_steps_as_the_evaluations_allow():
     assert {f"x {n // 4}" for n in accuracy.EVALUATIONS} == {p.setting for p in accuracy.points() if p.method == "rk4"}
 
 
+def test_heun_has_the_evaluations_that_others_are_to_halve():
+    found = accuracy.against_heun()
+    assert {p.setting for p in found if p.method == "heun"} == {f"x {n // 2}" for n in accuracy.HEUN}
+    assert max(accuracy.HEUN) >= 2 * max(accuracy.MULTISTEP)
+    (longest, *_) = (p for p in found if p.method == "abm5, logit" and p.setting == "x 60")
+    assert longest.arguments == {"method": "abm5", "num_steps": 60, "time_grid": "logit"}
+
+
 def test_a_record_holds_the_errors_of_each_method(monkeypatch):
     monkeypatch.setattr(measure, "records", [])
     truth, note = solution("mixture", 3, 60)
@@ -121,6 +129,10 @@ def test_a_race_at_equal_error_tells_each_sides_errors_by_sample():
             assert relative_error([z_0], workload.truth()) < 1e-3
     assert workload.nfe[names.FAST] == 120
     assert workload.nfe["torchdiffeq dopri5"] > 20
+    workload.check()
+    workload.by_sample[names.FAST]["error_p90"] = 2 * workload.by_sample["torchdiffeq dopri5"]["error_p90"]
+    with pytest.raises(AssertionError, match="errors by sample"):
+        workload.check()
 
 
 @pytest.mark.parametrize("method", ["euler", "ab3"])
