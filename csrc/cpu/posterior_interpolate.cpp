@@ -12,9 +12,34 @@ namespace {
 
 constexpr int64_t kStreamNoise = 0, kStreamPosterior = 2;  // of lfm_fast/ops/streams.py
 
+constexpr int64_t kAhead = 4 * kTile;  // elements
+
+// Asks for what is read next. Rows lie anywhere in the table, and the processor's own prefetcher starts anew in each.
+class Ahead {
+ public:
+  Ahead() = default;
+  explicit Ahead(const Tensor& table) {
+    if (!rows_are_dense(table)) return;  // then it is a copy that is read
+    data_ = static_cast<const char*>(table.const_data_ptr());
+    width_ = table.scalar_type() == ScalarType::Float ? 4 : 2;
+    stride_ = width_ * table.stride(0);
+  }
+
+  LFM_HD void ask(int64_t row, int64_t start, int64_t n) const {
+    if (data_ == nullptr) return;
+    const char* first = data_ + row * stride_ + start * width_;
+    for (int64_t byte = 0; byte < n * width_; byte += 64) __builtin_prefetch(first + byte);
+  }
+
+ private:
+  const char* data_ = nullptr;
+  int64_t width_ = 0, stride_ = 0;
+};
+
 struct PosteriorInterpolate {
   Chunks chunks;
-  Rows mean, log_variance;    // (N, ...), the second one or none
+  Rows mean, log_variance;  // (N, ...), the second one or none
+  Ahead mean_ahead, log_variance_ahead;
   std::vector<int64_t> rows;  // (B,)
   Noise noise;
   std::vector<float> coefficients;  // (4, B)
@@ -29,9 +54,21 @@ struct PosteriorInterpolate {
     }
   }
 
+  LFM_HD void ask_ahead(int64_t sample, int64_t start) const {
+    int64_t ahead = start + kAhead;
+    if (ahead >= chunks.elements) {
+      ahead -= chunks.elements;
+      if (++sample == chunks.samples || ahead >= chunks.elements) return;
+    }
+    const int64_t row = rows[static_cast<size_t>(sample)], n = std::min(kTile, chunks.elements - ahead);
+    mean_ahead.ask(row, ahead, n);
+    log_variance_ahead.ask(row, ahead, n);
+  }
+
   template <Level level>
   LFM_HD void tile(int64_t sample, int64_t start, int64_t n) const {
-    TileBuffer mean_buffer, variance_buffer, noise_buffer, draw_buffer, unused;
+    ask_ahead(sample, start);
+    TileBuffer mean_buffer, variance_buffer, exponent_buffer, noise_buffer, draw_buffer, unused;
     const int64_t row = rows[static_cast<size_t>(sample)];
     const float* z_0 = mean.load(row, start, n, mean_buffer);
     if (log_variance) {
@@ -39,7 +76,10 @@ struct PosteriorInterpolate {
       const float* __restrict variance = log_variance.load(row, start, n, variance_buffer);
       float* __restrict drawn = draw_buffer.values;
       tile_of_two<level>(noise, kStreamPosterior, sample, start, n, noise_buffer.values, drawn);
-      for (int64_t j = 0; j < n; ++j) drawn[j] = draw(center[j], variance[j], drawn[j]);
+      float* __restrict exponent = exponent_buffer.values;
+      for (int64_t j = 0; j < n; ++j) exponent[j] = exponent_of_half(variance[j]);
+      for (int64_t j = 0; j < n; ++j) exponent[j] = at_most_128(exponent[j]);
+      for (int64_t j = 0; j < n; ++j) drawn[j] = draw(center[j], exponent[j], drawn[j]);
       z_0 = draw_buffer.values;
     } else {
       noise.tile<level>(sample, start, n, noise_buffer.values);
@@ -60,7 +100,7 @@ struct PosteriorInterpolate {
 std::tuple<Tensor, Tensor> posterior_interpolate(const Tensor& mean, const Tensor& rows, const Tensor& index,
                                                  const Tensor& coefficients, const std::optional<Tensor>& log_variance,
                                                  int64_t seed) {
-  PosteriorInterpolate kernel{Chunks(0, 0), Rows(mean, "mean"), {}, {}, {}, {}, {}, {}};
+  PosteriorInterpolate kernel{Chunks(0, 0), Rows(mean, "mean"), {}, Ahead(mean), {}, {}, {}, {}, {}, {}};
   check_batched(rows, "rows");
   const int64_t items = mean.size(0), samples = rows.size(0), elements = elements_per_sample(mean);
   check_counter(kStreamNoise, 0, elements);
@@ -72,6 +112,7 @@ std::tuple<Tensor, Tensor> posterior_interpolate(const Tensor& mean, const Tenso
     check_same_shape(*log_variance, "log_variance", mean, "mean");
     check_dtype(*log_variance, "log_variance", mean.scalar_type());
     kernel.log_variance = Rows(*log_variance, "log_variance");
+    kernel.log_variance_ahead = Ahead(*log_variance);
   }
   kernel.coefficients = read_floats(coefficients, "coefficients", {4, samples});
   kernel.chunks = Chunks(samples, elements);

@@ -55,7 +55,7 @@ struct PosteriorInterpolate {
     if (log_variance.given()) {
       posterior.quad(posterior_key, begin + start, normal);
       LFM_UNROLL
-      for (int j = 0; j < kQuad; ++j) data[j] = draw(data[j], variance[j], normal[j]);
+      for (int j = 0; j < kQuad; ++j) data[j] = draw(data[j], at_most_128(exponent_of_half(variance[j])), normal[j]);
     }
     noise.quad(key, begin + start, normal);
     LFM_UNROLL
