@@ -80,8 +80,8 @@ for _ in range(mutants):
         if name in expected and content == expected[name][0]:
             assert label == expected[name][1], f"{name} has label {label}"
             intact += 1
-    lost = set(expected) - set(store.names)
-    assert not lost or store.skipped or layout == "lmdb", f"{lost} are lost without a word"
+    lost = len(expected) - len(store)  # and not by name: one may have been changed
+    assert lost <= 0 or store.skipped or layout == "list", f"{lost} are lost without a word"
 print(json.dumps([refused, skipped, intact]))
 """
 )
@@ -189,10 +189,7 @@ def test_damaged_lists_and_tables_of_classes(tmp_path):
         (tmp_path / f"picture {k}.png").write_bytes(picture(k))
     names = [place for place, character in enumerate(lines) if not character.isdigit()]  # a digit may be any other
     given = json.dumps([str(tmp_path / "list.txt"), names])
-    run_of_list = LIMITED + READ_STORES[len(LIMITED) :].replace(
-        "lost = set(expected) - set(store.names)", "lost = None"
-    )
-    assert run(run_of_list, tmp_path / "list.txt", "list", "train", given=given)[0]
+    assert run(READ_STORES, tmp_path / "list.txt", "list", "train", given=given)[0]
     for k in range(1, 3):
         folder = tmp_path / "imagenet" / "val"
         folder.mkdir(parents=True, exist_ok=True)
