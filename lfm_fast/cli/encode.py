@@ -22,6 +22,13 @@ def add(commands):
     add = parser.add_argument
     add("--data", required=True, help="'embedded', images (folder, LMDB, tars, a list, ...) or another tool's latents")
     add("--from", dest="layout", metavar="LAYOUT", help="how they lie there (default: what it looks like)")
+    add(
+        "--split",
+        choices=("train", "held_out", "all"),
+        default="train",
+        help="of data that has several (default: %(default)s)",
+    )
+    add("--compat", choices=("lfm",), help="lfm: the first 120,000 images of LSUN, as the reference takes them")
     add("--image-size", type=int, default=256, help="side in pixels (default: %(default)s)")
     add("--autoencoder", default=DEFAULT_HUB_NAME, help="'embedded', a folder or a hub name (default: %(default)s)")
     add("--flip", action="store_true", help="store mirrored latents too")
@@ -80,7 +87,8 @@ def _encode(args, world):
         cache = copy_latents(latents, args.output, dtype=dtype, shard_size=args.shard_size, world=world)
         what = f"{cache.num_items} latents"
     else:
-        images = {"layout": args.layout or "auto", "flip": args.flip, "decoder": args.decoder, "device": device}
+        images = {"layout": args.layout or "auto", "split": args.split, "compat": args.compat, "flip": args.flip}
+        images |= {"decoder": args.decoder, "device": device}
         source = world.main_first(lambda: open_images(args.data, args.image_size, **images))
         autoencoder = load_autoencoder(args.autoencoder, device=device)
         settings = {"store": args.store, "dtype": dtype, "seed": args.seed, "flip": args.flip}

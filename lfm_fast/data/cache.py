@@ -27,6 +27,14 @@ def write_note(kind: str, subject, note: dict) -> None:
         return
 
 
+def note_folder(kind: str, subject) -> Path:
+    """Where pictures made of `subject` (a path) may be kept; it need not exist."""
+    return cache_folder() / kind / _digest(subject)
+
+
 def _note_path(kind, subject) -> Path:
-    name = hashlib.sha256(os.fsencode(os.path.realpath(subject))).hexdigest()[:24]
-    return cache_folder() / kind / f"{name}.json"
+    return cache_folder() / kind / f"{_digest(subject)}.json"
+
+
+def _digest(subject) -> str:
+    return hashlib.sha256(os.fsencode(os.path.realpath(subject))).hexdigest()[:24]

@@ -1,11 +1,16 @@
 """Published data sets of images with label maps: CelebAMask-HQ, ADE20K and COCO-Stuff as they are unpacked."""
 
+import contextlib
+import os
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from lfm_fast.data import label_maps
+from lfm_fast.data.cache import note_folder
 from lfm_fast.data.folder import FileStore, list_folder
 from lfm_fast.data.palettes import get_palette
 from lfm_fast.data.reading import UnusableImage, open_unconverted
@@ -50,10 +55,13 @@ class PartMasks:
     """Label maps of CelebAMask-HQ, made of a mask for each part of a face.
 
     A pixel is of the last part, in order of the palette, whose mask is not black there, and background where none is.
+    To read ten masks takes seven times as long as to read one map, so each map is kept in the cache folder, under a
+    name that its masks' sizes and times are in.
     """
 
     def __init__(self, folder: Path):
         self.folder, self._parts = folder, get_palette("celebamask-hq").classes
+        self._kept = note_folder("part-masks", folder)
         if not folder.is_dir():
             raise ValueError(f"The masks of CelebAMask-HQ are not there: there is no folder {folder}.")
 
@@ -62,23 +70,30 @@ class PartMasks:
         report, found = Report(), []
         for name in names:
             number = int(Path(name).stem)
-            there = any(path.is_file() for path in self.paths(number).values())
+            there = any(path.is_file() for path in self._paths(number).values())
             found.append(number if there else None)
             if not there:
                 report.skipped.append((name, "it has no mask of any part"))
         return found, report
 
-    def paths(self, number: int) -> dict[int, Path]:
-        """{id: where the mask of this part would be} of an image."""
-        folder = self.folder / str(number // _IN_A_FOLDER)
-        return {k: folder / f"{number:05d}_{part}.png" for k, part in enumerate(self._parts) if k}
-
     def read(self, number: int) -> torch.Tensor:
         """The label map of an image, (H, W) int64. Raises ValueError for a mask that cannot be used."""
+        facts = {k: (status.st_size, status.st_mtime_ns) for k, status in self._statuses(number)}
+        if not facts:
+            raise ValueError(f"The masks of image {number} in {self.folder} are gone.")
+        kept = self._kept / f"{number:05d}-{zlib.crc32(repr(facts).encode()):08x}.png"
+        try:
+            return label_maps.read_label_map(kept, "celebamask-hq")
+        except ValueError:  # not made yet, or damaged
+            ids = self._composed(number, facts)
+        with contextlib.suppress(OSError):  # a full or read-only disk: it is made again the next time
+            label_maps.write_label_map(kept, ids, "celebamask-hq")
+        return ids
+
+    def _composed(self, number, parts) -> torch.Tensor:
         ids = None
-        for k, path in self.paths(number).items():
-            if not path.is_file():
-                continue
+        for k in parts:
+            path = self._paths(number)[k]
             try:
                 mask = np.array(open_unconverted(path).convert("L"))
             except UnusableImage as error:
@@ -87,9 +102,17 @@ class PartMasks:
             if ids.shape != mask.shape:
                 raise ValueError(f"The mask {path} is of another size than the ones before it.")
             ids[mask > 0] = k
-        if ids is None:
-            raise ValueError(f"The masks of image {number} in {self.folder} are gone.")
         return torch.from_numpy(ids).long()
+
+    def _paths(self, number: int) -> dict[int, Path]:
+        """{id: where the mask of this part would be} of an image."""
+        folder = self.folder / str(number // _IN_A_FOLDER)
+        return {k: folder / f"{number:05d}_{part}.png" for k, part in enumerate(self._parts) if k}
+
+    def _statuses(self, number: int):
+        for k, path in self._paths(number).items():
+            with contextlib.suppress(OSError):
+                yield k, os.stat(path)
 
 
 class PairedStore(FileStore):

@@ -82,6 +82,25 @@ def test_faults_of_masks(celeba):
         images.label_maps([1])
 
 
+def test_a_map_is_made_of_its_masks_once(celeba, monkeypatch):
+    path, maps = celeba
+    images = MappedImages(open_images(path, 20), "celebamask-hq")
+    images.check_maps()
+    read = []
+    real = mapped_sets.open_unconverted
+    monkeypatch.setattr(mapped_sets, "open_unconverted", lambda file: read.append(file.name) or real(file))
+    again = MappedImages(open_images(path, 20), "celebamask-hq")
+    assert torch.equal(again.label_maps([0, 1, 2, 3]), images.label_maps([0, 1, 2, 3]))
+    assert read == []
+    write_mask(path, 1, "hair", np.ones((20, 20)))
+    changed = MappedImages(open_images(path, 20), "celebamask-hq").label_maps([1])[0]
+    assert all(name.startswith("00001_") for name in read)
+    assert set(changed.unique().tolist()) <= set(range(PARTS.index("hair") + 1, 19))
+    for kept in images._source._kept.iterdir():
+        kept.write_bytes(kept.read_bytes()[:60])  # damaged in the cache folder: it is made again
+    assert torch.equal(MappedImages(open_images(path, 20), "celebamask-hq").label_maps([0])[0], maps[0])
+
+
 def test_what_is_no_celebamask_is_a_sentence(celeba, tmp_path):
     path, _ = celeba
     (path / "CelebAMask-HQ-mask-anno").rename(path / "masks")
