@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 from lfm_fast import _graphs
 from lfm_fast.autoencoder import DEFAULT_HUB_NAME, load_autoencoder
@@ -70,8 +71,13 @@ def facts(config):
     if layout is not None:
         _refuse_second_cache(config)
         _refuse_cache(config)
-        unit = None if layout == OURS else 1.0  # whatever it is: no latent is looked at
-        cache = open_latents(config.data, image_size=config.image_size, scaling=unit)
+        if layout == OURS:
+            cache = open_latents(config.data, image_size=config.image_size)
+        else:
+            known = config.autoencoder == "embedded" or Path(config.autoencoder).is_dir()  # one on the hub may be any
+            shape = SimpleNamespace(name=config.autoencoder, latent_channels=channels, downsampling=downsampling)
+            fits = {"autoencoder": shape, "image_size": config.image_size} if known else {}
+            cache = open_latents(config.data, scaling=1.0, **fits)  # in whatever unit: no latent is looked at
         _require_whole(config, cache)
         return cache.num_items, len(cache.class_names), cache.latent_shape
     if config.image_size % downsampling:

@@ -8,10 +8,14 @@ import torch
 from safetensors.torch import save_file
 from small_images import Pooling
 
+from lfm_fast.autoencoder import load_autoencoder
 from lfm_fast.data.encoding import copy_latents
 from lfm_fast.data.foreign_latents import latent_layout, open_latents
 from lfm_fast.data.latent_cache import LatentCache
 from lfm_fast.data.latents import CachedLatents
+from lfm_fast.distributed import World
+from lfm_fast.train.config import from_preset
+from lfm_fast.train.source import facts, open_source
 
 COUNTS = (5, 7, 3)  # of the shards
 LATENTS = 0.3 + torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1) * torch.randn(
@@ -255,3 +259,24 @@ def test_a_scaling_is_no_matter_of_our_own_caches(tmp_path):
     copy_latents(open_latents(lightningdit(tmp_path / "a"), scaling=2), tmp_path / "b", progress=False)
     refused(tmp_path / "b", "is for other tools' latents", scaling=1)
     refused(tmp_path / "nowhere", "is for other tools' latents", scaling=1)
+
+
+def test_training_reads_them_if_they_fit_the_autoencoder(tmp_path):
+    """4 channels of a quarter of the side are what the embedded autoencoder has."""
+    rows = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    autoencoder = load_autoencoder("embedded")
+    (tmp_path / "a").mkdir()
+    save_file(
+        {"latents": rows / autoencoder.scaling_factor, "labels": torch.arange(6)}, tmp_path / "a" / "x.safetensors"
+    )
+    settings = {"data": str(tmp_path / "a"), "autoencoder": "embedded", "model": "DiT-S/4", "device": "cpu"}
+    said = []
+    latents, _ = open_source(from_preset(**settings, image_size=32), World(), said.append)
+    assert said == [f"The latents in {tmp_path / 'a'} do not say what made them; they fit embedded, and are its."]
+    z_0, y = latents.batch(torch.arange(6), 0)
+    # float32 rounds the quotient and the product
+    torch.testing.assert_close(z_0, rows[y], rtol=1e-6, atol=0)
+    assert facts(from_preset(**settings, image_size=32)) == (6, 6, (4, 8, 8))
+    for read in (facts, lambda config: open_source(config, World())):
+        with pytest.raises(ValueError, match=r"shape \(4, 8, 8\).*at 64 pixels have \(4, 16, 16\)"):
+            read(from_preset(**settings, image_size=64))
