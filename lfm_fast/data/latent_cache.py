@@ -19,7 +19,7 @@ from lfm_fast.data.shards import file_checksum, map_shard
 FORMAT = 1
 STATS_FILE = "stats.json"
 POSTERIOR, LATENTS = ("mean", "log_variance"), ("latents",)
-_NUMBERS_AT_ONCE = 1 << 20  # summed in float64 at a time
+_NUMBERS_AT_ONCE = 1 << 18  # summed in float64 at a time
 
 
 class LatentCache:

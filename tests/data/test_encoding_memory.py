@@ -1,5 +1,6 @@
 """Tens of thousands of items are encoded and read in the memory of a batch."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -28,24 +29,27 @@ class Flat(ImageSource):
 class Wide(Pooling):
     """Latents (4, 16, 16) of one value each, that of its image."""
 
-    def __init__(self, memory):
-        super().__init__()
-        self.memory = memory
-
     def encode(self, images):
-        self.memory.look()
         mean = nn.functional.pad(images[:, :1, :1, :1] * 2, (0, 15, 0, 15), mode="replicate").repeat(1, 4, 1, 1)
         return Posterior(mean, torch.full_like(mean, -4.0))
 
 
 class Memory:
-    """The most memory of this process's own (no page of a mapped file) since `__init__`, in bytes."""
+    """Context in which a thread watches this process's own memory, no page of a mapped file; `.most` bytes it grew."""
 
-    def __init__(self):
-        self.most, self.before = 0, self._now()
+    def __enter__(self):
+        self.most, self._before, self._done = 0, self._now(), threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
 
-    def look(self):
-        self.most = max(self.most, self._now() - self.before)
+    def __exit__(self, *_):
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self):
+        while not self._done.wait(0.002):
+            self.most = max(self.most, self._now() - self._before)
 
     @staticmethod
     def _now():
@@ -54,22 +58,19 @@ class Memory:
 
 @pytest.mark.skipif(not STATUS.exists(), reason="the memory of a process is read from /proc")
 def test_memory_holds_batches_however_large_the_shards(tmp_path):
-    memory = Memory()
-    encode_images(Flat(), Wide(memory), tmp_path / "a", batch_size=BATCH, shard_size=COUNT, progress=False)
-    memory.look()
-    assert memory.most < MOST
-    memory = Memory()
-    cache = LatentCache.open(tmp_path / "a", verify=True)
-    latents = CachedLatents(cache)
-    for first in range(0, COUNT, BATCH):
-        z_0, _ = latents.batch(torch.arange(first, first + BATCH), 0)
-        memory.look()
+    with Memory() as encoding:
+        encode_images(Flat(), Wide(), tmp_path / "a", batch_size=BATCH, shard_size=COUNT, progress=False)
+    assert encoding.most < MOST
+    with Memory() as reading:
+        cache = LatentCache.open(tmp_path / "a", verify=True)
+        latents = CachedLatents(cache)
+        for first in range(0, COUNT, BATCH):
+            z_0, _ = latents.batch(torch.arange(first, first + BATCH), 0)
+    assert reading.most < MOST
+    assert z_0.shape == (BATCH, 4, 16, 16)
     mean, _ = cache.read(torch.tensor([0, 300, COUNT - 1]))
     expected = (torch.tensor([0, 300, COUNT - 1]) % 251).float() / 127.5 - 1
     torch.testing.assert_close(mean[:, 3, 15, 15], 2 * expected)
-    assert z_0.shape == (BATCH, 4, 16, 16)
-    assert memory.most < MOST
-    memory = Memory()
-    copy_latents(cache, tmp_path / "b", dtype=torch.bfloat16, shard_size=7000, progress=False)
-    memory.look()
-    assert memory.most < MOST
+    with Memory() as copying:
+        copy_latents(cache, tmp_path / "b", dtype=torch.bfloat16, shard_size=7000, progress=False)
+    assert copying.most < MOST
