@@ -10,6 +10,7 @@ Neither says which autoencoder made it, nor has checksums: what can be held agai
 
 import hashlib
 import json
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from lfm_fast.data.shards import map_shard, read_header
 
 OURS, LIGHTNINGDIT, FAST_DIT = "lfm_fast", "lightningdit", "fast-dit"
 STATISTICS = "latents_stats.pt"
+_MOST_CLASSES = 1 << 20  # a label beyond is no number of a class
 _LOOKED_AT = 1024  # latents, evenly spread, that statistics are taken of
 _THREADS = min(16, 2 * (os.cpu_count() or 1))
 
@@ -71,8 +73,9 @@ def open_latents(folder, *, autoencoder=None, image_size=None, scaling=None, ver
     shift, scale = _scaling(folder, layout, scaling, autoencoder, shards)
     shards = [_scaled(shard, shift, scale) for shard in shards]
     labels = torch.cat([shard["labels"] for shard in shards])
-    if int(labels.min()) < 0:
-        raise ValueError(f"{folder} has the label {int(labels.min())}: labels count from 0.")
+    wrong = labels[(labels < 0) | (labels >= _MOST_CLASSES)].tolist()
+    if wrong:
+        raise ValueError(f"{folder} has the label {wrong[0]}: labels count classes, from 0 on.")
     mean, std = moments([sums_of(_spread(shards), LATENTS)])
     if scaling is None:
         _require_spread(folder, std, autoencoder, layout)
@@ -184,9 +187,16 @@ def _is_npy(name: str) -> bool:
 
 
 def _read_npy(path: Path) -> np.ndarray:
+    layout = np.lib.format
     try:
         with open(path, "rb") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
+            header = {(1, 0): layout.read_array_header_1_0, (2, 0): layout.read_array_header_2_0}
+            shape, _, dtype = header[layout.read_magic(file)](file)
+            # before NumPy asks for the memory that a damaged shape speaks of
+            if math.prod(shape) * dtype.itemsize != os.fstat(file.fileno()).st_size - file.tell():
+                raise ValueError("another length than the shape says")
+            file.seek(0)
+            return layout.read_array(file, allow_pickle=False)
     except Exception as error:  # damaged headers are met with errors of any kind
         raise ValueError(f"{path} is damaged or gone ({type(error).__name__}): make or copy it again.") from error
 

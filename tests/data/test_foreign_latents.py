@@ -214,6 +214,7 @@ def test_shards_that_do_not_fit_each_other(tmp_path):
         ({"labels": torch.arange(2)}, "expected latents"),
         ({"labels": torch.zeros(3)}, "expected latents"),
         ({"labels": torch.tensor([0, -1, 0])}, "has the label -1"),
+        ({"labels": torch.tensor([0, 1 << 60, 0])}, "has the label 1152921504606846976"),
         ({"latents": torch.zeros(3, 48), "latents_flip": torch.zeros(3, 48)}, "expected latents"),
         ({"latents": torch.zeros(3, 3, 4, 4, dtype=torch.uint8)}, "expected latents"),
         ({"more": torch.zeros(3)}, "expected latents"),
@@ -243,6 +244,11 @@ def test_files_that_do_not_pair_or_are_damaged(tmp_path):
         np.save(labels / "7.npy", value)
         refused(folder, words)
     np.save(labels / "7.npy", np.array([2]))
+    whole = (labels / "7.npy").read_bytes()
+    for more in (b"999_999_999,", b"9**9**9,", b"[" * 50):  # no memory is asked for, and nothing is computed
+        (labels / "7.npy").write_bytes(whole.replace(b"1,", more).replace(b" " * (len(more) - 2) + b"\n", b"\n"))
+        refused(folder, "7.npy is damaged or gone")
+    (labels / "7.npy").write_bytes(whole)
     cache = open_latents(folder)
     (features / "5.npy").unlink()  # while it is in use
     with pytest.raises(ValueError, match=r"5\.npy is damaged or gone \(FileNotFoundError\)"):

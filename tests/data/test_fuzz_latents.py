@@ -17,7 +17,7 @@ SECONDS = 1500 if FULL else 150
 
 # in a process of its own, so that a reader that crashes or never ends fails the test instead of taking it along
 READ_ALL = """
-import json, sys
+import json, resource, sys
 from pathlib import Path
 import numpy as np, torch
 from lfm_fast.data.encoding import encode_images
@@ -43,6 +43,7 @@ def read():
         part for part in (*cache.read(items), *cache.read(items, flips)) if part is not None
     ]
 
+resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, 8 << 30))  # a damaged number must not ask for all the memory
 told, latents = read()
 counts = {"read": 0, "refused": 0, "changed": 0}
 for number in range(mutants):
