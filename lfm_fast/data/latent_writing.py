@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,8 @@ class LatentWriter:
         chunks = [range(k, min(k + size, shard.stop)) for shard in mine for k in range(shard.start, shard.stop, size)]
         quiet = not (self.progress and self.world.is_main) or None  # None: where nobody looks
 
+        looked = {}
+
         def make(k):
             number = missing[k]
             labels = self.labels[shards[number].start : shards[number].stop]
@@ -91,16 +94,21 @@ class LatentWriter:
                     before = shard.missing
                     shard.append(next(rows))
                     bar.update(before - shard.missing)
-            found = self._look(number, shards[number], {})
+            looked[k] = looking.submit(self._look, number, shards[number], {})
+
+        def look(k):
+            found = looked[k].result()
             if found is None:
-                raise OSError(f"{self.folder / shard_name(number)} was written, but is not whole: check the disk")
+                path = self.folder / shard_name(missing[k])
+                raise OSError(f"{path} was written, but is not whole: check the disk")
             return found
 
         bar = tqdm(total=sum(map(len, mine)), desc="encoding", unit="image", disable=quiet)
         # rows of all shards at once, so that the next one's are read while one is finished; closed here, since their
-        # thread must not be left to the garbage collector
-        with bar, contextlib.closing(self.rows(chunks)) as rows:
-            return self.world.spread(self._aloud(make), len(missing))
+        # thread must not be left to the garbage collector. A shard is read back while the next one is encoded
+        with bar, contextlib.closing(self.rows(chunks)) as rows, ThreadPoolExecutor(1, "look") as looking:
+            self.world.spread(self._aloud(make), len(missing))
+            return self.world.spread(self._aloud(look), len(missing))
 
     def _aloud(self, make):
         """`make`, saying at once what goes wrong: the other ranks finish their shards before all of them raise it."""

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 
@@ -81,6 +82,35 @@ def test_a_limit_of_the_file_size_ends_in_a_sentence(tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
     assert main(command) == 0
     assert LatentCache.open(tmp_path / "cache", verify=True).num_items == 8
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_the_command_between_whole_shards(tmp_path, monkeypatch, capsys, number, status):
+    """SIGTERM is what torchrun sends to the other ranks when one has died."""
+
+    class Signalled(Pooling):
+        def encode(self, images):
+            if self.calls == 4:
+                os.kill(os.getpid(), number)
+            return super().encode(images)
+
+    monkeypatch.setattr("lfm_fast.data.open_images", lambda *_, **__: Pixels())
+    command = ["encode", "--data", "x", "--image-size", "8", "--autoencoder", "embedded", "--device", "cpu"]
+    command += ["--shard-size", "3", "--batch-size", "2", "--output", str(tmp_path / "cache")]
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("lfm_fast.autoencoder.load_autoencoder", lambda *_, **__: Signalled())
+    assert main(command) == status
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "lfm-fast encode: stopped; begin again and it goes on where it was"
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [
+        "latents-00000.safetensors",
+        "latents-00001.safetensors",
+    ]
+    assert signal.getsignal(signal.SIGTERM) is before
+    autoencoder = Pooling()
+    monkeypatch.setattr("lfm_fast.autoencoder.load_autoencoder", lambda *_, **__: autoencoder)
+    assert main(command) == 0
+    assert autoencoder.calls == 5  # the shards of 3, 3 and 1 that were missing
 
 
 def test_an_image_that_goes_away_is_named_and_the_next_call_goes_on(tmp_path, source):

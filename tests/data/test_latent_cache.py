@@ -83,6 +83,16 @@ def test_a_damaged_shard_is_refused_and_made_anew(tmp_path, source, damage):
     assert files_of(tmp_path) == whole
 
 
+def test_a_shard_that_goes_away_is_read_on_where_it_is_open(tmp_path, source):
+    cache = encode_images(source, Pooling(), tmp_path, shard_size=4, progress=False)
+    expected = cache.read(torch.arange(13))
+    (tmp_path / "latents-00002.safetensors").unlink()
+    for one, other in zip(cache.read(torch.arange(13)), expected):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match=r"latents-00002\.safetensors is missing"):
+        LatentCache.open(tmp_path)
+
+
 def test_a_truncated_shard_is_refused_even_where_checksums_are_not_compared(tmp_path, source):
     encode_images(source, Pooling(), tmp_path, progress=False)
     path = tmp_path / "latents-00000.safetensors"
