@@ -31,7 +31,7 @@ PATH = Linear(sigma_min=1e-5)
 
 
 class ResidentFeeding(Workload):
-    """From sample numbers to z_t and target, as train.step does: items, t, coefficients, and one op over the table.
+    """From sample numbers to z_t and target, as train.step does at given t: rows of the table, and one op over it.
 
     Its share of a training step of as many DiT-S/2 samples stands beside it.
     """
@@ -43,12 +43,12 @@ class ResidentFeeding(Workload):
         self.note = f"a table of {num_items} posteriors in {dtype}; a training step of DiT-S/2 takes "
         self.note += f"{self.step_seconds:.1f} s for as many"
         self.numbers, self.taken = torch.arange(batch_size), 0
+        self.coefficients = PATH.coefficients(time_samplers.draw("uniform", self.numbers, SEED))
         self.moved, self.flops = _registry.row("posterior_interpolate").cost(*self._arguments(self.numbers))
 
     def _arguments(self, numbers):
         rows, _ = self.source.posteriors(numbers, SEED)
-        t = time_samplers.draw("uniform", numbers, SEED)
-        return self.source.mean, rows, numbers, PATH.coefficients(t), self.source.log_variance, SEED
+        return self.source.mean, rows, numbers, self.coefficients, self.source.log_variance, SEED
 
     def _next(self) -> Tensor:
         numbers = self.numbers + self.taken

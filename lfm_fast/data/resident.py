@@ -8,7 +8,7 @@ from torch import Tensor
 from lfm_fast import ops
 from lfm_fast.autoencoder import Posterior
 from lfm_fast.data.latent_cache import LatentCache
-from lfm_fast.data.latents import CachedLatents, OfCache, flips_of
+from lfm_fast.data.latents import CachedLatents, OfCache, ReadAhead, flips_of
 from lfm_fast.data.order import item_of
 
 PIECE = 1024  # items that are read at a time
@@ -34,12 +34,11 @@ class ResidentLatents(OfCache):
     def __init__(self, cache: LatentCache, *, flip: bool = False, device=None):
         super().__init__(cache, flip)
         self.mean, self.log_variance = _table(cache, flip, device)
+        self._ahead = ReadAhead(self._rows)  # a new epoch's order takes 0.15 s for a million items
 
     def posteriors(self, sample_numbers: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """The rows (B,) int64 of the table and y (B,) int64 of the global sample numbers (B,) int64, on the CPU."""
-        items = item_of(sample_numbers, self.num_items, seed)
-        rows = items + self.num_items * flips_of(sample_numbers, seed) if self.flip else items
-        return rows, self.labels[items]
+        return self._ahead.get(sample_numbers, seed)
 
     def interpolate(self, rows: Tensor, coefficients: Tensor, index: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """(z_t, target) of the samples numbered index (B,), all on the table's device; coefficients as of a path."""
@@ -53,6 +52,11 @@ class ResidentLatents(OfCache):
         if self.log_variance is None:
             return mean, y
         return Posterior(mean, self.log_variance[rows].float()).sample(sample_numbers.to(mean.device), seed), y
+
+    def _rows(self, sample_numbers, seed):
+        items = item_of(sample_numbers, self.num_items, seed)
+        rows = items + self.num_items * flips_of(sample_numbers, seed) if self.flip else items
+        return rows, self.labels[items]
 
 
 def of_cache(cache: LatentCache, *, flip: bool, device: torch.device, keep: str = "auto", sharing: int = 1):

@@ -13,7 +13,7 @@ from lfm_fast import ops
 
 DEVICE = os.environ.get("LFM_FAST_TRITON_DEVICE", "cuda")  # cpu, in the interpreter, runs what needs no stream
 WITH_TRITON = {name: row for name, row in ROWS.items() if any(b.name == "triton" for b in row.backends)}
-DRAWING = [name for name in ("philox_normal", "interpolate", "velocity_loss", "guided_step") if name in WITH_TRITON]
+DRAWING = ("philox_normal", "interpolate", "posterior_interpolate", "velocity_loss", "guided_step")
 if DEVICE == "cuda" and not torch.cuda.is_available():
     pytest.skip("there is no CUDA device on this machine", allow_module_level=True)
 
@@ -76,6 +76,12 @@ def test_noise_has_the_bits_of_the_cpu(name):
         elif name == "interpolate":
             for part in ops.interpolate(zeros, pick, index=index, seed=11):
                 assert_same_bits(part.cpu() + 0.0, noise + 0.0)
+        elif name == "posterior_interpolate":
+            pick, rows = torch.stack((ones, 0 * ones, 0 * ones, ones)), torch.arange(3, device=DEVICE)
+            drawn, later = ops.posterior_interpolate(zeros, rows, index, pick, zeros, 11)
+            assert_same_bits(later.cpu() + 0.0, noise + 0.0)
+            want = ops.philox_normal(index.cpu(), count, seed=11, stream=2)
+            assert_same_bits(drawn.cpu() + 0.0, want + 0.0)
         elif name == "velocity_loss":
             loss = ops.velocity_loss(noise.to(DEVICE), z_0=zeros, coefficients=pick, index=index, seed=11)
             assert (loss == 0).all()
