@@ -13,4 +13,4 @@ def test_resident_latents(benchmark, dtype):
     count, batch_size = (64, 8) if QUICK else (16384 if FULL else 8192, 256)
     workload = build(("resident latents", {"num_items": count, "batch_size": batch_size, "dtype": dtype}))
     title = f"latents in memory in {dtype}, drawn and interpolated, batches of {batch_size}"
-    compare(benchmark, title, workload, seconds=seconds_for(full=6.0, quick=1.0))
+    compare(benchmark, title, workload, seconds=seconds_for(full=16.0, quick=1.0))
