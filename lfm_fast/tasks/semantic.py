@@ -131,7 +131,9 @@ def from_semantic_map(flow, label_map, num_samples=1, seed=0, *, palette=None, h
 
 def _palette(config):
     """The palette that the settings name, or the data's own. Raises ValueError where none is given."""
-    own = "embedded" if config.data == "embedded" else palette_of(config.data or "", config.layout or "auto")
+    own = "embedded" if config.data == "embedded" else None
+    if config.palette is None and own is None and config.data is not None:
+        own = palette_of(config.data, config.layout or "auto")
     if config.palette is None and own is None:
         raise ValueError("label maps need a palette, which says what their ids are; give --palette.")
     return get_palette(config.palette or own)
