@@ -1,5 +1,6 @@
 """The workloads by kind: what a specification (kind, arguments) builds, in this process or in another."""
 
+from benchmarks.archives import ReadingArchives
 from benchmarks.autoencoders import Autoencoding
 from benchmarks.decoding import Decoding
 from benchmarks.feeding import CacheFeeding, FolderFeeding
@@ -28,6 +29,7 @@ KINDS = {
     "resident latents": ResidentFeeding,
     "autoencoder": Autoencoding,
     "decoding": Decoding,
+    "archives": ReadingArchives,
     "start": Starting,
     "import": Importing,
 }

@@ -4,6 +4,7 @@ import math
 import os
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ class LmdbStore(Store):
             names += [prefix + values.keys[k].decode("utf-8", "surrogateescape") for k in order]
             labels += [class_names.index(kind)] * len(order)
             places.append(np.stack([np.full(len(order), len(self._environments)), np.array(order, np.int64)]))
-            self._environments.append((archive, values))
+            self._environments.append((archive, replace(values, keys=[])))  # millions of names are enough to hold once
         if not names:
             raise ValueError(f"{path} holds no picture: its LMDB environment is empty.")
         super().__init__(path, name, names, labels, [printable(kind) for kind in class_names])

@@ -48,11 +48,11 @@ class Values:
         offset, size = int(self.offset[position]), int(self.size[position])
         if not self.alone[position]:
             return archive.read(offset, size)
-        data = archive.read(offset - HEADER, size + HEADER)
-        number, _, kind, *_ = _PAGE.unpack_from(data)
-        if kind != _OVERFLOW or number * self.page_size != offset - HEADER:
-            raise UnusableImage("its page in the archive is damaged")
-        return data[HEADER:]
+        with archive.opened() as read:  # twice, because to cut the header off copies the value
+            number, _, kind, *_ = _PAGE.unpack(read(offset - HEADER, HEADER))
+            if kind != _OVERFLOW or number * self.page_size != offset - HEADER:
+                raise UnusableImage("its page in the archive is damaged")
+            return read(offset, size)
 
 
 @dataclass(frozen=True)
