@@ -17,7 +17,7 @@ def add(commands):
     add("--autoencoder", help="'embedded', a folder or a hub name; default: the one recorded with the model")
     add("--task", help="inpainting, semantic or layout; default: the one recorded with the model")
     add("--approach", help="inpainting: condition, project or project:resample; default: what suits the model")
-    add("--data", default="embedded", help="'embedded' or a folder of images (default: %(default)s)")
+    add("--data", default="embedded", help="'embedded' or images, of which what is held out (default: %(default)s)")
     add("--num-images", type=int, default=64, help="how many held-out images (default: %(default)s)")
     add("--method", help="solver (default: what suits the model)")
     add("--num-steps", type=int, help="steps of a fixed-step solver")

@@ -126,12 +126,11 @@ def open_lsun(path, split: str) -> LmdbStore:
         ValueError: there is none, or none of the split.
     """
     path = Path(path).expanduser()
-    if _LSUN_NAME.fullmatch(path.name) and _data_file(path) is not None:
-        return LmdbStore(path, [(_LSUN_NAME.fullmatch(path.name)[1], path)], path.name, raw=False)
-    named = [(_LSUN_NAME.fullmatch(each.name), each) for each in _environments_in(path)]
+    alone = _LSUN_NAME.fullmatch(path.name) and _data_file(path) is not None
+    named = [(_LSUN_NAME.fullmatch(each.name), each) for each in ([path] if alone else _environments_in(path))]
     chosen = [(match[1], each) for match, each in named if match and match[2] in _SPLITS[split]]
     _require_some(chosen, path, split)
-    return LmdbStore(path, chosen, f"{path.name} {split}", raw=False)
+    return LmdbStore(path, chosen, path.name if alone else f"{path.name} {split}", raw=False)
 
 
 def holds_lmdb(path: Path, names) -> bool:

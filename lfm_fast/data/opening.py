@@ -76,6 +76,14 @@ def layout_of(path) -> str:
     return "folder"
 
 
+def held_out_split(path) -> str:
+    """The split to evaluate with: "held_out" where the data set says which pictures these are, else "train", all."""
+    layout = layout_of(path)
+    if layout == "lmdb":
+        return "held_out" if (Path(path).expanduser() / "validation.lmdb").exists() else "train"
+    return "train" if layout in ("folder", "list", "webdataset") else "held_out"
+
+
 def palette_of(path, layout: str) -> str | None:
     """The palette of the label maps that come with images of this layout; None where none come."""
     layout = layout_of(path) if layout == "auto" else layout

@@ -9,6 +9,7 @@ from lfm_fast.data import open_images
 from lfm_fast.data.encoding import device_of, to_model_range
 from lfm_fast.data.latents import EncodedImages, drawn_images
 from lfm_fast.data.masks import KINDS, SHARE, free_form, read_mask, to_latent
+from lfm_fast.data.opening import held_out_split
 from lfm_fast.flow.noise import check_indices
 from lfm_fast.metrics.inpainting import filled_with_mean, hole_errors
 from lfm_fast.models.conditioned import Conditioned
@@ -64,7 +65,7 @@ class Inpainting(Task):
         """PSNR and seams in holes of held-out images, beside those of simpler paintings: the mean colour of what is
         known; another of these images pasted into the hole, as a perfect flow would draw that did not look; and, of a
         flow that was not trained to inpaint, its own unconditional samples pasted."""
-        images = open_images(data, flow.image_size, split="held_out" if data == "embedded" else "train")
+        images = open_images(data, flow.image_size, split="held_out" if data == "embedded" else held_out_split(data))
         count = min(num_images, len(images))
         if count < 2:
             what = f"num_images is {num_images}" if num_images < 2 else f"{data} has one image to evaluate with"

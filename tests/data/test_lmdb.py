@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -149,6 +150,10 @@ def test_lsun_has_a_class_for_each_scene(lsun):
     alone = open_images(lsun / "bedroom_train_lmdb", 16)
     assert alone.class_names == ["bedroom"]
     assert [f"bedroom_train_lmdb/{name}" for name in alone.names] == images.names[:5]
+    assert len(open_images(lsun / "bedroom_val_lmdb", 16, split="held_out")) == 2
+    for path, split in (("bedroom_train_lmdb", "held_out"), ("bedroom_val_lmdb", "train")):
+        with pytest.raises(ValueError, match=f"holds no LMDB environment of split '{split}'"):
+            open_images(lsun / path, 16, split=split)
 
 
 def test_the_first_of_lsun_for_compatibility(lsun, monkeypatch):
@@ -187,12 +192,17 @@ def test_values_of_another_size_are_skipped_and_named(tmp_path):
 
 def test_values_that_are_no_pictures_are_skipped_and_named(tmp_path):
     items = {b"a": encoded(pixels(count=1)[0]), b"b": b"hello", b"c": b"", b"d": encoded(pixels(count=1)[0])[:-30]}
+    bomb = bytearray(encoded(pixels(count=1)[0]))
+    bomb[16:24] = struct.pack(">II", 60_000, 60_000)  # a header that promises ten gigabytes
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    items[b"e"] = bytes(bomb)
     images = open_images(write(tmp_path / "env", items), 16)
     assert images.names == ["a"]
     reasons = dict(images.report.skipped)
     assert "not an image" in reasons["b"]
     assert "zero bytes" in reasons["c"]
     assert "damaged or truncated" in reasons["d"]
+    assert "more pixels than can be decoded" in reasons["e"]
 
 
 def damaged_copy(path, place, fill):

@@ -11,7 +11,7 @@ from PIL import Image
 from lfm_fast.cli import main
 from lfm_fast.data import open_images
 from lfm_fast.data.latents import LatentCache
-from lfm_fast.data.opening import LAYOUTS, layout_of, open_store
+from lfm_fast.data.opening import LAYOUTS, held_out_split, layout_of, open_store
 from lfm_fast.train.config import parse_args
 
 
@@ -47,6 +47,19 @@ def test_what_each_layout_looks_like(tmp_path):
     expected = {"ade": "ade20k", "coco": "coco-stuff", "tars": "webdataset", "cifar": "cifar10", "env": "lmdb"}
     assert seen == expected | {"imagenet": "imagenet"}
     assert layout_of(tmp_path / "bedroom_train_lmdb") == layout_of(tmp_path) == "lsun"
+
+
+def test_what_is_held_out_is_evaluated_with(tmp_path):
+    draw(tmp_path / "imagenet" / "val" / "n01440764" / "1.png")
+    (tmp_path / "nvae" / "validation.lmdb").mkdir(parents=True)
+    (tmp_path / "nvae" / "validation.lmdb" / "data.mdb").touch()
+    (tmp_path / "lone").mkdir()
+    (tmp_path / "lone" / "data.mdb").touch()
+    splits = {name: held_out_split(tmp_path / name) for name in ("imagenet", "nvae", "lone", "a.txt", "a.tar", "none")}
+    assert splits == dict.fromkeys(("lone", "a.txt", "a.tar", "none"), "train") | {
+        "imagenet": "held_out",
+        "nvae": "held_out",
+    }
 
 
 def test_names_that_are_not_known_are_refused(tmp_path):
@@ -107,6 +120,25 @@ def test_the_same_pictures_are_the_same_latents_from_every_layout(forms, tmp_pat
     assert len(means["folder"].flatten(1).unique(dim=0)) == 4
     labels = {layout: cache.labels.tolist() for layout, cache in caches.items()}
     assert labels == {key: [0, 0, 1, 1] for key in ("folder", "webdataset", "list")} | {"lmdb": [0, 0, 0, 0]}
+
+
+@pytest.mark.filterwarnings("ignore:Latent channels")
+def test_a_split_and_the_first_of_lsun_are_encoded_by_flags(tmp_path, monkeypatch):
+    lmdb = pytest.importorskip("lmdb")
+    monkeypatch.setattr("lfm_fast.data.opening.FIRST_OF_LSUN", 3)
+    for name, count in (("bedroom_train_lmdb", 5), ("bedroom_val_lmdb", 2)):
+        with lmdb.open(str(tmp_path / name), map_size=1 << 24) as environment, environment.begin(write=True) as writes:
+            for k in range(count):
+                file = io.BytesIO()
+                Image.new("RGB", (16, 16), (40 * k, 99, 0)).save(file, "PNG")
+                writes.put(b"%040x" % k, file.getvalue())
+    counts = []
+    for flags in ([], ["--split", "held_out"], ["--split", "all"], ["--compat", "lfm"]):
+        output = tmp_path / "-".join(["cache", *flags])
+        command = ["encode", "--data", str(tmp_path), "--image-size", "16", "--autoencoder", "embedded", *flags]
+        assert main([*command, "--output", str(output)]) == 0
+        counts.append(LatentCache.open(output).num_items)
+    assert counts == [5, 2, 7, 3]
 
 
 def test_training_takes_the_flag():
