@@ -99,7 +99,7 @@ for phase in "${phases[@]}"; do
   build) checked build build || break ;;
   kernels) tests kernels tests/ops/test_cuda.py -k "not captured" ;;
   graphs)
-    tests graphs tests/ops/test_cuda.py tests/train/test_graphed.py tests/test_sampler_graphed.py \
+    tests graphs tests/ops/test_cuda.py tests/train/test_graphed.py tests/train/test_given_latents.py tests/test_sampler_graphed.py \
       -k "captured or on_a_gpu or host_read or reads_back"
     ;;
   graph-times) checked graph-times "$python" -m benchmarks.graphs --output "$results/graph-times.json" ;;

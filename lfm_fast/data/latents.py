@@ -135,15 +135,16 @@ def drawn_images(source, sample_numbers, seed, flip):
 class ReadAhead:
     """Calls `load(sample_numbers, seed)` for the batch it expects next while the caller works on this one.
 
-    The step from one batch to the next repeats (with gradient accumulation: as a cycle), so the next step is taken to
-    be the one that followed the last time the current step was seen. A wrong guess costs time, never correctness.
+    The step from one batch to the next repeats, and so do their sizes (with gradient accumulation: as a cycle), so the
+    next ones are taken to be those that followed the last time these were seen. A wrong guess costs time, never
+    correctness.
     """
 
     def __init__(self, load):
         self._load = load
         self._pool = None
         self._expected = None  # (sample numbers, seed, future)
-        self._previous, self._steps = None, []
+        self._previous, self._moves = None, []  # the moves: (step from batch to batch, samples)
 
     def get(self, sample_numbers, seed):
         if self._pool is None:
@@ -155,19 +156,22 @@ class ReadAhead:
             if expected:
                 expected[2].cancel()
             result = self._load(sample_numbers, seed)
-        upcoming = sample_numbers + self._next_step(sample_numbers)
+        upcoming = self._upcoming(sample_numbers)
         if upcoming.numel() and int(upcoming.min()) >= 0:
             self._expected = (upcoming, seed, self._pool.submit(self._load, upcoming, seed))
         return result
 
-    def _next_step(self, sample_numbers) -> int:
-        if len(sample_numbers) == 0:
-            return 0
+    def _upcoming(self, sample_numbers) -> torch.Tensor:
+        """The batch that is likely to come next; empty where nothing is known of it."""
+        count = len(sample_numbers)
+        if count == 0:
+            return sample_numbers
         first = int(sample_numbers[0])
         if self._previous is None:
             self._previous = first
-            return len(sample_numbers)
-        step, self._previous = first - self._previous, first
-        following = [after for before, after in zip(self._steps, self._steps[1:] + [step]) if before == step]
-        self._steps = (self._steps + [step])[-16:]
-        return following[-1] if following else step
+            return sample_numbers + count
+        move, self._previous = (first - self._previous, count), first
+        following = [after for before, after in zip(self._moves, self._moves[1:] + [move]) if before == move]
+        self._moves = (self._moves + [move])[-16:]
+        step, size = following[-1] if following else move
+        return sample_numbers + step if size == count else torch.arange(first + step, first + step + size)

@@ -13,6 +13,7 @@ from tiny_run import TinySource
 from lfm_fast.data.latent_cache import LatentCache
 from lfm_fast.data.latents import CachedLatents
 from lfm_fast.data.resident import ResidentLatents
+from lfm_fast.distributed import World
 from lfm_fast.models import create_model
 from lfm_fast.tasks.base import ConditionedSource
 from lfm_fast.train import loop
@@ -43,14 +44,14 @@ class Drawn(TinySource):
         return self._source.batch(sample_numbers, seed)
 
 
-def trained(source, graphed=False, steps=4, **changes):
+def trained(source, graphed=False, steps=4, world=WORLD, **changes):
     config = settings(**changes)
-    state = build_state(config, source, WORLD)
+    state = build_state(config, source, world)
     if graphed:
-        add_gradients = gradients_on(state, config, training_path(config), WORLD, source)
-        state.graph = GraphedGradients(add_gradients, state.trained, WORLD.device)
+        add_gradients = gradients_on(state, config, training_path(config), world, source)
+        state.graph = GraphedGradients(add_gradients, state.trained, world.device)
     for _ in range(steps):
-        train_step(state, source, config, training_path(config), WORLD)
+        train_step(state, source, config, training_path(config), world)
     return state
 
 
@@ -74,6 +75,21 @@ def test_replayed_steps_are_the_ordinary_ones_to_the_bit(kind, changes, monkeypa
     state = trained(kind(cache(), flip=True), graphed=True, **changes)
     assert Tape.replayed == 4 * changes.get("accumulation_steps", 1)
     assert_equal_states(state, trained(kind(cache(), flip=True), **changes))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("changes", CHANGES[:3], ids=str)
+def test_graphed_steps_from_a_table_on_a_gpu_are_the_ordinary_ones(changes):
+    world = World(device=torch.device("cuda", 0))
+    changes = {"device": "cuda", **changes}
+    sources = [ResidentLatents(cache(), flip=True, device=world.device) for _ in range(3)]
+    assert sources[0].mean.device == world.device
+    graphed, plain = (trained(source, graph, world=world, **changes) for source, graph in zip(sources, (True, False)))
+    mapped = trained(CachedLatents(cache(), flip=True), world=world, **changes)
+    for other in (graphed, mapped):  # as test_graphed.py: sums in another order, and a rounding of Adam's steps of 1e-3
+        assert float(other.loss_sum) == pytest.approx(float(plain.loss_sum), rel=1e-5)
+        for p, q in zip(other.model.parameters(), plain.model.parameters()):
+            torch.testing.assert_close(p, q, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", [ResidentLatents, CachedLatents])
@@ -111,7 +127,7 @@ class Threads(ConditionedSource):
         return sample_numbers * 10 + seed
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [1, 2, 3])  # of 8; 4 and 4; 3, 3 and 2
 def test_conditions_are_read_ahead_and_the_same(parts):
     source = Threads(ResidentLatents(cache()))
     first = 0
@@ -122,7 +138,7 @@ def test_conditions_are_read_ahead_and_the_same(parts):
     source._ahead._pool.shutdown()
     here = [number for number, thread in source.read if thread == threading.current_thread().name]
     assert here[0] == 0
-    assert len(here) <= 1 if parts == 1 else len(here) <= 4  # until its cycle is known
+    assert max(here) <= (0, 8, 11)[parts - 1]  # in the second step its cycle is known
     assert [number for number, _ in source.read].count(40) == 1
 
 
