@@ -122,6 +122,15 @@ def test_the_same_pictures_are_the_same_latents_from_every_layout(forms, tmp_pat
     assert labels == {key: [0, 0, 1, 1] for key in ("folder", "webdataset", "list")} | {"lmdb": [0, 0, 0, 0]}
 
 
+@pytest.mark.parametrize("decoder", ["pil", "dali"])
+def test_both_decoders_read_every_layout(forms, decoder):
+    if decoder == "dali":
+        pytest.importorskip("nvidia.dali")
+    batches = {layout: open_images(path, 24, decoder=decoder).batch([3, 0, 2]) for layout, path in forms.items()}
+    assert all(torch.equal(batch, batches["folder"]) for batch in batches.values())
+    assert len(batches["folder"].flatten(1).unique(dim=0)) == 3
+
+
 @pytest.mark.filterwarnings("ignore:Latent channels")
 def test_a_split_and_the_first_of_lsun_are_encoded_by_flags(tmp_path, monkeypatch):
     lmdb = pytest.importorskip("lmdb")
