@@ -70,7 +70,8 @@ class DaliDecoder:
         """DALI takes chunk after chunk while the pool reads what comes next and Pillow decodes what is left to it."""
 
         def read(places):
-            return [(place, content_at(contents, place)) for place in places]
+            some = [(place, content_at(contents, place)) for place in places]
+            return [(place, encoded, *self._planned(encoded, image_size)) for place, encoded in some]
 
         reading = iter([workers().submit(read, places) for places in pieces(len(contents), READ_AT_ONCE)])
         found = _Batch(len(contents), image_size, self.device)
@@ -81,10 +82,9 @@ class DaliDecoder:
         return found.whole().permute(0, 3, 1, 2)
 
     def _decode_chunk(self, batch, chunk):
-        """Let DALI decode what it can of [(place, encoded)]; gives the others back."""
+        """Let DALI decode what it can of [(place, encoded, size, plan)]; gives (place, encoded) of the others back."""
         groups, others = {}, []
-        for place, encoded in chunk:
-            size, plan = self._planned(encoded, batch.image_size)
+        for place, encoded, size, plan in chunk:
             if plan is None:
                 others.append((place, encoded))
             else:
@@ -207,7 +207,9 @@ def _pipeline(device, image_size, halvings, end):
 
     @pipeline_def(batch_size=AT_ONCE, num_threads=THREADS, device_id=device.index, prefetch_queue_depth=1)
     def define():
-        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+        encoded = fn.external_source(
+            name="encoded", dtype=types.UINT8, ndim=1, no_copy=True
+        )  # bytes of a run outlive it
         plan = fn.external_source(name="plan", dtype=types.FLOAT, ndim=2)
         pictures = fn.decoders.image(
             encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB, jpeg_fancy_upsampling=True
