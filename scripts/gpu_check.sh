@@ -11,9 +11,10 @@
 #                made on purpose first; where it cannot (some drivers allow none of them), the table says so
 #     suite      all other tests that are not slow
 # and, only where they are named: graph-times, a training step and sampling with and without CUDA graphs
-# (benchmarks/graphs.py), and autoencoder-times, encoding and decoding by sd-vae's network (benchmarks/autoencoders.py;
-# wanted of an H200 at 256 px: 1,200 images encoded and 550 decoded a second), and latent-times, cached latents in device
-# memory drawn and interpolated (benchmarks/latents.py; wanted: 100,000 images a second)
+# (benchmarks/graphs.py), autoencoder-times, encoding and decoding by sd-vae's network (benchmarks/autoencoders.py;
+# wanted of an H200 at 256 px: 1,200 images encoded and 550 decoded a second), latent-times, cached latents in device
+# memory drawn and interpolated (benchmarks/latents.py; wanted: 100,000 images a second), and image-times, JPEGs decoded by
+# Pillow, a DataLoader, and DALI on the CPU and on the GPU (benchmarks/decoding.py)
 # A failed test is named below the table: op, shape, dtype and backend are in its name. Logs and results go to
 # test-results/gpu (LFM_FAST_GPU_RESULTS names another folder).
 # Variables: PYTHON, the interpreter that has torch (default python3). It needs pytest, hypothesis, numpy and scipy for
@@ -107,6 +108,10 @@ for phase in "${phases[@]}"; do
     checked autoencoder-times "$python" -m benchmarks.autoencoders --output "$results/autoencoder-times.json"
     ;;
   latent-times) checked latent-times "$python" -m benchmarks.latents --device cuda && cat "$results/latent-times.log" ;;
+  image-times)
+    checked image-times "$python" -m pytest -p no:cacheprovider benchmarks/test_data.py --benchmark-only -k decoding \
+      --benchmark-json="$results/image-times.json"
+    ;;
   rows) tests rows tests/ops -m "not slow" -k "cuda and not test_cuda and not triton" ;;
   triton) tests triton tests/ops -m "not slow" --ignore tests/ops/interpreter -k "triton and not test_cuda and not interpret" ;;
   sanitizer)

@@ -12,7 +12,7 @@ import torch
 from lfm_fast.data.reading import UnusableImage, centre_square, decode
 
 DECODERS = ("auto", "pil", "dali")
-WORTH_DALI = 4096  # pictures from which on the second that DALI takes to start is earned back
+WORTH_DALI = 10_000  # pictures from which on the second that DALI takes to start is earned back
 THREADS = min(16, os.cpu_count() or 1)  # Pillow decodes without holding Python's lock
 _pools: dict[int, ThreadPoolExecutor] = {}
 

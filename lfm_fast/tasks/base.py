@@ -105,8 +105,8 @@ class ConditionedSource:
         return self._ahead.get(sample_numbers, seed)
 
     def pictures(self, sample_numbers: Tensor, seed: int) -> Tensor:
-        """(B, 3, H, W) uint8: the images themselves, mirrored where training sees them so."""
-        return drawn_images(self._images, sample_numbers, seed, self._source.flip)[0]
+        """(B, 3, H, W) uint8 on the CPU: the images themselves, mirrored where training sees them so."""
+        return drawn_images(self._images, sample_numbers, seed, self._source.flip)[0].cpu()
 
     def _flips(self, sample_numbers: Tensor, seed: int) -> Tensor:
         """Whether each sample is mirrored, (B,) bool."""

@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import pickle
 import struct
+import tarfile
 import warnings
 import zlib
 
@@ -299,6 +300,21 @@ def test_where_dali_keeps_failing_pillow_takes_over_and_says_so(monkeypatch):
     ]
 
 
+@needs_dali
+def test_a_failure_now_and_then_costs_a_run_and_not_dali(monkeypatch):
+    from lfm_fast.data import dali as module
+
+    real, decoder, contents = module._pipeline, DaliDecoder(), [encoded(photograph(60, 40))]
+    for _ in range(3):
+        decoder._pipelines.clear()
+        monkeypatch.setattr(module, "_pipeline", lambda *arguments: 1 / 0)
+        for _ in range(PATIENCE - 1):
+            decoder.decode(contents, 32)
+        monkeypatch.setattr(module, "_pipeline", real)
+        decoder.decode(contents, 32)
+        assert decoder._pipelines
+
+
 def test_a_reader_that_cannot_read_is_named_by_either(tmp_path):
     class Contents(list):
         def __getitem__(self, place):
@@ -310,6 +326,38 @@ def test_a_reader_that_cannot_read_is_named_by_either(tmp_path):
         with pytest.raises(UndecodableImage, match="page 7 is damaged") as raised:
             decoder_named(decoder).decode(Contents([PNG, PNG, PNG]), 32)
         assert raised.value.place == 1
+
+
+@needs_dali
+@pytest.mark.parametrize("layout", ["folder", "list", "webdataset", "lmdb"])
+def test_wherever_pictures_lie_both_decoders_read_the_same(tmp_path, layout):
+    contents = [encoded(photograph(40 + 9 * k, 50, k), quality=90) for k in range(6)]
+    names = [f"{k}.jpg" for k in range(6)]
+    path = tmp_path / "set"
+    if layout == "webdataset":
+        path = path.with_suffix(".tar")
+        with tarfile.open(path, "w") as tar:
+            for name, content in zip(names, contents):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    elif layout == "lmdb":
+        lmdb = pytest.importorskip("lmdb")
+        with lmdb.open(str(path), map_size=1 << 20) as environment, environment.begin(write=True) as transaction:
+            for name, content in zip(names, contents):
+                transaction.put(name.encode(), content)
+    else:
+        path.mkdir()
+        for name, content in zip(names, contents):
+            (path / name).write_bytes(content)
+    if layout == "list":
+        path = path / "set.txt"
+        path.write_text("".join(f"{name}\n" for name in names))
+    pil, dali = (open_images(path, 32, layout=layout, decoder=name) for name in ("pil", "dali"))
+    assert pil.names == dali.names
+    order = [4, 0, 5, 2]
+    assert torch.equal(pil.batch(order), PillowDecoder().decode([contents[k] for k in order], 32))
+    assert (pil.batch(order).int() - dali.batch(order).int()).abs().float().mean() <= 2.0
 
 
 # -- processes
