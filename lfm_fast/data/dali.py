@@ -7,6 +7,7 @@ back. So whoever decodes, a run reads the same items in the same order, and resu
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Sequence
 from itertools import islice
 
@@ -228,4 +229,11 @@ def _pipeline(device, image_size, halvings, end):
             )
         return pictures, size
 
-    return define()
+    built = define()
+    _built.add(built)
+    return built
+
+
+# A forked process that let go of a pipeline would wait for ever for its threads, which do not run there: it keeps all.
+_built, _inherited = weakref.WeakSet(), []
+os.register_at_fork(before=lambda: _inherited.extend(_built), after_in_parent=_inherited.clear)
