@@ -36,6 +36,11 @@ class ResidentLatents(OfCache):
         self.mean, self.log_variance = _table(cache, flip, device)
         self._ahead = ReadAhead(self._rows)  # a new epoch's order takes 0.15 s for a million items
 
+    @property
+    def nbytes(self) -> int:
+        """What the table takes."""
+        return self.mean.nbytes + (0 if self.log_variance is None else self.log_variance.nbytes)
+
     def posteriors(self, sample_numbers: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """The rows (B,) int64 of the table and y (B,) int64 of the global sample numbers (B,) int64, on the CPU."""
         return self._ahead.get(sample_numbers, seed)
@@ -63,8 +68,8 @@ def of_cache(cache: LatentCache, *, flip: bool, device: torch.device, keep: str 
     """The source of training that reads `cache`: a table on `device`, or files as they are asked for.
 
     Args:
-        keep: "device", "mapped", or "auto": the table where it takes at most half of a GPU's free memory, or, of all
-            that share a CPU's memory, an eighth of it.
+        keep: "device", "mapped", or "auto": the table where it takes at most a quarter of a GPU's free memory (there is
+            no network in it yet), or, of all that share a CPU's memory, an eighth of it.
         sharing: how many processes of this run are on this machine.
 
     Raises:
@@ -77,7 +82,7 @@ def of_cache(cache: LatentCache, *, flip: bool, device: torch.device, keep: str 
         raise ValueError(
             f"the latents take {needed / 1e9:.1f} GB, but {device} has room for {free / 1e9:.1f} GB: keep them mapped."
         )
-    if keep == "auto" and needed > free * (0.5 if device.type == "cuda" else 0.125):
+    if keep == "auto" and needed > free * (0.25 if device.type == "cuda" else 0.125):
         return CachedLatents(cache, flip=flip)
     return ResidentLatents(cache, flip=flip, device=device)
 

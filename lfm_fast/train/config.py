@@ -47,7 +47,7 @@ class TrainConfig:
         "auto",
         str,
         "where cached latents are: device, a table in its memory; mapped, files read as they are asked for; auto: the "
-        "device where they take at most half of a GPU's free memory, or an eighth of a CPU's",
+        "device where they take at most a quarter of a GPU's free memory, or an eighth of a CPU's",
         KEEP_LATENTS,
     )
     flip: bool = _curve(False, bool, "mirror half of the images at random")

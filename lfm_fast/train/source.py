@@ -32,7 +32,7 @@ def open_source(config, world, say=print):
         if world.is_main and latent_layout(config.data) != OURS:
             say(f"The latents in {config.data} do not say what made them; they fit {autoencoder.name}, and are its.")
         _require_whole(config, cache)
-        return _of_cache(cache, config, world), autoencoder
+        return _of_cache(cache, config, world, say), autoencoder
     task = task_named(config.task)
     images = task.images(config)
     if world.is_main and images.report.skipped:
@@ -42,23 +42,25 @@ def open_source(config, world, say=print):
     if config.max_items is not None and config.max_items < len(images):
         images = FirstImages(images, config.max_items)
     autoencoder = load_autoencoder(config.autoencoder, device=world.device)
-    return task.source(config, _latents_of(images, autoencoder, config, world), images, autoencoder), autoencoder
+    return task.source(config, _latents_of(images, autoencoder, config, world, say), images, autoencoder), autoencoder
 
 
-def _latents_of(images, autoencoder, config, world):
+def _latents_of(images, autoencoder, config, world, say):
     """Latents and labels of images: in shards on the disk, in memory where they are few, or encoded as they come."""
     if config.cache_latents is not None:
         cache = encode_images(images, autoencoder, config.cache_latents, flip=config.flip, world=world)
-        return _of_cache(cache, config, world)
+        return _of_cache(cache, config, world, say)
     if len(images) * config.image_size**2 <= LARGEST_IN_MEMORY:
         return ResidentLatents.from_images(images, autoencoder, flip=config.flip, device=world.device)
     return EncodedImages(images, autoencoder, flip=config.flip)
 
 
-def _of_cache(cache, config, world):
-    return resident.of_cache(
-        cache, flip=config.flip, device=world.device, keep=config.keep_latents, sharing=world.local_size
-    )
+def _of_cache(cache, config, world, say):
+    where = {"device": world.device, "keep": config.keep_latents, "sharing": world.local_size}
+    source = resident.of_cache(cache, flip=config.flip, **where)
+    if world.is_main and isinstance(source, ResidentLatents):
+        say(f"The cached latents are a table of {source.nbytes / 1e9:.2f} GB in the memory of {world.device}.")
+    return source
 
 
 def facts(config):

@@ -13,7 +13,7 @@ from tiny_run import SETTINGS, TinyAutoencoder, TinySource, flags
 import lfm_fast
 from lfm_fast.autoencoder import Autoencoder, SmallVAE
 from lfm_fast.data import open_images
-from lfm_fast.data.latents import EncodedImages
+from lfm_fast.data.latents import CachedLatents, EncodedImages
 from lfm_fast.data.resident import ResidentLatents
 from lfm_fast.distributed import World
 from lfm_fast.models import DiT, checkpointing, create_model, num_parameters
@@ -269,6 +269,10 @@ def test_images_are_encoded_ahead_where_they_fit_and_on_the_fly_where_not(tmp_pa
     cached, _ = open_source(settings(tmp_path, **{**config_of(config), "cache_latents": str(tmp_path / "c")}), World())
     direct, _ = open_source(settings(tmp_path, **{**config_of(config), "data": str(tmp_path / "c")}), World())
     assert [type(s) for s in (ahead, live, cached, direct)] == [ResidentLatents, EncodedImages] + [ResidentLatents] * 2
+    for keep, kind, remarks in (("mapped", CachedLatents, 0), ("device", ResidentLatents, 1)):
+        said, settings_of_it = [], {**config_of(config), "data": str(tmp_path / "c"), "keep_latents": keep}
+        assert type(open_source(settings(tmp_path, **settings_of_it), World(), said.append)[0]) is kind
+        assert len([line for line in said if "a table of 0.00 GB in the memory of cpu" in line]) == remarks
     index = torch.tensor([3, 11, 4])
     z_0, y = ahead.batch(index, 5)
     for other in (live, cached, direct):
