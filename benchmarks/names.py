@@ -10,7 +10,7 @@ DATA_LOADER = "torch DataLoader"
 COPY = "copy of as many bytes"  # half of them read, half written
 
 FIXED = ("euler", "midpoint", "heun", "rk4", "ab2", "ab3", "abm5", "dpmpp_2m", "unipc")  # solvers
-ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun", "tsit5")
+ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun", "tsit5", "adams")
 
 GROUPS = ("ops", "forward", "unets", "train_step", "sampling", "solvers", "data", "startup")
 

@@ -11,7 +11,7 @@ from lfm_fast.pipeline import EMBEDDED_FOLDER, INDEX
 
 # 48 evaluations each; those of a tolerance take what 1e-5 asks for
 METHODS = {"euler": 48, "midpoint": 24, "heun": 24, "rk4": 12, "ab2": 47, "ab3": 46, "dpmpp_2m": 48, "unipc": 48}
-METHODS |= {"abm5": 48, "dopri5": None, "dopri8": None, "bosh3": None, "tsit5": None}
+METHODS |= {"abm5": 48, "dopri5": None, "dopri8": None, "bosh3": None, "tsit5": None, "adams": None}
 REFERENCE_STEPS = {"mixture": 200 if QUICK else 1000, "embedded": 48}  # of RK4 in float64; its own error is recorded
 MIXTURE, EMBEDDED, FEW = 16, 64, 16  # samples; few for the many solves of a sweep
 AT_EQUAL_ERROR = {"method": "abm5", "num_steps": 38, "time_grid": "logit"}

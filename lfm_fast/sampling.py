@@ -84,8 +84,8 @@ def sample(
             Without it the unconditional velocity is model(t, z, y=None), a forward of its own.
         guidance_interval: (low, high) in t; outside it the unconditional forward is skipped.
         method: euler, midpoint, heun, rk4 (fixed); ab2, ab3, abm5, dpmpp_2m, unipc (fixed, one evaluation a step);
-            euler_maruyama, sde_heun (fixed, stochastic); dopri5, dopri8, bosh3, adaptive_heun, tsit5 (adaptive, each
-            sample with its own steps, so that it does not depend on which others are in the batch); any of
+            euler_maruyama, sde_heun (fixed, stochastic); adams, dopri5, dopri8, bosh3, adaptive_heun, tsit5 (adaptive,
+            each sample with its own steps, so that it does not depend on which others are in the batch); any of
             torchdiffeq's as "torchdiffeq:NAME" (its adaptive ones have one step size for the whole batch); or an object
             such as lfm_fast.solvers.UniPC(solver_order=3) or EulerMaruyama(diffusion="path").
         num_steps: solver steps N of a fixed method; of an adaptive one only the N + 1 times of a trajectory.

@@ -31,7 +31,9 @@ def test_a_model_that_leaves_its_inputs_alone_is_given_them_as_they_are():
     assert seen[1:] == [own, own]
 
 
-@pytest.mark.parametrize("method", ["rk4", "ab3", "abm5", "unipc", "sde_heun", "dopri5", "bosh3", "torchdiffeq:rk4"])
+@pytest.mark.parametrize(
+    "method", ["rk4", "ab3", "abm5", "unipc", "sde_heun", "dopri5", "bosh3", "adams", "torchdiffeq:rk4"]
+)
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_what_a_model_was_given_it_may_keep(method, scale):
     kept = []

@@ -7,7 +7,7 @@ import torch
 
 import lfm_fast
 from lfm_fast.models import DiT
-from lfm_fast.solvers.adaptive import bucket
+from lfm_fast.solvers.per_sample import bucket
 
 B, NULL = 7, 9
 Y = torch.tensor([0, 5, 1, 8, 3, 0, 6])

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lfm_fast.solvers import adaptive, embedded, external, fixed, tableaus
+from lfm_fast.solvers import adams, adaptive, embedded, external, fixed, tableaus
 from lfm_fast.solvers.multistep import AdamsBashforth, AdamsBashforthMoulton, DPMSolverPP2M, UniPC
 from lfm_fast.solvers.runge_kutta import HeunThenEuler, RungeKutta
 from lfm_fast.solvers.solution import Settings, Solution
@@ -101,6 +101,7 @@ METHODS = {
         _fixed(UniPC()),
         _fixed(EulerMaruyama()),
         _fixed(SDEHeun()),
+        Solver("adams", adams.integrate, adams.ORDER, adaptive=True),
         *(_embedded(name, pair) for name, pair in embedded.PAIRS.items()),
     )
 }

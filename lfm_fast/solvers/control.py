@@ -2,8 +2,8 @@
 
     dt_next = dt safety error_n^(-alpha) error_(n-1)^beta,    alpha = (1 - 3/4 share) / k,  beta = share / k
 
-with k the order in which the error of a step falls. Every operation is elementwise and powers are taken one by one, so
-that a sample's steps do not depend on which others there are.
+with k = `controlled`, the order in which the error of a step falls. Every operation is elementwise and powers are taken
+one by one, so that a sample's steps do not depend on which others there are.
 
 Source: Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations I", II.4 (initial step), and "... II", IV.2
 (proportional and integral control).
@@ -18,7 +18,7 @@ SAFETY = 0.9
 SHARE = 0.2  # of the error before; dopri5's beta = 0.04 in Hairer's code
 LARGEST, SMALLEST = 10.0, 0.2  # factors between one step and the next
 STRETCH = 1.1  # a step that would end this near before the end goes there: its error grows by less than safety left
-_MOST, _LEAST = math.log(LARGEST), math.log(SMALLEST)
+_LEAST = math.log(SMALLEST)
 _REST = 1e-14  # steps below this share of the times would drown in their rounding
 
 
@@ -29,10 +29,13 @@ class StepControl:
     rides along. An attempt costs `evaluations`, and a sample that cannot afford one is finished too, not `reached`.
     """
 
-    def __init__(self, batch_size, start, end, controlled, evaluations, max_nfe):
+    def __init__(
+        self, batch_size, start, end, controlled, evaluations, max_nfe,
+        *, beginning=2, safety=SAFETY, share=SHARE, largest=LARGEST,
+    ):  # fmt: skip
         self.end, self.sign = end, math.copysign(1.0, end - start)
         self.controlled, self.evaluations = controlled, evaluations
-        self.alpha, self.beta = (1 - 0.75 * SHARE) / controlled, SHARE / controlled
+        self.log_safety, self.share, self.log_largest = math.log(safety), share, math.log(largest)
         self.shortest = _REST * max(abs(start), abs(end))
         self.max_nfe = math.inf if max_nfe is None else max_nfe
         self.numbers = np.arange(batch_size)
@@ -43,7 +46,7 @@ class StepControl:
         self.nfe, self.accepted, self.rejected = (np.zeros(batch_size, dtype=np.int64) for _ in range(3))
         self.failed = np.zeros(batch_size, dtype=bool)  # the last attempt was rejected
         self.landing = np.zeros(batch_size, dtype=bool)  # the attempt under way ends at the end
-        self.active = np.full(batch_size, 2 + evaluations <= self.max_nfe)
+        self.active = np.full(batch_size, beginning + evaluations <= self.max_nfe)
         self.reached = np.zeros(batch_size, dtype=bool)
 
     _ARRAYS = (
@@ -82,6 +85,13 @@ class StepControl:
         wanted = np.where(np.isfinite(wanted) & (wanted > 0), wanted, self.size)
         self.size = np.minimum(100 * self.size, wanted)
 
+    def begin(self, slope):
+        """The first step's size, from the norm of the velocity alone: half of the one at whose end a straight line is
+        off by the tolerance, if over [0, 1] the velocity changes by as much as it is long."""
+        self.nfe += 1
+        wanted = np.sqrt(0.5 / np.maximum(slope, 50.0))  # a tenth at most
+        self.size = np.minimum(wanted, abs(self.end - self.t))
+
     def propose(self):
         """Set `dt` for the next attempt; returns the times (R,) at its end."""
         left = np.abs(self.end - self.t)
@@ -97,10 +107,11 @@ class StepControl:
         self.nfe += self.evaluations * self.active
         accept = (error <= 1) & self.active  # not where the error is not finite
         log_error = np.array([math.log(x) for x in np.clip(error, 1e-10, 1e30).tolist()])
-        growth = np.where(accept, self.log_error - self.alpha * log_error, -log_error / self.controlled)
-        growth = np.clip(growth + math.log(SAFETY), _LEAST, np.where(accept & ~self.failed, _MOST, 0.0))
+        alpha, beta = (1 - 0.75 * self.share) / self.controlled, self.share / self.controlled
+        growth = np.where(accept, self.log_error - alpha * log_error, -log_error / self.controlled)
+        growth = np.clip(growth + self.log_safety, _LEAST, np.where(accept & ~self.failed, self.log_largest, 0.0))
         self.size = np.abs(self.dt) * np.array([math.exp(x) for x in growth.tolist()])
-        self.log_error = np.where(accept, self.beta * np.maximum(log_error, math.log(1e-4)), self.log_error)
+        self.log_error = np.where(accept, beta * np.maximum(log_error, math.log(1e-4)), self.log_error)
         self.accepted += accept
         self.failed = self.active & ~accept
         self.rejected += self.failed

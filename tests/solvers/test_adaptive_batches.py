@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lfm_fast.solvers import Settings, embedded, get_solver
-from lfm_fast.solvers.adaptive import bucket
 from lfm_fast.solvers.attempt import Table
 from lfm_fast.solvers.control import LARGEST, SAFETY, SHARE, SMALLEST, StepControl
+from lfm_fast.solvers.per_sample import bucket
 
-NAMES = ["adaptive_heun", "bosh3", "dopri5", "tsit5", "dopri8"]
+NAMES = ["adaptive_heun", "bosh3", "dopri5", "tsit5", "dopri8", "adams"]
 B = 13
 
 

@@ -14,12 +14,12 @@ from lfm_fast.solvers import METHODS, EulerMaruyama, Settings, UniPC, fixed, get
 from lfm_fast.solvers.grids import time_grid
 from lfm_fast.solvers.schedule import Move, compile_schedule, point, velocity
 
-FIXED = [name for name, row in METHODS.items() if hasattr(row.integrate.args[0], "schedule")]
+FIXED = [name for name, row in METHODS.items() if row.formula is not None]
 each_method = pytest.mark.parametrize("method", FIXED)
 
 
 def run_of(method, field, z, num_steps, **settings):
-    formula = get_solver(method).integrate.args[0]
+    formula = get_solver(method).formula
     return fixed.Run(formula, field, z, time_grid(None, num_steps), Settings(path=Linear(), **settings))
 
 
@@ -92,7 +92,7 @@ def test_python_allocates_no_more_for_more_steps(method):
 def test_places_of_a_store_are_used_again():
     known = {"euler": 1, "rk4": 4, "ab3": 3, "abm5": 6, "dpmpp_2m": 3, "unipc": 5, "sde_heun": 3}
     for method, places in known.items():
-        program = compile_schedule(get_solver(method).integrate.args[0], time_grid(None, 50), Linear())
+        program = compile_schedule(get_solver(method).formula, time_grid(None, 50), Linear())
         assert program.num_places <= places, method
 
 
