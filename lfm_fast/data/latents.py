@@ -54,23 +54,25 @@ class CachedLatents(OfCache):
     Args:
         cache: an open `LatentCache`.
         flip: mirror half of the samples; the cache must hold mirrored images.
+        pin: give posteriors in pinned memory, from which a GPU copies while the host goes on.
 
     Raises:
         ValueError: flip asked of a cache without mirrored images.
     """
 
-    def __init__(self, cache: LatentCache, *, flip: bool = False):
+    def __init__(self, cache: LatentCache, *, flip: bool = False, pin: bool = False):
         super().__init__(cache, flip)
-        self.cache, self._ahead = cache, ReadAhead(self._read)
+        self.cache, self._pin, self._ahead = cache, pin, ReadAhead(self._read)
 
     def batch(self, sample_numbers: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """z_0 (B, C, h, w) float32 and y (B,) int64 of the global sample numbers (B,) int64, on the CPU."""
         posteriors, y = self.posteriors(sample_numbers, seed)
-        parts = posteriors.unbind(1)
+        parts = posteriors.float().unbind(1)
         return parts[0] if len(parts) == 1 else Posterior(*parts).sample(sample_numbers, seed), y
 
     def posteriors(self, sample_numbers: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, 2, C, h, w) float32, mean and log-variance of each sample, (B, 1, C, h, w) of fixed latents; y (B,)."""
+        """(B, 2, C, h, w), mean and log-variance of each sample, or (B, 1, C, h, w) of fixed latents, in the cache's
+        dtype; y (B,) int64."""
         return self._ahead.get(sample_numbers, seed)
 
     def interpolate(self, posteriors, coefficients, index, seed) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,7 +84,8 @@ class CachedLatents(OfCache):
     def _read(self, sample_numbers, seed):
         items = item_of(sample_numbers, self.num_items, seed)
         parts = self.cache.read(items, flips_of(sample_numbers, seed) if self.flip else None)
-        return torch.stack([part for part in parts if part is not None], 1), self.labels[items]
+        posteriors = torch.stack([part for part in parts if part is not None], 1).to(self.cache.dtype)  # exact
+        return posteriors.pin_memory() if self._pin else posteriors, self.labels[items]
 
 
 class EncodedImages:

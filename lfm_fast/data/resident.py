@@ -75,15 +75,16 @@ def of_cache(cache: LatentCache, *, flip: bool, device: torch.device, keep: str 
     Raises:
         ValueError: flip asked of a cache without mirrored images, or a table asked for that does not fit.
     """
+    mapped = {"flip": flip, "pin": device.type == "cuda"}
     if keep == "mapped":
-        return CachedLatents(cache, flip=flip)
+        return CachedLatents(cache, **mapped)
     needed, free = _bytes_of(cache, flip), _free_bytes(device, sharing)
     if keep == "device" and needed > free:
         raise ValueError(
             f"the latents take {needed / 1e9:.1f} GB, but {device} has room for {free / 1e9:.1f} GB: keep them mapped."
         )
     if keep == "auto" and needed > free * (0.25 if device.type == "cuda" else 0.125):
-        return CachedLatents(cache, flip=flip)
+        return CachedLatents(cache, **mapped)
     return ResidentLatents(cache, flip=flip, device=device)
 
 

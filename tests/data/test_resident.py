@@ -86,6 +86,21 @@ def test_batches_are_those_of_the_files_to_the_bit(tmp_path, flip):
             torch.testing.assert_close(images.batch(NUMBERS, 11)[0], z_0, rtol=0, atol=1e-5)
 
 
+def test_posteriors_go_to_a_gpu_in_their_own_dtype_from_pinned_memory(tmp_path, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x.shape) or x)
+    monkeypatch.setattr(resident, "_free_bytes", lambda device, sharing: 0)
+    for cache, count in zip(caches(tmp_path), (2, 2, 1)):
+        source = of_cache(cache, flip=True, device=torch.device("cuda"))
+        posteriors, _ = source.posteriors(NUMBERS, 3)
+        source._ahead._pool.shutdown()
+        assert posteriors.dtype == cache.dtype
+        assert posteriors.shape == pinned[0] == (7, count, 3, 4, 4)
+        pinned.clear()
+        of_cache(cache, flip=True, device=CPU).posteriors(NUMBERS, 3)
+        assert not pinned
+
+
 def test_mirrors_that_are_not_there_are_refused(tmp_path):
     cache = next(caches(tmp_path, flip=False))
     with pytest.raises(ValueError, match="flip=True needs a cache of mirrored images"):
