@@ -78,10 +78,14 @@ def layout_of(path) -> str:
 
 def held_out_split(path) -> str:
     """The split to evaluate with: "held_out" where the data set says which pictures these are, else "train", all."""
-    layout = layout_of(path)
+    layout, names = layout_of(path), first_names(Path(path).expanduser())
     if layout == "lmdb":
-        return "held_out" if (Path(path).expanduser() / "validation.lmdb").exists() else "train"
-    return "train" if layout in ("folder", "list", "webdataset") else "held_out"
+        return "held_out" if "validation.lmdb" in names else "train"
+    if layout == "webdataset":
+        from lfm_fast.data.tar_store import names_hold_out
+
+        return "held_out" if names_hold_out(names) else "train"
+    return "train" if layout in ("folder", "list") else "held_out"
 
 
 def palette_of(path, layout: str) -> str | None:

@@ -98,6 +98,11 @@ def holds_tars(path: Path, names) -> bool:
     return not any(Path(name).suffix.lower() in SUFFIXES or (path / name).is_dir() for name in names)
 
 
+def names_hold_out(names) -> bool:
+    """Whether names of archives say of some that they are for validation."""
+    return any((match := _SPLIT.search(name)) and match[1] in ("val", "validation") for name in names)
+
+
 def expanded(path: Path) -> list[Path]:
     """The paths that a pattern with {000..146} stands for, with as many digits.
 

@@ -121,6 +121,15 @@ def test_encoded_pictures_under_numbers(tmp_path):
         open_images(tmp_path / "env", 24, layout="lmdb-raw")
 
 
+def test_bare_pixels_that_begin_as_a_file_does_are_bare(tmp_path):
+    pictures = pixels(20, 5)
+    pictures[1].reshape(-1)[:15] = np.frombuffer(b"P6\n16 16\n255\n\0\0", np.uint8)
+    images = open_images(write(tmp_path / "env", {b"%d" % k: p.tobytes() for k, p in enumerate(pictures)}), 20)
+    assert torch.equal(images.batch(range(5)), torch.from_numpy(pictures).permute(0, 3, 1, 2))
+    items = {b"%d" % k: encoded(p) for k, p in enumerate(pictures)} | {b"0": b"hello", b"1": b"", b"2": b"no"}
+    assert open_images(write(tmp_path / "files", items), 20).names == ["3", "4"]  # and here most of them do not
+
+
 def test_several_resolutions_give_the_highest(tmp_path):
     """Keys RESOLUTION-NUMBER with the number of pictures under b"length"."""
     small, large = pixels(16, 2), pixels(32, 2)

@@ -55,11 +55,12 @@ def test_what_is_held_out_is_evaluated_with(tmp_path):
     (tmp_path / "nvae" / "validation.lmdb" / "data.mdb").touch()
     (tmp_path / "lone").mkdir()
     (tmp_path / "lone" / "data.mdb").touch()
-    splits = {name: held_out_split(tmp_path / name) for name in ("imagenet", "nvae", "lone", "a.txt", "a.tar", "none")}
-    assert splits == dict.fromkeys(("lone", "a.txt", "a.tar", "none"), "train") | {
-        "imagenet": "held_out",
-        "nvae": "held_out",
-    }
+    for name in ("shards/birds-train-00.tar", "split/birds-train-00.tar", "split/birds-val-00.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    whole = ("lone", "shards", "a.txt", "a.tar", "none")
+    assert {held_out_split(tmp_path / name) for name in whole} == {"train"}
+    assert {held_out_split(tmp_path / name) for name in ("imagenet", "nvae", "split")} == {"held_out"}
 
 
 def test_names_that_are_not_known_are_refused(tmp_path):
