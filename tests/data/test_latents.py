@@ -2,7 +2,7 @@ import pytest
 import torch
 from small_images import Pixels, Pooling, expected_mean
 
-from lfm_fast.autoencoder import Posterior
+from lfm_fast.autoencoder import Posterior, load_autoencoder
 from lfm_fast.data.latent_cache import LatentCache
 from lfm_fast.data.latents import CachedLatents, EncodedImages, encode_images, flips_of
 from lfm_fast.data.order import item_of
@@ -86,6 +86,20 @@ def test_latents_far_from_unit_variance_are_reported(tmp_path, source):
     autoencoder.scaling_factor = 0.1
     with pytest.warns(UserWarning, match=r"far from unit variance.*scaling_factor"):
         encode_images(source, autoencoder, tmp_path, progress=False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_encoding_on_a_gpu(tmp_path):
+    images = Pixels(image_size=32)
+    for store in ("posterior", "samples"):
+        caches = [
+            encode_images(images, load_autoencoder("embedded", device=device), tmp_path / store / device, store=store)
+            for device in ("cpu", "cuda")
+        ]
+        # convolutions in TF32, ten bits of mantissa, through about ten layers
+        for one, other in zip(*(cache.read(torch.arange(13)) for cache in caches)):
+            if one is not None:
+                torch.testing.assert_close(one, other, rtol=0.02, atol=0.05)
 
 
 # -- training batches
