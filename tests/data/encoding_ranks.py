@@ -32,21 +32,24 @@ class Failing(Pooling):
         return super().encode(images)
 
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["encoding_ranks"])
-
-
-def encode_on_two(folder, *, failing=None, changes=None, seconds=60):
-    """[(exit status, last line)] of both ranks. `failing` is (rank, what, at which call), `changes` are rank 1's."""
+def context():
+    """Processes forked from a server that has imported what they need, and what training's tests need of it later."""
     here = Path(__file__).parent
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent.parent)])  # for the server's imports
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (here, here.parent / "train", here.parent.parent)))
+    forked = multiprocessing.get_context("forkserver")
+    forked.set_forkserver_preload(["encoding_ranks", "tiny_run", "torch._dynamo"])  # if it does not run yet
+    return forked
+
+
+def encode_on_two(folder, *, failing=None, changes=None, seconds=120):
+    """[(exit status, last line)] of both ranks. `failing` is (rank, what, at which call), `changes` are rank 1's."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     said = [folder.with_name(f"{folder.name}.rank{rank}.txt") for rank in range(2)]
     notes = os.environ["LFM_FAST_CACHE"]  # the server may be older than the test that sets it
     arguments = [(folder, rank, port, notes, said[rank], failing, changes) for rank in range(2)]
-    ranks = [_context.Process(target=_rank, args=given, daemon=True) for given in arguments]
+    ranks = [context().Process(target=_rank, args=given, daemon=True) for given in arguments]
     for rank in ranks:
         rank.start()
     end = time.monotonic() + seconds

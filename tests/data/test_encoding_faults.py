@@ -5,12 +5,10 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from PIL import Image
+from encoding_ranks import context
 from small_images import Pixels, Pooling, files_of
 
 from lfm_fast.cli import main
@@ -18,6 +16,16 @@ from lfm_fast.data import shards
 from lfm_fast.data.latent_cache import LatentCache
 from lfm_fast.data.latents import encode_images
 from lfm_fast.data.shards import is_whole
+
+
+def encode_within(limit, folder, said, notes):
+    """In a process of its own, where no file may be longer than `limit` bytes."""
+    os.environ["LFM_FAST_CACHE"] = notes
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        encode_images(Pixels(), Pooling(), folder, progress=False)
+    except OSError as error:
+        said.write_text(str(error))
 
 
 @pytest.fixture
@@ -54,34 +62,18 @@ def test_a_disk_that_is_full_at_any_write_leaves_whole_shards_alone(tmp_path, so
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 
-def test_a_limit_of_the_file_size_ends_in_a_sentence(tmp_path):
-    """As a full disk, by the operating system itself."""
-    images = tmp_path / "images"
-    images.mkdir()
-    for number in range(8):
-        Image.new("RGB", (32, 32), (number, 100, 200)).save(images / f"{number}.png")
-    command = ["encode", "--data", str(images), "--image-size", "32", "--autoencoder", "embedded"]
-    command += ["--output", str(tmp_path / "cache")]
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))  # a shard takes 16,000 bytes
-
-    environment = {**os.environ, "LFM_FAST_CACHE": str(tmp_path / "notes")}
-    failed = subprocess.run(
-        [sys.executable, "-m", "lfm_fast.cli", *command],
-        preexec_fn=limit,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=environment,
+def test_a_limit_of_the_file_size_ends_in_a_sentence(tmp_path, source):
+    """As a full disk, by the operating system itself: a shard takes 5,000 bytes."""
+    process = context().Process(
+        target=encode_within, args=(2000, tmp_path / "cache", tmp_path / "said", os.environ["LFM_FAST_CACHE"])
     )
-    assert failed.returncode == 2
-    assert failed.stderr.splitlines()[-1].startswith(f"lfm-fast encode: cannot write {tmp_path}/cache/latents-00000")
-    assert "File too large" in failed.stderr
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    said = (tmp_path / "said").read_text()
+    assert said == f"cannot write {tmp_path}/cache/latents-00000.safetensors: File too large"
     assert list((tmp_path / "cache").iterdir()) == []
-    assert main(command) == 0
-    assert LatentCache.open(tmp_path / "cache", verify=True).num_items == 8
+    assert encode_images(source, Pooling(), tmp_path / "cache", progress=False).num_items == 13
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -1,21 +1,18 @@
-"""kill -9 of encoders at random instants: what has a shard's name is whole, and the cache ends as an undisturbed one."""
+"""kill -9 of encoders at random instants: what has a shard's name is whole, and in the end nothing is missing."""
 
-import multiprocessing
 import os
 import random
 import signal
 import time
 
 import pytest
-from encoding_ranks import SETTINGS
+from encoding_ranks import SETTINGS, context
 from small_images import Pixels, Pooling, files_of
 
 from lfm_fast.data.latents import encode_images
 from lfm_fast.data.shards import is_whole
 
 COUNT = 60
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["encoding_ranks"])
 
 
 class Slow(Pooling):
@@ -41,7 +38,7 @@ def test_killed_at_random_instants(tmp_path):
     folder = tmp_path / "killed"
     while kills < wanted and starts < 8 * wanted:
         starts += 1
-        process = _context.Process(target=encode, args=(folder, notes), daemon=True)
+        process = context().Process(target=encode, args=(folder, notes), daemon=True)
         process.start()
         time.sleep(generator.uniform(0.05, 0.35))
         if process.is_alive():
