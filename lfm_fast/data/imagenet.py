@@ -7,10 +7,9 @@ from pathlib import Path
 from lfm_fast.data.file_list import read_lines
 from lfm_fast.data.folder import FileStore, list_folder
 from lfm_fast.data.reading import UnusableImage
-from lfm_fast.data.store import first_names, label_of
+from lfm_fast.data.store import first_names, label_of, numbered_classes
 
 WNID = re.compile(r"n[0-9]{8}")  # a class's folder
-_NUMBERED = re.compile(r"ILSVRC2012_val_([0-9]{8})")  # an image of val
 _LISTS = ("val.txt", "val_labels.txt", "val_map.txt", "imagenet_2012_validation_synset_labels.txt")
 _KAGGLE = "LOC_val_solution.csv"
 _DEVKIT = ("ILSVRC2012_devkit_t12/data", "devkit/data", "data", ".")
@@ -66,21 +65,20 @@ def _val(root: Path, top: Path):
     if class_names != ["all"] or (root / "val" / "all").is_dir():
         return class_names, [(file, class_names[label]) for file, label in files], []
     labels, says = _labels_of_flat(root, top)
-    kept = [(file, _look_up(labels, file)) for file, _ in files]
+    labels = {_file_name(key): label for key, label in labels.items()}
+    kept = [(file, labels.get(file)) for file, _ in files]
     skipped = [(file, f"{says} has no label for it") for file, label in kept if label is None]
+    there = {file for file, _ in files}
+    skipped += [(name, f"{says} has a label for it, but it is not there") for name in labels if name not in there]
     kinds = set(labels.values())
-    names = (
-        [str(k) for k in range(max(kinds) + 1)] if all(isinstance(k, int) for k in kinds) else sorted(map(str, kinds))
-    )
+    numbered = all(isinstance(kind, int) for kind in kinds)
+    names = numbered_classes(kinds) if numbered else sorted(map(str, kinds))
     return names, [(file, label) for file, label in kept if label is not None], skipped
 
 
-def _look_up(labels, file):
-    """The label of a file by its name, or by the number in it where labels are of lines."""
-    if file in labels:
-        return labels[file]
-    match = _NUMBERED.fullmatch(Path(file).stem)
-    return labels.get(int(match[1])) if match else None
+def _file_name(key: str | int) -> str:
+    """Of an image, by its name or its number."""
+    return f"ILSVRC2012_val_{key:08d}.JPEG" if isinstance(key, int) else key
 
 
 def _labels_of_flat(root: Path, top: Path):
@@ -106,9 +104,12 @@ def _of_list(path: Path) -> dict:
     for number, text in read_lines(path):
         *file, label = text.rsplit(maxsplit=1)
         try:
-            labels[Path(file[0]).name if file else number] = label_of(label) if label.isdecimal() else label
+            label = label_of(label) if label.isdecimal() else label
         except UnusableImage as error:
             raise ValueError(f"The list of labels {path}, line {number}: {error}.") from error
+        name = Path(file[0]).name if file else number
+        if labels.setdefault(name, label) != label:
+            raise ValueError(f"The list of labels {path} gives {name} {label} in line {number}, {labels[name]} above.")
     if not labels:
         raise ValueError(f"The list of labels {path} is empty.")
     return labels

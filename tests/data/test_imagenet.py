@@ -125,11 +125,25 @@ def test_an_image_without_a_label_is_skipped_and_named(imagenet):
     assert images.report.skipped == [("val/ILSVRC2012_val_00000099.JPEG", "val.txt has no label for it")]
 
 
+@pytest.mark.parametrize("form", [listed_by_number, a_name_in_each_line, kaggle, devkit])
+def test_an_image_that_has_a_label_but_is_gone_is_named(imagenet, form):
+    form(imagenet)
+    (imagenet / "val" / "ILSVRC2012_val_00000002.JPEG").unlink()
+    images = open_images(imagenet, 16, split="held_out")
+    assert images.labels.tolist() == classes_seen(images) == [2, 1, 2, 0]
+    ((name, reason),) = images.report.skipped
+    assert name == "val/ILSVRC2012_val_00000002.JPEG"
+    assert "has a label for it, but it is not there" in reason
+
+
 def test_labels_that_do_not_fit_are_refused(imagenet):
     with pytest.raises(ValueError, match=r"val has no sub-folders, and no file of labels is beside it; give val\.txt"):
         open_store(imagenet, split="held_out")
     (imagenet / "val.txt").write_text("ILSVRC2012_val_00000001.JPEG 3\n")
     with pytest.raises(ValueError, match="is 3, but there are 3 classes"):
+        open_store(imagenet, split="held_out")
+    (imagenet / "val.txt").write_text("ILSVRC2012_val_00000001.JPEG 1\nval/ILSVRC2012_val_00000001.JPEG 2\n")
+    with pytest.raises(ValueError, match=r"gives ILSVRC2012_val_00000001\.JPEG 2 in line 2, 1 above"):
         open_store(imagenet, split="held_out")
     (imagenet / "val.txt").write_text("ILSVRC2012_val_00000001.JPEG n99999999\n")
     with pytest.raises(ValueError, match=r"is 'n99999999', which is no folder of train"):
