@@ -6,6 +6,7 @@ A shard is written whole or not at all, and what stands and is whole is kept: an
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from lfm_fast.data.latent_cache import (
 from lfm_fast.data.shards import file_checksum, is_whole, map_shard, read_header, write_shard
 from lfm_fast.distributed import PeerLost, World
 
+_SECONDS_TO_SHOW = 30  # a network's file system remembers for seconds that a file was not there
 _BEFORE = {"crop": "centre", "precision": "fp32"}  # what shards are that do not say it
 
 
@@ -63,7 +65,7 @@ class LatentWriter:
         with _alone(self.folder, self.world), _peers():
             if not self.world.from_main(self._is_finished):
                 self._finish()
-            return self.world.main_first(lambda: LatentCache.open(self.folder))
+            return self.world.main_first(lambda: self._soon(lambda: LatentCache.open(self.folder)))
 
     def _finish(self):
         count, size = len(self.labels), self.shard_size
@@ -148,6 +150,17 @@ class LatentWriter:
             return None
         return row, state, sums_of(shard, names_in(shard))
 
+    def _soon(self, look):
+        """`look()`, tried again where ranks may be on other machines: what one has written may not show at once."""
+        end = time.monotonic() + (_SECONDS_TO_SHOW if self.world.size > 1 else 0)
+        while True:
+            try:
+                return look()
+            except ValueError:
+                if time.monotonic() >= end:
+                    raise
+                time.sleep(0.2)
+
     def _require_same(self, found: dict, **more) -> None:
         for key, value in (self.provenance | more).items():
             other = found.get(key, _BEFORE.get(key))
@@ -170,7 +183,8 @@ class LatentWriter:
     def _write_stats(self, found) -> None:
         rows, states, sums = zip(*found)
         for number in range(len(rows)):  # of this cache still, where no lock kept another encoder away
-            self._require_same(read_header(self.folder / shard_name(number)) or {}, shard=number)
+            path = self.folder / shard_name(number)
+            self._soon(lambda number=number, path=path: self._require_same(read_header(path) or {}, shard=number))
         mean, std = moments(sums)
         content = {"mean": mean, "std": std, "class_names": list(self.class_names)}
         write_stats(self.folder, content | {"provenance": self.provenance, "shards": rows})

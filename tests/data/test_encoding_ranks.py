@@ -1,10 +1,13 @@
 """Two ranks encode one set of images: the files of one process, and whatever happens to one, the other one ends."""
 
 import pytest
+import torch
 from encoding_ranks import SETTINGS, encode_on_two
 from small_images import Pixels, Pooling, files_of
 
+from lfm_fast.data import latent_writing
 from lfm_fast.data.latent_cache import LatentCache
+from lfm_fast.data.latent_writing import LatentWriter
 from lfm_fast.data.latents import encode_images
 from lfm_fast.data.shards import is_whole
 from lfm_fast.distributed import World
@@ -70,3 +73,24 @@ def test_a_world_of_one_spreads_to_itself():
     assert World().gather_objects("x") == ["x"]
     with pytest.raises(ZeroDivisionError):
         World().spread(lambda number: 1 // (2 - number), 4)
+
+
+def test_what_another_machine_wrote_may_show_late(tmp_path, monkeypatch):
+    """With several ranks it is waited for, alone it is not."""
+    writer = LatentWriter(tmp_path, torch.zeros(1), ["a"], {}, None, 1, 1, False, World())
+    answers = [ValueError("not there"), ValueError("not there"), "cache"]
+
+    def look():
+        answer = answers.pop(0)
+        if isinstance(answer, ValueError):
+            raise answer
+        return answer
+
+    with pytest.raises(ValueError, match="not there"):
+        writer._soon(look)
+    writer.world = World(size=2)
+    assert writer._soon(look) == "cache"
+    answers += [ValueError("gone")] * 100
+    monkeypatch.setattr(latent_writing, "_SECONDS_TO_SHOW", 0.3)
+    with pytest.raises(ValueError, match="gone"):
+        writer._soon(look)
