@@ -59,8 +59,8 @@ class Autoencoder(nn.Module):
     ``network`` is a diffusers ``AutoencoderKL`` or a ``SmallVAE``; both have ``encode(x).latent_dist`` and
     ``decode(z).sample`` and a ``scaling_factor`` in their configuration. It holds the weights, and is what is saved.
     Where a faster form of it is known (`lfm_fast.models.fast_autoencoder`), that one computes: on a CPU, and on CUDA
-    where ``precision`` asks for it (`lfm_fast.optimize`). Batches are taken in parts, so that memory is bounded by the
-    size of one image.
+    where ``precision`` asks for it (`lfm_fast.optimize`), made anew after a change of the weights that PyTorch counts,
+    which one through ``.data`` is not. Batches are taken in parts, so that memory is bounded by the size of one image.
     """
 
     def __init__(self, network, name, precision=None):
@@ -153,7 +153,8 @@ class Autoencoder(nn.Module):
             return self.network, self.dtype
         made_of = [(p.data_ptr(), p._version) for p in parameters]
         if self._faster is None or self._faster[0] != made_of:
-            self._faster = made_of, self._made()
+            with torch.inference_mode(False), torch.no_grad():  # or its weights could not be packed
+                self._faster = made_of, self._made()
         return self._faster[1]
 
     def _made(self):

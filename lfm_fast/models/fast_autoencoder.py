@@ -54,7 +54,8 @@ def _why_not_the_same(network: nn.Module) -> str | None:
     except (KeyError, RuntimeError, TypeError):
         return "the autoencoder's weights are not those that its configuration describes; use it as it is"
     side = 2 * 2 ** (len(network.config["block_out_channels"]) - 1)
-    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    shape = 1, network.config.get("in_channels", 3), side, side
+    image = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     if (error := apart(ours, network, image.to(weight.device))) > _SAME:
         return f"the autoencoder computes another thing than its configuration describes (off by {error:.1g})"
     return None

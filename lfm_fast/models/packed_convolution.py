@@ -60,11 +60,18 @@ def pack_convolutions(network: nn.Module) -> None:
 def added_to(skip: Tensor, convolution: nn.Conv2d, x: Tensor) -> Tensor:
     """skip + convolution(x); where the weight is packed, the sum is written over `skip` while the products are made,
     and rounded once."""
-    if not isinstance(convolution, PackedConv2d) or not _serves(x, convolution.weight) or not _serves(skip, skip):
+    if not (isinstance(convolution, PackedConv2d) and _serves(x, convolution.weight) and _takes_sum(skip, x)):
         return skip + convolution(x)
     packed, how = convolution._packed(x, convolution.weight)
     pointwise = torch.ops.mkldnn._convolution_pointwise_.binary
     return pointwise(skip, x, packed, convolution.bias, *how, "add", 1.0, None, [], None)
+
+
+def _takes_sum(skip: Tensor, x: Tensor) -> bool:
+    """Whether `skip` may be written over."""
+    if skip.dtype != x.dtype or (torch.is_grad_enabled() and skip.requires_grad):
+        return False
+    return torch.is_inference_mode_enabled() or not skip.is_inference()
 
 
 def _serves(x: Tensor, weight: Tensor) -> bool:

@@ -26,7 +26,7 @@ class AdamsBashforth:
     order: int
 
     def __post_init__(self):
-        if self.order not in (2, 3):
+        if type(self.order) is not int or self.order not in (2, 3):
             raise ValueError(f"AdamsBashforth: order is {self.order!r}, expected 2 or 3.")
 
     @property
@@ -70,7 +70,7 @@ class AdamsBashforthMoulton:
     order = 3
 
     def __post_init__(self):
-        if self.solver_order not in (2, 3, 4, 5):
+        if type(self.solver_order) is not int or self.solver_order not in (2, 3, 4, 5):
             raise ValueError(f"AdamsBashforthMoulton: solver_order is {self.solver_order!r}, expected 2, 3, 4 or 5.")
 
     @property
@@ -234,7 +234,7 @@ class UniPC:
     name = "unipc"
 
     def __post_init__(self):
-        if self.solver_order not in (1, 2, 3):
+        if type(self.solver_order) is not int or self.solver_order not in (1, 2, 3):
             raise ValueError(f"UniPC: solver_order is {self.solver_order!r}, expected 1, 2 or 3.")
 
     @property

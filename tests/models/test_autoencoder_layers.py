@@ -49,3 +49,18 @@ def test_a_sum_is_written_over_the_skip_and_rounded_once(shape, dtype):
     with torch.enable_grad():
         added_to(before.requires_grad_(), layer[0], x).sum().backward()
     assert bool((before.grad == 1).all())
+
+
+@with_onednn
+def test_a_skip_that_may_not_be_written_over_is_kept():
+    """One made in inference mode, outside of it; one of another dtype; one whose gradient is wanted."""
+    layer = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1)).requires_grad_(False)
+    x = torch.randn(1, 16, 5, 7).contiguous(memory_format=torch.channels_last)
+    pack_convolutions(layer)
+    with torch.inference_mode():
+        made_there = x + 1
+    for skip in (made_there, (x + 1).double(), (x + 1).requires_grad_()):
+        before = skip.detach().clone()
+        got = added_to(skip, layer[0], x)
+        torch.testing.assert_close(got, before + layer[0](x))
+        assert torch.equal(skip, before)

@@ -210,6 +210,23 @@ def test_made_and_called_in_inference_mode():
         assert error(inside.encode(images).mean, expected) > 1e-3
 
 
+@with_onednn
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_a_first_call_in_inference_mode_leaves_it_as_fast_as_any(precision):
+    """Weights made there could never be packed; and sums are written over what was made there, so bits agree."""
+    images, first = pictures(), Autoencoder(small(), "test", precision)
+    expected = Autoencoder(small(), "test", precision).encode(images)
+    with torch.inference_mode():
+        inside = first.encode(images)
+    outside = first.encode(images)
+    packed = [module for module in first._faster[1][0].encoder.modules() if isinstance(module, PackedConv2d)]
+    assert packed
+    assert all(module._order is not None for module in packed)
+    for got in (inside, outside):
+        assert torch.equal(got.mean, expected.mean)
+        assert torch.equal(got.log_variance, expected.log_variance)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_batches_are_taken_in_parts(monkeypatch, precision):
     autoencoder = lfm_fast.optimize(Autoencoder(kl(), "test"), precision)
@@ -279,6 +296,16 @@ def test_loaded_in_a_precision(tmp_path):
     expected = lfm_fast.optimize(Autoencoder(network, "test"), "bf16").encode(images).mean
     assert torch.equal(fast.encode(images).mean, expected)
     assert error(fast.encode(images).mean, load_autoencoder(tmp_path).encode(images).mean) > 1e-4
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_decoder_behind_an_encoder_of_other_pictures_is_fast_too(channels):
+    network = kl(in_channels=channels)
+    latents = inputs(network)[1]
+    with torch.no_grad():
+        want = copy.deepcopy(network).double().decode(latents.double()).sample.clamp(-1, 1)
+    for autoencoder in (Autoencoder(network, "test"), lfm_fast.optimize(Autoencoder(network, "test"), "fp32")):
+        assert error(autoencoder.decode(latents * autoencoder.scaling_factor), want) < 1e-5
 
 
 class Other(nn.Module):

@@ -351,7 +351,9 @@ def test_an_object_serves_as_a_method_and_an_unknown_name_is_answered_with_the_n
     ("make", "message"),
     [
         (lambda s: s.UniPC(4), "solver_order is 4, expected 1, 2 or 3"),
+        (lambda s: s.UniPC(True), "solver_order is True, expected 1, 2 or 3"),
         (lambda s: s.AdamsBashforth(1), "order is 1, expected 2 or 3"),
+        (lambda s: s.AdamsBashforth(2.0), "order is 2.0, expected 2 or 3"),
         (lambda s: s.EulerMaruyama("linear"), "diffusion is 'linear', expected 'sigma', 'path' or a function"),
         (lambda s: s.EulerMaruyama(scale=-1.0), "scale is -1.0, expected a number of 0 or more"),
         (lambda s: s.SDEHeun(scale=float("nan")), "scale is nan"),

@@ -149,7 +149,7 @@ def test_the_path_has_no_say():
     assert first == second
 
 
-@pytest.mark.parametrize("order", [1, 6, 2.5, None])
+@pytest.mark.parametrize("order", [1, 6, 2.5, 3.0, None])
 def test_orders_that_there_are_not(order):
     with pytest.raises(ValueError, match="expected 2, 3, 4 or 5"):
         AdamsBashforthMoulton(order)
