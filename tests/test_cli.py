@@ -100,6 +100,8 @@ def test_encode_writes_a_cache_that_training_reads(tmp_path, capsys):
     assert LatentCache.open(tmp_path / "copy").dtype == torch.bfloat16
     assert main(["encode", *arguments, "--store", "samples", "--seed", "1", "--output", str(tmp_path / "cache")]) == 2
     assert "store='posterior', but store='samples' is asked for" in capsys.readouterr().err
+    assert main(["encode", *arguments, "--precision", "bf16", "--output", str(tmp_path / "cache")]) == 2
+    assert "precision='fp32', but precision='bf16' is asked for" in capsys.readouterr().err
 
 
 def test_convert_keeps_what_is_drawn(tmp_path):

@@ -31,6 +31,7 @@ def add(commands):
     add("--compat", choices=("lfm",), help="lfm: the first 120,000 images of LSUN, as the reference takes them")
     add("--image-size", type=int, default=256, help="side in pixels (default: %(default)s)")
     add("--autoencoder", default=DEFAULT_HUB_NAME, help="'embedded', a folder or a hub name (default: %(default)s)")
+    add("--precision", choices=("fp32", "tf32", "bf16", "fp16"), help="of the autoencoder (default: as it comes)")
     add("--flip", action="store_true", help="store mirrored latents too")
     add(
         "--store",
@@ -90,7 +91,7 @@ def _encode(args, world):
         images = {"layout": args.layout or "auto", "split": args.split, "compat": args.compat, "flip": args.flip}
         images |= {"decoder": args.decoder, "device": device}
         source = world.main_first(lambda: open_images(args.data, args.image_size, **images))
-        autoencoder = load_autoencoder(args.autoencoder, device=device)
+        autoencoder = load_autoencoder(args.autoencoder, device=device, precision=args.precision)
         settings = {"store": args.store, "dtype": dtype, "seed": args.seed, "flip": args.flip}
         settings |= {"batch_size": args.batch_size, "shard_size": args.shard_size}
         encode_images(source, autoencoder, args.output, world=world, **settings)
