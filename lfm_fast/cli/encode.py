@@ -39,6 +39,12 @@ def add(commands):
         default="posterior",
         help="mean and log-variance, the mode alone, or one sample drawn once (default: %(default)s)",
     )
+    add(
+        "--check-images",
+        choices=("decode", "headers"),
+        default="decode",
+        help="of files, once: decode them whole, or read their headers alone (default: %(default)s)",
+    )
     add("--decoder", default="auto", help="of image files: auto, pil or dali (default: %(default)s)")
     add("--dtype", choices=tuple(DTYPES), default="fp32", help="of the stored numbers (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the draws of --store samples (default: %(default)s)")
@@ -89,7 +95,7 @@ def _encode(args, world):
         what = f"{cache.num_items} latents"
     else:
         images = {"layout": args.layout or "auto", "split": args.split, "compat": args.compat, "flip": args.flip}
-        images |= {"decoder": args.decoder, "device": device}
+        images |= {"check": args.check_images, "decoder": args.decoder, "device": device}
         source = world.main_first(lambda: open_images(args.data, args.image_size, **images))
         autoencoder = load_autoencoder(args.autoencoder, device=device, precision=args.precision)
         settings = {"store": args.store, "dtype": dtype, "seed": args.seed, "flip": args.flip}

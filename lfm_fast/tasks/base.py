@@ -39,7 +39,7 @@ class Task:
         """The images to learn from."""
         device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
         choices = {"layout": config.layout or "auto", "compat": config.compat}
-        choices |= {"decoder": config.decoder, "device": device}
+        choices |= {"check": config.check_images, "decoder": config.decoder, "device": device}
         return open_images(config.data, config.image_size, split=split, flip=config.flip, **choices)
 
     def source(self, config, source, images: ImageSource, autoencoder):

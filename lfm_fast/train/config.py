@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from lfm_fast.data.decoders import DECODERS
 from lfm_fast.data.opening import LAYOUTS
+from lfm_fast.data.stored import CHECKS
 from lfm_fast.flow.paths import PATHS
 from lfm_fast.flow.time_samplers import TIME_SAMPLERS
 from lfm_fast.models.checkpointing import MODES
@@ -102,6 +103,9 @@ class TrainConfig:
     )
     activation_checkpointing: str = _setting(
         "none", str, "what the backward pass makes again; selective: all but products and attention", MODES
+    )
+    check_images: str = _setting(
+        "decode", str, "of files, once: decode them whole, or read their headers alone", CHECKS
     )
     decoder: str = _setting(
         "auto", str, "of image files: Pillow, or DALI (on the GPU where there is one); auto is the faster", DECODERS

@@ -100,3 +100,19 @@ def test_label_maps_and_palette_come_with_the_data(tmp_path, capsys):
     assert len(losses(tmp_path / "run")) == 3
     assert main([*command, "--palette", "celebamask-hq", "--resume", "never"]) == 2
     assert "palette is 'celebamask-hq', but the maps of ade20k train are of 'ade20k'" in capsys.readouterr().err
+
+
+def test_headers_alone_are_checked_on_request(tmp_path, capsys):
+    """A picture cut short is left out of a run, or stops the one that read its header only."""
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 40, 40, 3)).astype(np.uint8)
+    (tmp_path / "photos").mkdir()
+    for k, picture in enumerate(map(encoded, pixels)):
+        (tmp_path / "photos" / f"{k}.png").write_bytes(picture[:-900] if k == 2 else picture)
+    train = ["train", "--data", str(tmp_path / "photos"), *SMALL]
+    assert main([*train, "--output", str(tmp_path / "whole")]) == 0
+    assert "Skipped 1 image (it is damaged or truncated" in capsys.readouterr().out
+    assert main([*train, "--check-images", "headers", "--output", str(tmp_path / "headers")]) != 0
+    assert "2.png in" in capsys.readouterr().err
+    encode = ["encode", "--data", str(tmp_path / "photos"), "--autoencoder", "embedded", "--image-size", "32"]
+    assert main([*encode, "--check-images", "headers", "--output", str(tmp_path / "latents")]) != 0
+    assert "2.png in" in capsys.readouterr().err
