@@ -22,11 +22,11 @@ ORDER = 6  # of z', once all velocities are there
 _MOST = 5  # velocities of the prediction; with 6 errors grow where steps are as long as the error allows
 _SLOTS = _MOST + 1  # the last is for the attempt under way
 # The error of an extrapolation says how the steps before it were chosen, too: it falls late, so a share of the last one
-# makes steps shorter for nothing, and long ones late (35 evaluations of the embedded flow become 40). Growth is slower
+# makes steps shorter for nothing, and long ones late (34 evaluations of the embedded flow become 37). Growth is slower
 # than of Runge-Kutta steps, because weights grow with the ratio of steps.
 _CONTROL = {"beginning": 1, "safety": 0.8, "share": 0.0, "largest": 2.0}
 # Gauss: exact for the polynomials of degree 5 through _SLOTS velocities
-_POINTS, _SHARES = (0.5 - 0.15**0.5, 0.5, 0.5 + 0.15**0.5), (5 / 18, 4 / 9, 5 / 18)
+_POINTS, _SHARES = np.array([[0.5 - 0.15**0.5], [0.5], [0.5 + 0.15**0.5]]), (5 / 18, 4 / 9, 5 / 18)
 # columns of a table: the time, the prediction's weights, the corrected state's, the error's
 _COLUMNS = list(pairwise(np.cumsum([0, 1, 1 + _SLOTS, 2 + _SLOTS, 1 + _SLOTS]).tolist()))
 
@@ -39,19 +39,17 @@ def integrate(field, z, times, settings):
 def integral_weights(nodes, start, end):
     """w (R, n) with sum_j w_j v(nodes_j) the integral from start to end, (R,) each, of the polynomial through v at
     nodes (R, n), n <= 6. Every number is of its own row's alone, to the last bit."""
-    length = end - start
-    points = [start + share * length for share in _POINTS]
-    weights = np.empty_like(nodes)
-    for j, own in enumerate(nodes.T):
-        others = [nodes[:, k] for k in range(nodes.shape[1]) if k != j]
-        total = np.zeros_like(length)
-        for x, share in zip(points, _SHARES):
-            value = share * length
-            for other in others:
-                value = value * ((x - other) / (own - other))
-            total = total + value
-        weights[:, j] = total
-    return weights
+    own, one = nodes.T, np.arange(nodes.shape[1])
+    points = start + _POINTS * (end - start)
+    apart = own[:, None] - own
+    apart[one, one] = 1.0
+    factors = (points[:, None, None] - own) / apart  # of point q, velocity j and each other node k
+    factors[:, one, one] = 1.0
+    values = factors[:, :, 0]
+    for k in one[1:]:  # one by one: a reduction may go another way for another number of rows
+        values = values * factors[:, :, k]
+    first, second, third = values
+    return ((_SHARES[0] * first + _SHARES[1] * second + _SHARES[2] * third) * (end - start)).T
 
 
 class _Run(PerSample):
@@ -108,12 +106,11 @@ class _Run(PerSample):
         table[:, 0], table[:, first], table[:, second] = after, 1.0, 1.0
         for rows, slots, nodes in self._histories(self.control.active):
             ahead = integral_weights(nodes, before[rows], after[rows])
-            own, *corrected = self._corrected(rows, nodes, before, after, after[rows]).T
-            table[rows, second + 1], table[rows, third] = own, own
-            for slot, predicted, weight in zip(slots.T, ahead.T, corrected):
-                table[rows, first + 1 + slot] = predicted
-                table[rows, second + 2 + slot] = weight
-                table[rows, third + 1 + slot] = weight - predicted
+            corrected = self._corrected(rows, nodes, before, after, after[rows])
+            own, others, each = corrected[:, 0], corrected[:, 1:], rows[:, None]
+            table[rows, second + 1], table[each, second + 2 + slots] = own, others
+            table[rows, third], table[each, third + 1 + slots] = own, others - ahead
+            table[each, first + 1 + slots] = ahead
         return table
 
     def _histories(self, chosen):
@@ -145,8 +142,7 @@ class _Run(PerSample):
             weights[:, 0] = 1.0
             for rows, slots, nodes in self._histories(passed):
                 end = np.full(len(rows), self.times[number])
-                weights[rows, 1], *others = self._corrected(rows, nodes, before, after, end).T
-                for slot, weight in zip(slots.T, others):
-                    weights[rows, 2 + slot] = weight
+                corrected = self._corrected(rows, nodes, before, after, end)
+                weights[rows, 1], weights[rows[:, None], 2 + slots] = corrected[:, 0], corrected[:, 1:]
             value = self._combine(velocity, list(self.velocities.unbind(0)), torch.from_numpy(weights).to(self.z))[0]
             self._scatter(self.states[number], passed, value)
