@@ -62,9 +62,11 @@ class LatentWriter:
             RuntimeError: another rank has died.
         """
         self._require_one_list()
-        with _alone(self.folder, self.world), _peers():
-            if not self.world.from_main(self._is_finished):
-                self._finish()
+        with _peers():
+            if not self.world.from_main(self._is_finished):  # a whole one is read by many at once
+                with _alone(self.folder, self.world):
+                    if not self.world.from_main(self._is_finished):
+                        self._finish()
             return self.world.main_first(lambda: self._soon(lambda: LatentCache.open(self.folder)))
 
     def _finish(self):

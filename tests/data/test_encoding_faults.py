@@ -145,6 +145,19 @@ def test_a_second_encoder_of_one_folder_is_refused(tmp_path, source):
     encode_images(source, Pooling(), tmp_path, progress=False)
 
 
+def test_a_finished_cache_is_opened_by_many_at_once(tmp_path, source):
+    """Runs that start together with the same cache: none is taken for an encoder."""
+    import fcntl
+
+    encode_images(source, Pooling(), tmp_path, progress=False)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        assert encode_images(source, Pooling(), tmp_path, progress=False).num_items == 13
+    finally:
+        os.close(descriptor)
+
+
 def test_a_mixture_of_two_encoders_is_found_without_locks(tmp_path, source, monkeypatch):
     """On a file system without locks: whose shards were replaced refuses to call that a cache."""
     import fcntl
