@@ -71,6 +71,29 @@ LFM_HD float gelu_derivative(float x) {
 
 LFM_HD float silu(float x) { return x * logistic(kLog2E * x); }
 
+// The same for a result that is rounded to 16 bits: 2^-18 of it, in two thirds of the operations.
+LFM_HD float silu_to_16_bits(float x) {
+  constexpr float kRound = 0x1.8p23f;
+  // Bounds of the exponent, of which 2^128 is infinity in what follows and the result 0. Bits are in order of magnitude,
+  // the negative ones above all others as unsigned numbers. They are exchanged by masks: of a choice compilers make ways
+  // through all that follows, the division among it.
+  constexpr uint32_t kLowest = std::bit_cast<uint32_t>(-126.0f), kHighest = std::bit_cast<uint32_t>(128.0f);
+  uint32_t bits = std::bit_cast<uint32_t>(-kLog2E * x);
+  bits ^= (bits ^ kLowest) & (0u - static_cast<uint32_t>(bits > kLowest));
+  const int32_t above = static_cast<int32_t>(bits) > static_cast<int32_t>(kHighest);
+  bits ^= (bits ^ kHighest) & (0u - static_cast<uint32_t>(above));
+  const float w = std::bit_cast<float>(bits);
+  const float shifted = w + kRound;
+  const float f = w - (shifted - kRound);
+  float p = 0x1.3a1804p-7f;  // 2^f on [-1/2, 1/2], a minimax fit that is 1 at 0: 2^-18
+  p = p * f + 0x1.c9fcb2p-5f;
+  p = p * f + 0x1.ec0326p-3f;
+  p = p * f + 0x1.62e12cp-1f;
+  p = p * f + 1.0f;
+  const float e = std::bit_cast<float>(std::bit_cast<uint32_t>(p) + (std::bit_cast<uint32_t>(shifted) << 23));
+  return x / (1.0f + e);
+}
+
 LFM_HD float silu_derivative(float x) {
   const Logistic s = logistic_with_slope(kLog2E * x);
   return s.value + x * s.slope;

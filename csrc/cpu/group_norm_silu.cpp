@@ -24,9 +24,13 @@ struct GroupNorm {
   ChunkMoments* moments;    // positions innermost: (slab, chunk); channels innermost: (slab, chunk, group)
   float *centres, *scales;  // channels innermost: (B, C) mean and rstd weight
 
+  // Of a chunk where channels are innermost: what is done once for each takes a tenth of its time on small maps, which
+  // have to be enough for the threads all the same.
+  int64_t chunk_positions() const { return shape.positions < 4096 ? kPositions : 4 * kPositions; }
+
   int64_t chunks() const {  // of a slab
     const int64_t elements = shape.channels_innermost ? shape.positions : shape.group_elements();
-    const int64_t chunk = shape.channels_innermost ? kPositions : kChunk;
+    const int64_t chunk = shape.channels_innermost ? chunk_positions() : kChunk;
     return shape.group_size() > 0 ? (elements + chunk - 1) / chunk : 0;
   }
 
@@ -46,10 +50,11 @@ struct GroupNorm {
   }
 };
 
-template <bool silu_follows>
+template <Element element, bool silu_follows>
 LFM_HD float normalised(float x, float centre, float scale, float bias) {
   const float h = (x - centre) * scale + bias;
-  return silu_follows ? silu(h) : h;
+  if constexpr (!silu_follows) return h;
+  return element == Element::float32 ? silu(h) : silu_to_16_bits(h);
 }
 
 template <Element element, bool silu_follows>
@@ -106,14 +111,14 @@ struct PositionsInnermost : GroupNorm {
     Type* out = static_cast<Type*>(y) + start;
     float* __restrict to = results.values;
     if constexpr (element == Element::float32) to = out;
-    for (int64_t j = 0; j < n; ++j) to[j] = normalised<silu_follows>(from[j], centre_of_group, scale_of_channel, b);
+    for (int64_t j = 0; j < n; ++j) to[j] = normalised<element, silu_follows>(from[j], centre_of_group, scale_of_channel, b);
     if constexpr (element != Element::float32) narrow_tile<element>(out, results.values, n);
   }
 };
 
 // Sums are of distances from a number near the chunk's mean, so that one pass over memory gives both: the mean of its
-// first row. For any numbers, its own distance from the mean is then at most 8 standard deviations of the chunk, so
-// that no more than 6 of 24 bits cancel.
+// first row. For any numbers, its own distance from the mean is then at most 16 standard deviations of the chunk, so
+// that no more than 8 of 24 bits cancel.
 template <Element element, bool silu_follows>
 struct ChannelsInnermost : GroupNorm {
   using Type = typename Stored<element>::Type;
@@ -124,9 +129,11 @@ struct ChannelsInnermost : GroupNorm {
         : origins(static_cast<size_t>(shape.channels)), sums(origins), squares(origins) {}
   };
 
-  int64_t rows(int64_t chunk) const { return std::min(kPositions, shape.positions - chunk * kPositions); }
+  int64_t rows(int64_t chunk) const {
+    return std::min(chunk_positions(), shape.positions - chunk * chunk_positions());
+  }
   int64_t place(int64_t slab, int64_t chunk) const {
-    return (slab * shape.positions + chunk * kPositions) * shape.channels;
+    return (slab * shape.positions + chunk * chunk_positions()) * shape.channels;
   }
 
   LFM_HD void measure(int64_t slab, int64_t chunk, Scratch& scratch) const {
@@ -205,7 +212,7 @@ struct ChannelsInnermost : GroupNorm {
       Type* __restrict out = static_cast<Type*>(y) + at;
       for (int64_t c = 0; c < channels; ++c) {
         const float value = Stored<element>::load(row[c]);
-        out[c] = Stored<element>::store(normalised<silu_follows>(value, centre[c], scale[c], b[c]));
+        out[c] = Stored<element>::store(normalised<element, silu_follows>(value, centre[c], scale[c], b[c]));
       }
     }
   }

@@ -2,7 +2,7 @@
 //
 // There are two layouts. With positions innermost (contiguous) a group of a sample is one run of memory, a slab, cut
 // into chunks of at most 4096 elements. With channels innermost (channels_last) the slab is a whole sample, cut into
-// chunks of 64 positions. Sums are made chunk by chunk in float32 and added up in double, in order: chunks are
+// chunks of 64 positions or, forward on large maps, 256. Sums are made chunk by chunk in float32 and added up in double, in order: chunks are
 // constants of the definition, so any number of threads gives the same bits.
 #pragma once
 

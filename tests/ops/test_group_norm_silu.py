@@ -129,3 +129,40 @@ def test_the_compiled_backward_refuses_what_does_not_fit(name, library):
     for spoil in (lambda x: x[:-1], lambda x: x.to(torch.int32), lambda x: x[None]):
         with pytest.raises(RuntimeError, match=name):
             row.kernels["cpp"](*args[:position], spoil(args[position]), *args[position + 1 :])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_silu_in_16_bits_is_silu_rounded_once_for_every_number(memory_format, dtype):
+    """With weights of 0 the bias alone is what SiLU is taken of. Half a unit in the last place and 2^-8 of that, or what
+    is between the smallest numbers, and 0 where e^-x is 2^128 and more."""
+    values = torch.cat([torch.linspace(-130, 130, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, -3e38, -6e4, 6e4])])
+    x = torch.randn(1, len(values), 2, 2).to(dtype).contiguous(memory_format=memory_format)
+    y = ops.group_norm_silu(x, 1, torch.zeros(len(values)), values)
+    want = F.silu(values.double())[:, None].expand(-1, 4)
+    least = max(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, 128 * 2.0**-128)
+    bound = want.abs() * (torch.finfo(dtype).eps / 2 * (1 + 2**-8)) + least
+    assert bool(((y.double().flatten(2)[0] - want).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_silu_of_what_is_no_number(memory_format, dtype):
+    values = torch.tensor([float("nan"), -float("nan"), float("inf"), -float("inf")])
+    x = torch.randn(1, 4, 2, 2).to(dtype).contiguous(memory_format=memory_format)
+    y = ops.group_norm_silu(x, 1, torch.zeros(4), values)[0, :, 0, 0]
+    assert torch.equal(y.isnan(), torch.tensor([True, True, False, True]))
+    assert y[2] == float("inf")
+
+
+@pytest.mark.parametrize("positions", [(3, 5), (64, 65)])
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_channels_innermost_far_from_zero_and_with_numbers_that_stand_out(positions, offset):
+    """Sums are of distances from the mean of a chunk's first row, so that neither an offset nor a first pixel that
+    stands out costs more than a few bits."""
+    x = torch.randn(2, 8, *positions, generator=torch.Generator().manual_seed(0)) + offset
+    x[0, :, 0, 0] = offset + 1000
+    x = x.contiguous(memory_format=torch.channels_last)
+    got, want = ops.group_norm_silu(x, 2), F.silu(F.group_norm(x.double(), 2))
+    # numbers of float32 of this size are 2^-23 of it apart, and the norm divides them by 1 at least
+    torch.testing.assert_close(got.double(), want, atol=1e-5 + offset * 2**-22, rtol=1e-4)
