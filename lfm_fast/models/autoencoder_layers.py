@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lfm_fast import ops
 from lfm_fast.models.edm_layers import GroupNorm as _GroupNorm
 from lfm_fast.models.guided_layers import to_planes, to_tokens
-from lfm_fast.models.packed_convolution import added_to
+from lfm_fast.models.packed_convolution import added_to as packed_added_to
+from lfm_fast.models.winograd import Winograd
 from lfm_fast.ops import _registry
 
 
@@ -34,6 +35,13 @@ class GroupNorm(_GroupNorm):
             return True
         row = _registry.row("group_norm_silu")
         return row.choose((x, self.num_groups, self.weight, self.bias, self.eps, silu)) == "reference"
+
+
+def added_to(skip: Tensor, convolution: nn.Module, x: Tensor) -> Tensor:
+    """skip + convolution(x), written over `skip` where the convolution is one that is only computed with any more."""
+    if isinstance(convolution, Winograd):
+        return convolution.added_to(skip, x)
+    return packed_added_to(skip, convolution, x)
 
 
 class ResidualBlock(nn.Module):

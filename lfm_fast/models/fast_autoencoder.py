@@ -14,6 +14,7 @@ from lfm_fast.models.packed_convolution import pack_convolutions
 from lfm_fast.models.precision import float32_products
 from lfm_fast.models.precision import why_not as why_not_on
 from lfm_fast.models.small_vae import SmallVAE
+from lfm_fast.models.winograd import with_fewer_products
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SAME = 1e-4  # how far two implementations may be apart in float32, each rounding in its own order
@@ -70,6 +71,8 @@ def faster(network: nn.Module, precision: str) -> nn.Module:
         if precision in _PACKED and _library.why_no_tiles() is None:
             _pack_attention(fast, network, _PACKED[precision])
         pack_convolutions(fast)
+        if precision == "fp32":
+            with_fewer_products(fast)
     fast.products = functools.partial(float32_products, True) if precision == "tf32" else contextlib.nullcontext
     return fast
 
