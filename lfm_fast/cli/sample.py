@@ -39,11 +39,17 @@ def add(commands):
     add("--layout", metavar="FILE", help="for a flow of task layout: a .json file of boxes, or of several such lists")
     add("--seed", type=int, default=0, help="image i depends on the seed and i alone (default: %(default)s)")
     add("--batch-size", type=int, help="images at a time (default: 64)")
+    add(
+        "--precision",
+        choices=("fp32", "tf32", "bf16", "fp16"),
+        help="of network and autoencoder (default: as they come)",
+    )
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--output", default="samples.png", help="a .png file for one grid, or a folder (default: %(default)s)")
 
 
 def run(args):
+    from lfm_fast.models.optimize import optimize
     from lfm_fast.pictures import grid, save
     from lfm_fast.pipeline import LatentFlow
     from lfm_fast.solvers.grids import from_text
@@ -55,6 +61,8 @@ def run(args):
             raise ValueError(f"--{name.replace('_', '-')} guides towards a class; give --class too, or leave it out")
     task = _task(args)
     flow = LatentFlow.from_pretrained(args.model, args.autoencoder, device=device_named(args.device))
+    if args.precision is not None:
+        flow.model, flow.autoencoder = (optimize(part, args.precision) for part in (flow.model, flow.autoencoder))
     _require_its_own(args, args.method or flow.sampling.get("method", "dopri5"))
     chosen = _guidance(args, flow) | {name: getattr(args, name) for name in ("method", "num_steps")}
     chosen["time_grid"] = None if args.time_grid is None else from_text(args.time_grid)

@@ -134,8 +134,8 @@ def test_the_compiled_backward_refuses_what_does_not_fit(name, library):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_silu_in_16_bits_is_silu_rounded_once_for_every_number(memory_format, dtype):
-    """With weights of 0 the bias alone is what SiLU is taken of. Half a unit in the last place and 2^-8 of that, or what
-    is between the smallest numbers, and 0 where e^-x is 2^128 and more."""
+    """With weights of 0 the bias alone is what SiLU is taken of. Half a unit in the last place and 2^-8 of that, or the
+    distance of the smallest numbers, and 0 where e^-x is 2^128 and more."""
     values = torch.cat([torch.linspace(-130, 130, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, -3e38, -6e4, 6e4])])
     x = torch.randn(1, len(values), 2, 2).to(dtype).contiguous(memory_format=memory_format)
     y = ops.group_norm_silu(x, 1, torch.zeros(len(values)), values)
