@@ -98,6 +98,9 @@ def test_encode_writes_a_cache_that_training_reads(tmp_path, capsys):
     assert main(["encode", *copy, "--output", str(tmp_path / "copy")]) == 0
     assert "wrote 4 latents" in capsys.readouterr().out
     assert LatentCache.open(tmp_path / "copy").dtype == torch.bfloat16
+    for flag in (["--flip"], ["--store", "samples"], ["--precision", "fp32"]):
+        assert main(["encode", *copy, *flag, "--output", str(tmp_path / "other")]) == 2
+        assert f"{flag[0]} is of encoding images" in capsys.readouterr().err
     assert main(["encode", *arguments, "--store", "samples", "--seed", "1", "--output", str(tmp_path / "cache")]) == 2
     assert "store='posterior', but store='samples' is asked for" in capsys.readouterr().err
     assert main(["encode", *arguments, "--precision", "bf16", "--output", str(tmp_path / "cache")]) == 2

@@ -89,6 +89,7 @@ def _encode(args, world):
     check_output(args.output)
     latent_format(args.autoencoder)  # its complaints before all images are read, and theirs before a download
     if args.layout is None and latent_layout(args.data) is not None:
+        _refuse_for_latents(args)
         autoencoder = load_autoencoder(args.autoencoder, device=device)
         latents = open_latents(args.data, autoencoder=autoencoder, image_size=args.image_size)
         cache = copy_latents(latents, args.output, dtype=dtype, shard_size=args.shard_size, world=world)
@@ -106,6 +107,13 @@ def _encode(args, world):
         what = f"the latents of {len(source)} images"
     if world.is_main:
         print(f"wrote {what} to {args.output}")
+
+
+def _refuse_for_latents(args):
+    """Latents are copied with the mirror images that they have: what is said of encoding would go unheard."""
+    said = {"--flip": args.flip, "--precision": args.precision, "--store": args.store != "posterior"}
+    for flag in (name for name, value in said.items() if value):
+        raise ValueError(f"{flag} is of encoding images, but {args.data} holds latents, which are copied; leave it out")
 
 
 class _Stopped(BaseException):
