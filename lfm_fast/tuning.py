@@ -14,7 +14,7 @@ from lfm_fast.sampling import choose_path, sample
 from lfm_fast.solvers import get_solver
 from lfm_fast.solvers.grids import time_grid
 
-_STARTS = (None, ("shift", 0.5), ("shift", 2.0), ("shift", 4.0))  # the best of them is where the fit begins
+_STARTS = (None, ("shift", 0.5), ("shift", 2.0), ("shift", 4.0), "logit")  # the best of them is where the fit begins
 _NUDGE = 0.05  # of the logarithm of a step, for the differences that stand for derivatives
 _LARGEST_MOVE = 1.0  # of the same, in one round
 _LEAST_ERROR = 1e-12  # of one sample; none counts for more than that

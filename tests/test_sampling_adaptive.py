@@ -98,7 +98,8 @@ def test_with_further_arguments_the_whole_batch_stays():
         assert torch.equal(its.nfe, stats.nfe[rows])
 
 
-def test_a_network_solves_a_batch_as_it_solves_its_samples():
+@pytest.mark.parametrize("method", ["dopri5", "adams"])
+def test_a_network_solves_a_batch_as_it_solves_its_samples(method):
     torch.manual_seed(0)
     model = DiT(image_size=8, hidden_size=64, depth=2, num_heads=2, num_classes=9, label_dropout=0.1).eval()
     for parameter in model.parameters():  # a new DiT is the zero velocity
@@ -106,7 +107,7 @@ def test_a_network_solves_a_batch_as_it_solves_its_samples():
             torch.nn.init.normal_(parameter, std=0.12)
     z1 = lfm_fast.noise(B, (4, 8, 8), seed=2)
     z1[:3] *= torch.tensor([8.0, 0.1, 3.0])[:, None, None, None]  # so that they take different numbers of steps
-    told = {"guidance_scale": SCALE, "null_label": NULL, "model": model, "z1": z1}
+    told = {"guidance_scale": SCALE, "null_label": NULL, "model": model, "z1": z1, "method": method}
     z0, stats = solve(atol=1e-5, rtol=1e-5, **told)
     assert (z0 - z1).abs().max() > 0.5
     assert stats.nfe.unique().numel() > 1
