@@ -114,8 +114,9 @@ def _loader(dataset, batch_size, workers):
 def write_photographs(folder: Path, count: int, side: int) -> None:
     """JPEGs of quality 90 in one class, with the spectrum of photographs: amplitudes fall as 1 / frequency."""
     folder.mkdir(parents=True, exist_ok=True)
+    pictures = [Image.fromarray(photograph(side, side, seed)) for seed in range(min(count, 8))]
     for number in range(count):
-        Image.fromarray(photograph(side, side, number % 8)).save(folder / f"{number:05d}.jpg", quality=90)
+        pictures[number % 8].save(folder / f"{number:05d}.jpg", quality=90)
 
 
 def photograph(height: int, width: int, seed: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from lfm_fast.data.reading import UnusableImage, centre_square, decode
+from lfm_fast.data.resizing import square_of
 
 DECODERS = ("auto", "pil", "dali")
 WORTH_DALI = 10_000  # pictures from which on the second that DALI takes to start is earned back
@@ -37,9 +38,9 @@ def decoder_named(name: str = "auto", device="cpu", *, count: int | None = None)
     """What turns encoded pictures into a batch: its `decode(contents, image_size)`.
 
     Args:
-        name: "pil", Pillow, which decodes every picture whole; "dali", DALI on the CPU or, for a CUDA device, on that
-            (never run on a GPU so far); "auto", the fastest that is there, on the CPU: DALI for `count` pictures that
-            are worth its start, and for JPEGs four times as large as asked for Pillow at half the resolution.
+        name: "pil", Pillow alone, which decodes every picture whole; "dali", DALI on the CPU or, for a CUDA device, on
+            that (never run on a GPU so far); "auto", the fastest that is there, on the CPU: DALI for `count` pictures
+            that are worth its start, and for JPEGs four times as large as asked for Pillow at half the resolution.
         device: where the pictures are wanted.
         count: how many pictures there are, if known.
 
@@ -61,11 +62,12 @@ def decoder_named(name: str = "auto", device="cpu", *, count: int | None = None)
             "decoder='dali' needs NVIDIA DALI, which is not installed: pip install nvidia-dali-cuda130 (its CPU part "
             "needs no GPU), or choose decoder='pil'."
         )
+    pillow = PillowDecoder(draft=name == "auto", resizes=name == "pil")
     if name == "dali" or (name == "auto" and dali_is_there() and (count or 0) >= WORTH_DALI):
         from lfm_fast.data.dali import DaliDecoder
 
-        return DaliDecoder(device if name == "dali" else "cpu", PillowDecoder(draft=name == "auto"))
-    return PillowDecoder(draft=name == "auto")
+        return DaliDecoder(device if name == "dali" else "cpu", pillow)
+    return pillow
 
 
 def check_decoder(name: str) -> None:
@@ -86,13 +88,14 @@ class PillowDecoder:
 
     Args:
         draft: decode JPEGs at half the resolution, or less, where that is still twice what is asked for.
+        resizes: scale and cut pictures by Pillow too, and not by `square_of`, which is faster.
         raw_shape: (H, W, 3) of pictures that are bare RGB and need no decoding.
     """
 
     name = "pil"
 
-    def __init__(self, *, draft: bool = False, raw_shape: tuple[int, int, int] | None = None):
-        self.draft, self.raw_shape = draft, raw_shape
+    def __init__(self, *, draft=False, resizes=True, raw_shape: tuple[int, int, int] | None = None):
+        self.draft, self.resizes, self.raw_shape = draft, resizes, raw_shape
 
     def decode(self, contents: Sequence[bytes], image_size: int) -> torch.Tensor:
         """The centre crops of encoded pictures, (B, 3, S, S) uint8, channels innermost in memory.
@@ -120,7 +123,10 @@ class PillowDecoder:
         if self.raw_shape == (image_size, image_size, 3) and len(encoded) == 3 * image_size**2:
             return np.frombuffer(encoded, np.uint8).reshape(self.raw_shape)
         at_least = 2 * image_size if self.draft else None
-        return np.asarray(centre_square(decode(encoded, raw_shape=self.raw_shape, at_least=at_least), image_size))
+        picture = decode(encoded, raw_shape=self.raw_shape, at_least=at_least)
+        if self.resizes or picture.size == (image_size, image_size):
+            return np.asarray(centre_square(picture, image_size))
+        return square_of(torch.from_numpy(np.array(picture)), image_size).numpy()
 
 
 def pieces(count: int, size: int) -> list[range]:

@@ -21,14 +21,14 @@ needs_dali = pytest.mark.skipif(not decoders.dali_is_there(), reason="DALI is no
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 BOTH = ["pil", pytest.param("dali", marks=needs_dali)]
 
-# (width, height, side asked for): halved 0 to 3 times, then enlarged, reduced, cut or left, both ways round
+# (width, height, side asked for): halved 0 to 4 times, then enlarged, reduced, cut or left, both ways round; odd sides,
+# halved at once or after a halving; far ends
 SIZES = [
     *((64, 64, 64), (96, 64, 64), (64, 97, 64), (128, 128, 64), (256, 256, 64), (512, 256, 32), (320, 480, 40)),
     *((127, 127, 64), (300, 200, 64), (200, 300, 64), (340, 250, 126), (251, 188, 128), (188, 251, 128)),
     *((90, 90, 64), (33, 70, 64), (100, 99, 64), (600, 76, 64), (40, 40, 64)),
+    *((129, 129, 64), (131, 257, 32), (132, 250, 32), (333, 250, 32), (256, 512, 16), (700, 80, 32)),
 ]
-# an odd side to halve, at once or after a halving; halved 4 times; far ends
-PILLOWS_SIZES = [(129, 129, 64), (131, 257, 32), (132, 250, 32), (333, 250, 32), (256, 512, 16), (700, 80, 32)]
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,17 @@ def dali():
 
 
 def difference(pictures, contents, image_size):
-    """The largest mean difference of a picture from Pillow's, of 255."""
+    """The mean difference of each picture from Pillow's, of 255, and the largest of a number."""
     expected = torch.stack([by_pillow(content, image_size) for content in contents])
-    return (pictures.cpu().float() - expected.float()).abs().mean((1, 2, 3))
+    off = (pictures.cpu().int() - expected.int()).abs()
+    return off.float().mean((1, 2, 3)), int(off.max())
+
+
+def assert_pillows(pictures, contents, image_size):
+    """On the CPU DALI decodes to the bit, and resizing rounds twice: after the columns, and after the rows."""
+    mean, largest = difference(pictures, contents, image_size)
+    assert mean.max() <= (0.3 if pictures.device.type == "cpu" else 2.0)  # measured: 0.01, tall pictures 0.24
+    assert largest <= 2 or pictures.device.type != "cpu"
 
 
 # -- equal pictures
@@ -56,15 +64,7 @@ def test_dali_gives_pillows_picture(dali, device, kind, size):
     assert pictures.shape == (2, 3, image_size, image_size)
     assert pictures.dtype == torch.uint8
     assert pictures.device.type == device
-    assert difference(pictures, contents, image_size).max() <= 2.0  # what a crop may differ by, on the average
-
-
-@needs_dali
-@pytest.mark.parametrize("size", PILLOWS_SIZES, ids=lambda size: "{}x{} to {}".format(*size))
-def test_sizes_that_dali_would_cut_otherwise_are_pillows(dali, size):
-    *sides, image_size = size
-    content = encoded(photograph(*sides))
-    assert torch.equal(dali["cpu"].decode([content], image_size)[0], by_pillow(content, image_size))
+    assert_pillows(pictures, contents, image_size)
 
 
 @needs_dali
@@ -74,22 +74,9 @@ def test_real_photographs(dali, device, image_size):
     """Their edges tell a shift by a fraction of a pixel, which noise of a photograph's spectrum hides."""
     photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     contents = [encoded(p, quality=90) for p in photographs] + [encoded(p.crop((0, 0, 640, 416))) for p in photographs]
-    assert difference(dali[device].decode(contents, image_size), contents, image_size).max() <= 2.0
-    drafted = PillowDecoder(draft=True).decode(contents, image_size)
-    assert difference(drafted, contents, image_size).max() <= 2.0
-
-
-@needs_dali
-@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
-@pytest.mark.parametrize("size", [(64, 64, 64), (96, 64, 64), (256, 384, 64), (128, 128, 64)])
-def test_pictures_halved_evenly_differ_by_roundings_alone(dali, kind, size):
-    """Each halving rounds once where Pillow rounds twice."""
-    *sides, image_size = size
-    noise = np.random.default_rng(0).integers(0, 256, (sides[1], sides[0], 3)).astype(np.uint8)
-    content = encoded(Image.fromarray(noise), kind)
-    found, expected = dali["cpu"].decode([content], image_size)[0], by_pillow(content, image_size)
-    halvings = {64: 0, 96: 0, 256: 2, 128: 1}[sides[0]]
-    assert (found.int() - expected.int()).abs().max() <= halvings
+    assert_pillows(dali[device].decode(contents, image_size), contents, image_size)
+    drafted = PillowDecoder(draft=True, resizes=False).decode(contents, image_size)
+    assert difference(drafted, contents, image_size)[0].max() <= 2.0  # what a crop may differ by, on the average
 
 
 KINDS = {
@@ -137,18 +124,18 @@ def with_gamma(png):
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_is_pillows_picture(dali, device, name):
     contents = [KINDS[name](photograph(80, 70, seed)) for seed in range(2)]
-    assert difference(dali[device].decode(contents, 32), contents, 32).max() <= 2.0
-    whole = difference(dali[device].decode(contents, 70), contents, 70)  # cut alone: what is decoded, to the bit
-    assert whole.max() == 0 if device == "cpu" else whole.max() <= 2.0
+    assert_pillows(dali[device].decode(contents, 32), contents, 32)
+    mean, _ = difference(dali[device].decode(contents, 70), contents, 70)  # cut alone: what is decoded, to the bit
+    assert mean.max() == 0 if device == "cpu" else mean.max() <= 2.0
 
 
 @needs_dali
 def test_a_batch_of_all_kinds_and_sizes_keeps_its_order(dali):
-    """More than one run of a pipeline, several pipelines, and Pillow, in one batch."""
+    """More than one run of the pipeline, and Pillow, in one batch."""
     makers = list(KINDS.values())
     contents = [makers[k % len(makers)](photograph(40 + 7 * (k % 13), 40 + 5 * (k % 7), k)) for k in range(3 * AT_ONCE)]
     together = dali["cpu"].decode(contents, 32)
-    assert difference(together, contents, 32).max() <= 2.0
+    assert_pillows(together, contents, 32)
     places = torch.randperm(len(contents), generator=torch.Generator().manual_seed(0))[:20].tolist()
     again = dali["cpu"].decode([contents[place] for place in places], 32)
     assert torch.equal(again, together[places])  # a picture does not depend on its neighbours
@@ -158,7 +145,8 @@ def test_half_the_resolution_is_within_the_tolerance():
     for sides in ((256, 256), (300, 514), (1024, 700)):
         contents = [encoded(photograph(*sides, seed), quality=90) for seed in range(3)]
         pictures = PillowDecoder(draft=True).decode(contents, 64)
-        assert 0 < difference(pictures, contents, 64).max() <= 2.0  # of 255; above 0: it was decoded otherwise
+        mean, _ = difference(pictures, contents, 64)
+        assert 0 < mean.max() <= 2.0  # of 255; above 0: it was decoded otherwise
     for side in (254, 257):  # half of it is less than twice what is asked for; half of it is no whole number
         content = encoded(photograph(side, side))
         assert torch.equal(PillowDecoder(draft=True).decode([content], 64)[0], by_pillow(content, 64))
@@ -206,7 +194,7 @@ def test_wherever_pictures_lie_both_decoders_read_the_same(tmp_path, layout):
     assert pil.names == dali.names
     order = [4, 0, 5, 2]
     assert torch.equal(pil.batch(order), PillowDecoder().decode([contents[k] for k in order], 32))
-    assert (pil.batch(order).int() - dali.batch(order).int()).abs().float().mean() <= 2.0
+    assert_pillows(dali.batch(order), [contents[k] for k in order], 32)
 
 
 # -- which decoder
