@@ -162,6 +162,49 @@ def test_weights_state_dict_and_fingerprint_are_the_originals(tmp_path):
     assert load_autoencoder(tmp_path).fingerprint == plain.fingerprint
 
 
+def test_what_is_rounded_to_bfloat16_and_what_is_not():
+    """Norms stay in float32; and of the convolutions behind doubled maps the sums of weights are rounded, once."""
+    network = kl()
+    fast = lfm_fast.optimize(Autoencoder(network, "test"), "bf16")._network()[0]
+    norms = [module for module in fast.modules() if isinstance(module, nn.GroupNorm)]
+    assert norms
+    assert all(norm.weight.dtype is norm.bias.dtype is torch.float32 for norm in norms)
+    weight = network.decoder.up_blocks[0].upsamplers[0].conv.weight
+    found = fast.decoder.up_blocks[0].upsamplers[0].conv.weight[:: len(weight)]  # of the four phases, output 0
+    assert torch.equal(found[0, :, 0, 0], weight[0, :, 0, 0].bfloat16())  # one number; the others are sums
+    assert torch.equal(found[0, :, 1, 1], weight[0, :, 1:, 1:].sum((1, 2)).bfloat16())
+    assert torch.equal(found[3, :, 0, 0], weight[0, :, :2, :2].sum((1, 2)).bfloat16())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("make", "least", "most"), [(kl, -30, 20), (small, -20, 10)])
+def test_log_variances_are_bounded_as_the_network_bounds_them(make, least, most, precision):
+    network = make()
+    last = network.quant_conv if make is kl else network.encoder[-1]
+    bias = last.bias.clone()
+    for shift in (-100.0, 100.0):
+        last.bias.copy_(bias + shift)
+        got = fast_ways(lfm_fast.optimize(Autoencoder(network, "test"), precision), *inputs(network))[1]
+        assert torch.equal(got, network.encode(inputs(network)[0]).latent_dist.logvar.to(got.dtype))
+        assert bool((got == (least if shift < 0 else most)).all())
+
+
+def test_another_scaling_factor_goes_with_it():
+    autoencoder, images = Autoencoder(small(), "test"), pictures()
+    autoencoder.scaling_factor = 0.5
+    fast = lfm_fast.optimize(autoencoder, "fp32")
+    assert torch.equal(fast.encode(images).mean, autoencoder.encode(images).mean)
+    assert torch.equal(fast.decode(fast.encode(images).mode()), autoencoder.decode(fast.encode(images).mode()))
+
+
+def test_a_pickled_one_is_its_weights_and_no_more():
+    autoencoder = Autoencoder(kl(), "test")
+    before = len(pickle.dumps(autoencoder))
+    autoencoder.encode(pictures())
+    assert len(pickle.dumps(autoencoder)) < 1.01 * before
+
+
 @pytest.mark.parametrize("precision", [None, "fp32", "bf16"])
 def test_weights_that_are_changed_or_loaded_are_used(precision):
     autoencoder, images = Autoencoder(small(), "test", precision), pictures()

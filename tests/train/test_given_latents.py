@@ -1,7 +1,9 @@
 """What a step is given: latents drawn and interpolated in one op, conditions read ahead, and the time it waits."""
 
+import itertools
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from lfm_fast.distributed import World
 from lfm_fast.models import create_model
 from lfm_fast.tasks.base import ConditionedSource
 from lfm_fast.train import loop
+from lfm_fast.train import step as module
 from lfm_fast.train.graphed import GraphedGradients
 from lfm_fast.train.loop import build_state, training_path
 from lfm_fast.train.step import TrainState, gradients_on, train_step
@@ -113,6 +116,13 @@ def test_between_rows_and_gradients_there_is_no_host(kind):
             parameter.grad = None
     assert calls[0] == calls[1]
     assert "lfm_fast::posterior_interpolate" in [name for name, _ in calls[0]]
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_time_that_steps_wait_is_that_of_all_their_parts(parts, monkeypatch):
+    """By a clock that strikes whenever it is read: once before and once after what is given to a part."""
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    assert trained(TinySource(), steps=4, accumulation_steps=parts).data_seconds == 4 * parts
 
 
 class Threads(ConditionedSource):

@@ -88,7 +88,7 @@ def test_noise_in_other_ops_has_the_bits_of_the_reference(backend):
 
 def test_a_row_that_is_not_there_makes_its_sample_nan():
     """The kernel itself, whose host has not looked."""
-    rows, table = torch.tensor([1, 9, -1, 0]), torch.randn(2, 129)
+    rows, table = torch.tensor([1, 2, -1, 0]), torch.randn(2, 129)
     for log_variance in (None, table):
         parts = ROWS["posterior_interpolate"].kernels["triton"](
             table, rows, torch.arange(4), torch.ones(4, 4), log_variance, 3
