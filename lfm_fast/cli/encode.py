@@ -10,6 +10,10 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 def add(commands):
     from lfm_fast.autoencoder import DEFAULT_HUB_NAME
+    from lfm_fast.data.decoders import DECODERS
+    from lfm_fast.data.encoding import STORES
+    from lfm_fast.data.opening import LAYOUTS, SPLITS
+    from lfm_fast.data.stored import CHECKS
 
     says = (
         "Encode images once into a folder of latents, which `lfm-fast train --data` takes. Begun again, it goes on. "
@@ -21,10 +25,10 @@ def add(commands):
     parser.set_defaults(run=run)
     add = parser.add_argument
     add("--data", required=True, help="'embedded', images (folder, LMDB, tars, a list, ...) or another tool's latents")
-    add("--from", dest="layout", metavar="LAYOUT", help="how they lie there (default: what it looks like)")
+    add("--from", dest="layout", choices=LAYOUTS, help="how they lie there (default: what it looks like)")
     add(
         "--split",
-        choices=("train", "held_out", "all"),
+        choices=SPLITS,
         default="train",
         help="of data that has several (default: %(default)s)",
     )
@@ -35,17 +39,17 @@ def add(commands):
     add("--flip", action="store_true", help="store mirrored latents too")
     add(
         "--store",
-        choices=("posterior", "latents", "samples"),
+        choices=STORES,
         default="posterior",
         help="mean and log-variance, the mode alone, or one sample drawn once (default: %(default)s)",
     )
     add(
         "--check-images",
-        choices=("decode", "headers"),
+        choices=CHECKS,
         default="decode",
         help="of files, once: decode them whole, or read their headers alone (default: %(default)s)",
     )
-    add("--decoder", default="auto", help="of image files: auto, pil or dali (default: %(default)s)")
+    add("--decoder", choices=DECODERS, default="auto", help="of image files; auto is the faster (default: %(default)s)")
     add("--dtype", choices=tuple(DTYPES), default="fp32", help="of the stored numbers (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the draws of --store samples (default: %(default)s)")
     add("--batch-size", type=int, default=32, help="images per forward (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""Images and latents to train on: the embedded set, folders, and caches of encoded images."""
+"""Images and latents to train on: the embedded set, pictures in any layout, and caches of encoded images."""
 
 from lfm_fast.data.decoders import check_decoder
 from lfm_fast.data.source import ImageSource, Report, check_num_classes

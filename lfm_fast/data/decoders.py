@@ -71,6 +71,7 @@ def decoder_named(name: str = "auto", device="cpu", *, count: int | None = None)
 
 
 def check_decoder(name: str) -> None:
+    """Raises ValueError for a name that `decoder_named` does not know."""
     if name not in DECODERS:
         raise ValueError(f"decoder={name!r} is not known: choose 'auto', 'pil' or 'dali'.")
 

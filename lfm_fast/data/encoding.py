@@ -14,11 +14,7 @@ from lfm_fast.data.latent_cache import FORMAT, LATENTS, POSTERIOR, LatentCache, 
 from lfm_fast.data.latent_writing import LatentWriter
 from lfm_fast.distributed import World
 
-STORES = {  # what of a posterior is kept
-    "posterior": "mean and log-variance, to be sampled anew at every visit",
-    "latents": "its mode",
-    "samples": "one sample, drawn once",
-}
+STORES = ("posterior", "latents", "samples")  # what of a posterior is kept: `encode_images` says it
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 _COPIED_AT_ONCE = 256
@@ -77,17 +73,8 @@ def encode_images(
     def rows(chunks):
         return encoded_rows(source, autoencoder, chunks, store, flip, dtype, seed)
 
-    writer = LatentWriter(
-        Path(folder).expanduser(),
-        source.labels,
-        source.class_names,
-        provenance,
-        rows,
-        batch_size=batch_size,
-        shard_size=shard_size,
-        progress=progress,
-        world=world or World(),
-    )
+    how = {"batch_size": batch_size, "shard_size": shard_size, "progress": progress, "world": world or World()}
+    writer = LatentWriter(Path(folder).expanduser(), source.labels, source.class_names, provenance, rows, **how)
     return _checked(writer.write())
 
 
@@ -113,18 +100,8 @@ def copy_latents(cache: LatentCache, folder, *, dtype=None, shard_size: int = 40
 
     made = {"format": FORMAT, "dtype": str(dtype).removeprefix("torch."), "shard_size": shard_size}
     provenance = cache.provenance | made | {"copied_from": cache.provenance["format"]}
-    writer = LatentWriter(
-        Path(folder).expanduser(),
-        cache.labels,
-        cache.class_names,
-        provenance,
-        rows,
-        batch_size=_COPIED_AT_ONCE,
-        shard_size=shard_size,
-        progress=progress,
-        world=world or World(),
-    )
-    return writer.write()
+    how = {"batch_size": _COPIED_AT_ONCE, "shard_size": shard_size, "progress": progress, "world": world or World()}
+    return LatentWriter(Path(folder).expanduser(), cache.labels, cache.class_names, provenance, rows, **how).write()
 
 
 def encode_in_memory(source, autoencoder, *, flip: bool | None = None, batch_size: int = 32) -> LatentCache:
@@ -171,11 +148,6 @@ def device_of(autoencoder):
     """Where the autoencoder's weights are."""
     parameter = next(autoencoder.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
-
-
-def dtype_of(autoencoder) -> torch.dtype:
-    """What its weights are of."""
-    return getattr(autoencoder, "dtype", torch.float32)
 
 
 def encoded_rows(source, autoencoder, chunks, store, flip, dtype, seed=0) -> Iterator[dict[str, torch.Tensor]]:

@@ -20,10 +20,10 @@ import torch
 
 from lfm_fast.data.latent_cache import LATENTS, STATS_FILE, LatentCache, layout_of, moments, sums_of
 from lfm_fast.data.shards import map_shard, read_header
+from lfm_fast.data.store import MAX_LABEL
 
 OURS, LIGHTNINGDIT, FAST_DIT = "lfm_fast", "lightningdit", "fast-dit"
 STATISTICS = "latents_stats.pt"
-_MOST_CLASSES = 1 << 20  # a label beyond is no number of a class
 _LOOKED_AT = 1024  # latents, evenly spread, that statistics are taken of
 _THREADS = min(16, 2 * (os.cpu_count() or 1))
 
@@ -73,9 +73,9 @@ def open_latents(folder, *, autoencoder=None, image_size=None, scaling=None, ver
     shift, scale = _scaling(folder, layout, scaling, autoencoder, shards)
     shards = [_scaled(shard, shift, scale) for shard in shards]
     labels = torch.cat([shard["labels"] for shard in shards])
-    wrong = labels[(labels < 0) | (labels >= _MOST_CLASSES)].tolist()
+    wrong = labels[(labels < 0) | (labels > MAX_LABEL)].tolist()
     if wrong:
-        raise ValueError(f"{folder} has the label {wrong[0]}: labels count classes, from 0 on.")
+        raise ValueError(f"{folder} has the label {wrong[0]}: labels count classes, from 0 to {MAX_LABEL} at the most.")
     mean, std = moments([sums_of(_spread(shards), LATENTS)])
     if scaling is None:
         _require_spread(folder, std, autoencoder, layout)

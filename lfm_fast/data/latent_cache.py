@@ -223,6 +223,7 @@ def _checksum(content: dict) -> int:
 
 
 def shard_name(number: int) -> str:
+    """The file of a shard, numbered from 0 in the order of the items."""
     return f"latents-{number:05d}.safetensors"
 
 

@@ -1,16 +1,15 @@
 """Images that have a label map each: the embedded set, and folders paired by name."""
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from tqdm import tqdm
 
 from lfm_fast.data import label_maps
+from lfm_fast.data.decoders import THREADS
 from lfm_fast.data.palettes import get_palette
 from lfm_fast.data.source import ImageSource
 
-_THREADS = min(16, os.cpu_count() or 1)
 _AT_ONCE = 256  # maps read ahead
 _IN_MEMORY = 64 * 1024 * 1024  # pixels of maps that are kept, a byte each
 
@@ -85,7 +84,7 @@ class MappedImages(ImageSource):
             for position in positions:
                 yield label_maps.of_embedded(self._images.rgba(position)).to(torch.uint8)
             return
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             for first in range(0, len(positions), _AT_ONCE):
                 yield from pool.map(self._read, positions[first : first + _AT_ONCE])
 

@@ -128,11 +128,6 @@ class PairedStore(FileStore):
         self.maps, self.palette = maps, palette
 
 
-def open_celebamask(path, split: str) -> CelebAMaskStore:
-    """As `CelebAMaskStore`."""
-    return CelebAMaskStore(path, split)
-
-
 def open_ade20k(path, split: str) -> PairedStore:
     """ADEChallengeData2016: images/training and images/validation, maps in annotations of the same.
 

@@ -13,7 +13,7 @@ _LAYOUTS = {
     "lmdb": ("lfm_fast.data.lmdb_store", "open_lmdb", "holds_lmdb"),
     "lmdb-raw": ("lfm_fast.data.lmdb_store", "open_raw_lmdb", None),
     "webdataset": ("lfm_fast.data.tar_store", "open_tars", "holds_tars"),
-    "celebamask-hq": ("lfm_fast.data.mapped_sets", "open_celebamask", "holds_celebamask"),
+    "celebamask-hq": ("lfm_fast.data.mapped_sets", "CelebAMaskStore", "holds_celebamask"),
     "ade20k": ("lfm_fast.data.mapped_sets", "open_ade20k", "holds_ade20k"),
     "coco-stuff": ("lfm_fast.data.mapped_sets", "open_coco_stuff", "holds_coco_stuff"),
     "cifar10": ("lfm_fast.data.cifar", "CifarStore", "holds_cifar"),

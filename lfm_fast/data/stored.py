@@ -10,13 +10,12 @@ import torch
 from tqdm import tqdm
 
 from lfm_fast.data.cache import read_note, write_note
-from lfm_fast.data.decoders import PillowDecoder, UndecodableImage, decoder_named
+from lfm_fast.data.decoders import THREADS, PillowDecoder, UndecodableImage, decoder_named
 from lfm_fast.data.reading import Checked, UnusableImage, check_image
 from lfm_fast.data.source import ImageSource, Report
 from lfm_fast.data.store import Store
 
 CHECKS = ("decode", "headers")
-_THREADS = min(16, os.cpu_count() or 1)  # Pillow decodes without holding Python's lock
 _NOTE_FORMAT = f"2, Pillow {PIL.__version__}"  # another Pillow may read other files
 
 
@@ -111,7 +110,7 @@ def _check_all(store: Store, check: str) -> list[Checked]:
     keys = [store.key(position) for position in range(len(store))]
     new = [k for k, name in enumerate(store.names) if keys[k] is None or known.get(name, [None])[0] != keys[k]]
     if new:
-        with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
+        with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
             warnings.simplefilter("ignore")  # large or odd files are reported by us, in one place
             fresh = pool.map(lambda position: _look(store, position, check), new)
             bar = tqdm(fresh, total=len(new), desc="checking images", unit="image", leave=False, disable=None)
