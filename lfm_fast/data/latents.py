@@ -1,6 +1,6 @@
 """What training reads: z_0 and label of each global sample number, from a cache or encoded on the fly.
 
-All sources (the third one is in `lfm_fast.data.resident`) give the same z_0 for the same (sample number, seed): the item
+All sources (a third is in `lfm_fast.data.resident`) give the same z_0 for the same (sample number, seed): the item
 from the epoch's permutation, the mirror from stream 4 and the posterior's noise from stream 2 of the counter-based
 generator, whatever the batch or the rank.
 """
