@@ -64,19 +64,22 @@ class Winograd(nn.Module):
         """Some rows of tiles, or some images, at a time; `put` writes pixels to y."""
         batch, channels, height, width = x.shape
         down, across, out = height // TILE, width // TILE, y.shape[1]
-        x = nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (B, H + 2, W + 2, C), contiguous
+        x = x.permute(0, 2, 3, 1)
         y_tiles = y.permute(0, 2, 3, 1).view(batch, down, TILE, across, TILE, out)
         at_once = max(_FEWEST_TILES, _NUMBERS // (36 * max(channels, out)))
         images = max(1, at_once // (down * across))
         rows = min(down, max(1, at_once // across))
         for first in range(0, batch, images):
             for row in range(0, down, rows):
-                part = x[first : first + images, TILE * row : TILE * (row + rows) + 2]
-                pixels = self._tiles(part, across)  # (4, 4, images, rows, across, N)
+                above, below = TILE * row - 1, min(TILE * (row + rows), height) + 1
+                part = x[first : first + images, max(above, 0) : below]
+                zeros = (0, 0, 1, 1, max(-above, 0), max(below - height, 0))
+                pixels = self._tiles(nn.functional.pad(part, zeros), across)  # (4, 4, images, rows, across, N)
                 put(y_tiles[first : first + images, row : row + rows], pixels.permute(2, 3, 0, 4, 1, 5))
         return y
 
     def _tiles(self, x: Tensor, across: int) -> Tensor:
+        x = x.contiguous()  # (images, 4 rows + 2, W + 2, C)
         images, height, _, channels = x.shape
         to_products, _, to_pixels = (m.to(x) for m in _kron())
         rows = height // TILE

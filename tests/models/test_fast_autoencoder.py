@@ -116,6 +116,8 @@ def test_bfloat16_is_no_further_from_float64_than_the_networks_own(kind):
     want = ways(network, images, latents, torch.float64)
     own = ways(network, images, latents, torch.bfloat16)
     fast = lfm_fast.optimize(Autoencoder(network, "test"), "bf16")
+    norms = [module for module in fast._network()[0].modules() if isinstance(module, nn.GroupNorm)]
+    assert {norm.weight.dtype for norm in norms} == {torch.float32}
     for got, exact, plain in zip(fast_ways(fast, images, latents), want, own):
         assert got.dtype is torch.bfloat16
         assert error(got, exact) < error(plain, exact) < 0.1
