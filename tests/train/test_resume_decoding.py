@@ -1,5 +1,6 @@
 """A run that reads image files goes on where it stopped: the same files in the same order, whoever decodes them."""
 
+import dataclasses
 import os
 import signal
 
@@ -10,9 +11,11 @@ from PIL import Image
 from tiny_run import SETTINGS, TinyAutoencoder
 
 from lfm_fast.autoencoder import Posterior
+from lfm_fast.cli import main
 from lfm_fast.data.decoders import dali_is_there
 from lfm_fast.data.folder import FolderImages
 from lfm_fast.data.latents import EncodedImages
+from lfm_fast.tasks import task_named
 from lfm_fast.train import resume
 from lfm_fast.train.config import from_preset
 from lfm_fast.train.loop import train
@@ -92,3 +95,21 @@ def test_either_decoder_is_given_the_same_items_in_the_same_order(whole):
     assert [given[:2] for given in pil.given] == [given[:2] for given in dali.given]
     for (*_, images), (*_, others) in zip(pil.given, dali.given):
         assert (images.int() - others.int()).abs().float().mean() <= 2.0  # of 255; mirrored alike, then
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_the_flag_says_who_decodes(tmp_path, photos, decoder):
+    config = from_preset(
+        **{**SETTINGS, "output": str(tmp_path), "data": str(photos), "image_size": 16, "device": "auto"}
+    )
+    images = task_named(None).images(dataclasses.replace(config, decoder=decoder))
+    assert images.decoder.name == decoder
+    assert images.batch([0, 5]).device.type == ("cuda" if decoder == "dali" and torch.cuda.is_available() else "cpu")
+    with pytest.raises(ValueError, match="decoder is 'opencv'; there is auto, pil and dali"):
+        dataclasses.replace(config, decoder="opencv")
+
+
+def test_encode_refuses_a_decoder_there_is_not(tmp_path, photos, capsys):
+    arguments = ["--data", str(photos), "--image-size", "16", "--autoencoder", "embedded", "--decoder", "opencv"]
+    assert main(["encode", *arguments, "--output", str(tmp_path / "cache")]) == 2
+    assert "decoder='opencv' is not known: choose 'auto', 'pil' or 'dali'" in capsys.readouterr().err
