@@ -11,7 +11,6 @@ from PIL import Image
 from tiny_run import SETTINGS, TinyAutoencoder
 
 from lfm_fast.autoencoder import Posterior
-from lfm_fast.cli import main
 from lfm_fast.data.decoders import dali_is_there
 from lfm_fast.data.folder import FolderImages
 from lfm_fast.data.latents import EncodedImages
@@ -107,9 +106,3 @@ def test_the_flag_says_who_decodes(tmp_path, photos, decoder):
     assert images.batch([0, 5]).device.type == ("cuda" if decoder == "dali" and torch.cuda.is_available() else "cpu")
     with pytest.raises(ValueError, match="decoder is 'opencv'; there is auto, pil and dali"):
         dataclasses.replace(config, decoder="opencv")
-
-
-def test_encode_refuses_a_decoder_there_is_not(tmp_path, photos, capsys):
-    arguments = ["--data", str(photos), "--image-size", "16", "--autoencoder", "embedded", "--decoder", "opencv"]
-    assert main(["encode", *arguments, "--output", str(tmp_path / "cache")]) == 2
-    assert "decoder='opencv' is not known: choose 'auto', 'pil' or 'dali'" in capsys.readouterr().err
