@@ -8,7 +8,7 @@ import torch
 from numpy.polynomial import Polynomial
 from problems import PROBLEMS, Counting
 
-from lfm_fast.solvers import Settings, get_solver
+from lfm_fast.solvers import Settings, adams, get_solver
 from lfm_fast.solvers.adams import integral_weights
 from lfm_fast.solvers.grids import time_grid
 
@@ -148,3 +148,37 @@ def test_a_field_at_rest_is_left_in_a_few_steps():
     still, _ = solve("adams", PROBLEMS[0].__class__("still", lambda t, z: 0 * z, None, torch.ones(2, 2)), [1.0, 0.0])
     assert torch.equal(still.z, torch.ones(2, 2))
     assert still.nfe.max() < 8  # a tenth, and twice as much each time
+
+
+def test_no_more_evaluations_than_allowed_and_no_fewer():
+    """One at the start, and one for each attempt."""
+    for most in range(1, 8):
+        stopped, field = solve("adams", PROBLEMS[0], [1.0, 0.0], atol=1e-8, rtol=1e-8, max_nfe=most)
+        expected = most if most > 1 else 0  # a start without an attempt would be of no use
+        assert (field.nfe, stopped.nfe.tolist()) == (expected, [expected] * 3)
+        assert not stopped.reached.any()
+
+
+def test_a_step_is_at_most_twice_the_one_before():
+    times = [1.0]
+    still = PROBLEMS[0].__class__("still", lambda t, z: 0 * z, None, torch.ones(2, 2))
+    solve("adams", still, [1.0, 0.0], on_step=lambda n, t, z: times.append(float(t[0])))
+    steps = -np.diff(times)
+    assert steps[0] == pytest.approx(0.1)
+    np.testing.assert_allclose(steps[1:-1] / steps[:-2], 2.0)  # the last one goes to the end
+
+
+def test_a_step_size_follows_the_order_of_its_own_prediction(monkeypatch):
+    """The error of a prediction from k velocities falls as h^(k+1)."""
+    orders = []
+
+    class Control(adams.StepControl):
+        def judge(self, error, after):
+            orders.append((np.broadcast_to(self.controlled, 3).tolist(), self.accepted.tolist()))
+            return super().judge(error, after)
+
+    monkeypatch.setattr(adams, "StepControl", Control)
+    solve("adams", PROBLEMS[0], [1.0, 0.0], atol=1e-7, rtol=1e-7)
+    assert len(orders) > 8
+    for controlled, accepted in orders:
+        assert controlled == [min(number, 4) + 2 for number in accepted]

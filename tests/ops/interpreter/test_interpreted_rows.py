@@ -98,6 +98,15 @@ def test_a_row_that_is_not_there_makes_its_sample_nan():
             assert part[[1, 2]].isnan().all()
 
 
+def test_a_table_and_its_rows_are_read_where_they_lie(backend):
+    """Of mean, log-variance, rows, index and coefficients each has strides of its own."""
+    both, numbers, noise = torch.randn(5, 3, 129), torch.tensor([[4, 7], [0, -8], [2, 9]]), torch.randn(3, 4)
+    parts = both[:, 0], numbers[:, 0], numbers[:, 1], noise.T, torch.randn(5, 129)
+    want = ops.posterior_interpolate(*(x.contiguous() for x in parts), 3)
+    for got, part in zip(ops.posterior_interpolate(*parts, 3), want):
+        assert_same_bits(got, part)
+
+
 @pytest.mark.parametrize("shape", [(3, 4, 5, 7), (2, 6, 7), (1, 6, 33, 65)])
 def test_a_group_too_large_for_one_program_is_cut_into_tiles(shape, monkeypatch):
     monkeypatch.setattr("lfm_fast.kernels.triton.group_norm_silu._WHOLE", 0)
