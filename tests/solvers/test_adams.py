@@ -163,9 +163,7 @@ def test_a_step_is_at_most_twice_the_one_before():
     times = [1.0]
     still = PROBLEMS[0].__class__("still", lambda t, z: 0 * z, None, torch.ones(2, 2))
     solve("adams", still, [1.0, 0.0], on_step=lambda n, t, z: times.append(float(t[0])))
-    steps = -np.diff(times)
-    assert steps[0] == pytest.approx(0.1)
-    np.testing.assert_allclose(steps[1:-1] / steps[:-2], 2.0)  # the last one goes to the end
+    np.testing.assert_allclose(-np.diff(times), [0.1, 0.2, 0.4, 0.3])  # the last one goes to the end
 
 
 def test_a_step_size_follows_the_order_of_its_own_prediction(monkeypatch):
