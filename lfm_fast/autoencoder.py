@@ -1,7 +1,7 @@
 """Images to latents and back: the posterior, the one wrapper around every VAE, and the small embedded VAE.
 
-A latent here is always in *latent units*: the VAE's own latent times its ``scaling_factor``, which brings it near unit
-variance, as the flow needs. Images are float in [-1, 1].
+A latent here is always in *latent units*: the VAE's own latent less its ``shift_factor``, where it has one, times its
+``scaling_factor``, which brings it near unit variance, as the flow needs. Images are float in [-1, 1].
 """
 
 import contextlib
@@ -69,6 +69,7 @@ class Autoencoder(nn.Module):
         self.name, self.precision = name, precision
         config = network.config
         self.scaling_factor = float(config["scaling_factor"])
+        self.shift_factor = float(config.get("shift_factor") or 0.0)  # SD3's and FLUX's VAEs have one
         self.latent_channels = int(config["latent_channels"])
         self.downsampling = 2 ** (len(config["block_out_channels"]) - 1)
         self._faster = None  # (what it was made of, the network that computes)
@@ -86,7 +87,7 @@ class Autoencoder(nn.Module):
         if reason is not None:
             raise ValueError(f"{reason}.")
         other = Autoencoder(self.network, self.name, precision)
-        other.scaling_factor = self.scaling_factor
+        other.scaling_factor, other.shift_factor = self.scaling_factor, self.shift_factor
         return other
 
     def compile(self, **options):
@@ -119,7 +120,7 @@ class Autoencoder(nn.Module):
         found = [self._run("encode", part).latent_dist for part in parts]
         log_scale = 2 * torch.log(torch.tensor(self.scaling_factor))
         mean, log_variance = (torch.cat([getattr(x, name).float() for x in found]) for name in ("mean", "logvar"))
-        return Posterior(mean * self.scaling_factor, log_variance + log_scale)
+        return Posterior((mean - self.shift_factor) * self.scaling_factor, log_variance + log_scale)
 
     @torch.no_grad()
     def decode(self, latents):
@@ -129,7 +130,7 @@ class Autoencoder(nn.Module):
                 f"latents have shape {tuple(latents.shape)}; {self.name} decodes (B, {self.latent_channels}, h, w)"
             )
         pixels = latents.shape[2] * latents.shape[3] * self.downsampling**2
-        parts = self._parts(latents / self.scaling_factor, pixels)
+        parts = self._parts(latents / self.scaling_factor + self.shift_factor, pixels)
         return torch.cat([self._run("decode", part).sample.float().clamp(-1, 1) for part in parts])
 
     def _parts(self, batch, pixels):

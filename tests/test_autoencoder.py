@@ -62,6 +62,23 @@ def test_wraps_diffusers(kl_folder, images):
     assert (ours.downsampling, ours.latent_channels, ours.scaling_factor) == (2, 4, 0.18215)
 
 
+def test_a_shift_is_taken_off_and_given_back(images):
+    """z_0 = (latent - shift_factor) * scaling_factor, as diffusers' pipelines of such VAEs have it."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    shape = {"block_out_channels": [32, 32], "norm_num_groups": 8, "latent_channels": 4}
+    theirs = AutoencoderKL(**blocks, **shape, scaling_factor=1.5, shift_factor=0.6).eval()
+    ours = Autoencoder(theirs, "shifted")
+    latent = theirs.encode(images).latent_dist
+    found = ours.encode(images)
+    torch.testing.assert_close(found.mean, (latent.mean - 0.6) * 1.5, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.log_variance.exp(), latent.var * 1.5**2, rtol=1e-3, atol=1e-6)
+    decoded = theirs.decode(latent.mean).sample.clamp(-1, 1)
+    torch.testing.assert_close(ours.decode(found.mean), decoded, rtol=1e-4, atol=1e-5)
+
+
 def test_finds_the_vae_below_a_pipeline_folder(kl_folder, images):
     above, direct = load_autoencoder(kl_folder.parent), load_autoencoder(kl_folder)
     assert torch.equal(above.encode(images).mean, direct.encode(images).mean)
