@@ -1,4 +1,4 @@
-"""Images to latents and back: the posterior, the one wrapper around every VAE, and the small embedded VAE.
+"""Images to latents and back: the posterior, the one wrapper around every VAE, and where VAEs are loaded from.
 
 A latent here is always in *latent units*: the VAE's own latent less its ``shift_factor``, where it has one, times its
 ``scaling_factor``, which brings it near unit variance, as the flow needs. Images are float in [-1, 1].

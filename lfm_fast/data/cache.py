@@ -1,4 +1,4 @@
-"""Small notes in the user's cache folder that save work done before."""
+"""Notes and pictures in the user's cache folder that save work done before."""
 
 import hashlib
 import json

@@ -24,11 +24,15 @@ class Gaussian:
 
 @dataclass
 class Encoded:
+    """The same, in diffusers' wrapping."""
+
     latent_dist: Gaussian
 
 
 @dataclass
 class Decoded:
+    """What `decode` gives, in diffusers' wrapping."""
+
     sample: torch.Tensor
 
 
