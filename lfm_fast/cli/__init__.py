@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 
 from lfm_fast import __version__
 from lfm_fast.cli import bench, convert, encode, evaluate, info, sample, tune_grid
@@ -15,6 +16,13 @@ def main(argv=None):
     """Run one sub-command; returns the exit status. The user's mistakes end in one sentence and status 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = " ".join(["lfm-fast", *arguments[:1]])
+    with warnings.catch_warnings():
+        # the sentence alone: the line of code that it comes from says nothing to who did not write it
+        warnings.showwarning = lambda message, *_, **__: print(f"{command}: {message}", file=sys.stderr)
+        return _run(command, arguments)
+
+
+def _run(command, arguments):
     try:
         if arguments[:1] == ["train"]:  # it has a parser of its own, the one of train_fast.py
             return _train(arguments[1:])

@@ -17,6 +17,13 @@ def device_named(name):
     return name
 
 
+def not_empty(text):
+    """The name of something to read."""
+    if not text:  # it would be the current folder
+        raise argparse.ArgumentTypeError("it is empty; give a name or a path")
+    return text
+
+
 def folder(text):
     """A folder to write to."""
     if not text:  # it would be the current folder

@@ -2,8 +2,9 @@
 
 import signal
 import sys
+from pathlib import Path
 
-from lfm_fast.cli.arguments import device_named, folder
+from lfm_fast.cli.arguments import device_named, folder, not_empty
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -24,7 +25,8 @@ def add(commands):
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
-    add("--data", required=True, help="'embedded', images (folder, LMDB, tars, a list, ...) or another tool's latents")
+    says = "'embedded', images (folder, LMDB, tars, a list, ...) or another tool's latents"
+    add("--data", type=not_empty, required=True, help=says)
     add("--from", dest="layout", choices=LAYOUTS, help="how they lie there (default: what it looks like)")
     add(
         "--split",
@@ -91,6 +93,7 @@ def _encode(args, world):
     device = world.device if world.size > 1 else device_named(args.device)
     dtype = getattr(torch, DTYPES[args.dtype])
     check_output(args.output)
+    _require_another_place(args)
     latent_format(args.autoencoder)  # its complaints before all images are read, and theirs before a download
     if args.layout is None and latent_layout(args.data) is not None:
         _refuse_for_latents(args)
@@ -99,6 +102,7 @@ def _encode(args, world):
         cache = copy_latents(latents, args.output, dtype=dtype, shard_size=args.shard_size, world=world)
         what = f"{cache.num_items} latents"
     else:
+        _require_lsun(args)
         images = {"layout": args.layout or "auto", "split": args.split, "compat": args.compat, "flip": args.flip}
         images |= {"check": args.check_images, "decoder": args.decoder, "device": device}
         source = world.main_first(lambda: open_images(args.data, args.image_size, **images))
@@ -116,8 +120,22 @@ def _encode(args, world):
 def _refuse_for_latents(args):
     """Latents are copied with the mirror images that they have: what is said of encoding would go unheard."""
     said = {"--flip": args.flip, "--precision": args.precision, "--store": args.store != "posterior"}
+    said |= {"--split": args.split != "train", "--compat": args.compat, "--decoder": args.decoder != "auto"}
     for flag in (name for name, value in said.items() if value):
         raise ValueError(f"{flag} is of encoding images, but {args.data} holds latents, which are copied; leave it out")
+
+
+def _require_another_place(args):
+    if args.data != "embedded" and args.output.expanduser().resolve() == Path(args.data).expanduser().resolve():
+        raise ValueError(f"--output {args.output} is where --data lies; choose another folder")
+
+
+def _require_lsun(args):
+    from lfm_fast.data.opening import layout_of
+
+    layout = args.layout or layout_of(args.data)
+    if args.compat is not None and layout != "lsun":
+        raise ValueError(f"--compat is for LSUN, and {args.data} is read as {layout}; leave it out, or give --from")
 
 
 class _Stopped(BaseException):

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from lfm_fast.cli.arguments import device_named
+from lfm_fast.cli.arguments import device_named, not_empty
 
 
 def add(commands):
@@ -17,7 +17,8 @@ def add(commands):
     add("--autoencoder", help="'embedded', a folder or a hub name; default: the one recorded with the model")
     add("--task", help="inpainting, semantic or layout; default: the one recorded with the model")
     add("--approach", help="inpainting: condition, project or project:resample; default: what suits the model")
-    add("--data", default="embedded", help="'embedded' or images, of which what is held out (default: %(default)s)")
+    says = "'embedded' or images, of which what is held out (default: %(default)s)"
+    add("--data", type=not_empty, default="embedded", help=says)
     add("--num-images", type=int, default=64, help="how many held-out images (default: %(default)s)")
     add("--method", help="solver (default: what suits the model)")
     add("--num-steps", type=int, help="steps of a fixed-step solver")

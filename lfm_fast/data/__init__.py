@@ -47,7 +47,7 @@ def open_images(
     if isinstance(image_size, bool) or int(image_size) != image_size or image_size < 1:
         raise ValueError(f"image_size={image_size!r} must be a whole number of pixels, at least 1.")
     if source in ("embedded", "embedded-layouts") and layout != "auto":
-        raise ValueError(f"layout={layout!r}, but {source!r} is a set of its own and lies nowhere: leave it out.")
+        raise ValueError(f"layout={layout!r}, but {source!r} is a set of its own: leave layout (--from) out.")
     check_decoder(decoder)
     if source == "embedded":
         from lfm_fast.data.embedded import EmbeddedImages

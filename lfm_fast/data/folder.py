@@ -1,11 +1,14 @@
 """A folder of images: one class per sub-folder."""
 
 import os
+import re
 from pathlib import Path
 
 from lfm_fast.data.reading import SUFFIXES, open_file, read_file
 from lfm_fast.data.store import Store, require_whole_use
 from lfm_fast.data.stored import StoredImages, printable
+
+_SHARD = re.compile(r"latents-[0-9]{5}\.safetensors")  # of a latent cache
 
 
 class FileStore(Store):
@@ -78,6 +81,11 @@ def list_folder(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
     if top:
         return ["all"], [(path, 0) for path in top]
     if not by_class:
+        if any(_SHARD.fullmatch(entry.name) for entry in os.scandir(folder)):
+            raise ValueError(
+                f"{folder} holds latents and no stats.json: their encoding was interrupted; encode again and it goes "
+                "on where it stopped."
+            )
         raise ValueError(
             f"{folder} holds no image ({', '.join(sorted(SUFFIXES)[:8])}, ...), nor does a sub-folder of it."
         )

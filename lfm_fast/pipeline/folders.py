@@ -78,9 +78,10 @@ def _lfms(folder):
     """The file of LFM's that a folder stands for."""
     found = find_weights(folder)
     if found is None:
+        runs = sorted(each.parent.name for each in Path(folder).glob("*/checkpoints"))
         raise ValueError(
             f"{folder} holds neither {INDEX} nor a checkpoint of a training run (checkpoints/*.safetensors) nor one of "
-            "LFM's (model_<epoch>.pth)"
+            "LFM's (model_<epoch>.pth)" + (f"; runs lie in it: give {Path(folder) / runs[-1]}" if runs else "")
         )
     return found
 

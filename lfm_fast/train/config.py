@@ -192,7 +192,7 @@ def _wrong_choices(config):
     for setting in dataclasses.fields(config):
         value, choices = getattr(config, setting.name), setting.metadata["choices"]
         if choices and value is not None and value not in choices:
-            yield f"{setting.name} is {value!r}; there is {_listed(choices)}"
+            yield f"{setting.metadata['flag'] or setting.name} is {value!r}; there is {_listed(choices)}"
 
 
 def _listed(names):
