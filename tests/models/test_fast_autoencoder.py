@@ -2,94 +2,17 @@
 
 import copy
 import pickle
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from small_autoencoders import SHAPES, error, fast_ways, inputs, kl, pictures, small, ways, with_onednn
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import lfm_fast
-from lfm_fast.autoencoder import PIXELS_AT_ONCE, Autoencoder, SmallVAE, load_autoencoder
-from lfm_fast.models.packed_convolution import PackedConv2d, why_not
-
-WIDTHS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
-SHAPES = {
-    "four levels": {"block_out_channels": (16, 32, 32, 64), "norm_num_groups": 8},
-    "deep": {"block_out_channels": (16, 32), "layers_per_block": 2, "norm_num_groups": 16},
-    "bare": {
-        "block_out_channels": (32, 32),
-        "norm_num_groups": 32,
-        "latent_channels": 16,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "mid_block_add_attention": False,
-    },
-    "one level": {"block_out_channels": (24,), "norm_num_groups": 8, "latent_channels": 3},
-}
-with_onednn = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-
-
-def kl(shape="deep", **changes):
-    """diffusers' autoencoder with random weights, norms that scale and shift among them."""
-    from diffusers import AutoencoderKL
-
-    config = {"latent_channels": 4, **SHAPES[shape], **changes}
-    levels = len(config["block_out_channels"])
-    config = {**{name: (block,) * levels for name, block in WIDTHS.items()}, **config}
-    torch.manual_seed(0)
-    return disturbed(AutoencoderKL(**config))
-
-
-def small(**sizes):
-    torch.manual_seed(0)
-    return disturbed(SmallVAE(**{"block_out_channels": (16, 32, 32), **sizes}))
-
-
-@torch.no_grad()
-def disturbed(network):
-    for module in network.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.weight.uniform_(0.5, 1.5)
-            module.bias.uniform_(-0.5, 0.5)
-    for parameter in network.parameters():
-        if not parameter.any():  # what ends a branch that starts as nothing
-            parameter.normal_(std=0.1)
-    return network.eval()
-
-
-def pictures(batch=2, height=32, width=48, seed=1):
-    """Smooth and of full range; each its own."""
-    coarse = torch.rand(batch, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return F.interpolate(coarse, size=(height, width), mode="bicubic").clamp(-1, 1)
-
-
-@torch.no_grad()
-def ways(network, images, latents, dtype=torch.float32):
-    """Mean, log-variance and reconstruction by a network itself, in a dtype."""
-    network = copy.deepcopy(network).to(dtype)
-    gaussian = network.encode(images.to(dtype)).latent_dist
-    return gaussian.mean, gaussian.logvar, network.decode(latents.to(dtype)).sample
-
-
-def fast_ways(autoencoder, images, latents):
-    """The same by an Autoencoder with a scaling factor of 1, but for the clamp of images."""
-    assert autoencoder._network()[0] is not autoencoder.network
-    gaussian = autoencoder._run("encode", images).latent_dist
-    return gaussian.mean, gaussian.logvar, autoencoder._run("decode", latents).sample
-
-
-def error(got, want):
-    return float((got.double() - want.double()).norm() / want.double().norm())
-
-
-def inputs(network, **sizes):
-    images = pictures(**sizes)
-    factor = 2 ** (len(network.config["block_out_channels"]) - 1)
-    shape = len(images), network.config["latent_channels"], images.shape[2] // factor, images.shape[3] // factor
-    return images, torch.randn(shape, generator=torch.Generator().manual_seed(2))
-
+from lfm_fast.autoencoder import PIXELS_AT_ONCE, Autoencoder, load_autoencoder
+from lfm_fast.models.packed_convolution import PackedConv2d
 
 NETWORKS = {**{name: lambda name=name: kl(name) for name in SHAPES}, "small": small}
 
@@ -351,72 +274,6 @@ def test_a_decoder_behind_an_encoder_of_other_pictures_is_fast_too(channels):
         want = copy.deepcopy(network).double().decode(latents.double()).sample.clamp(-1, 1)
     for autoencoder in (Autoencoder(network, "test"), lfm_fast.optimize(Autoencoder(network, "test"), "fp32")):
         assert error(autoencoder.decode(latents * autoencoder.scaling_factor), want) < 1e-5
-
-
-class Other(nn.Module):
-    config = {"scaling_factor": 1.0, "latent_channels": 3, "block_out_channels": (8, 8)}
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 6, 2, stride=2)
-
-
-def another_activation(network):
-    network.register_to_config(act_fn="relu")
-
-
-def another_block(network):
-    network.register_to_config(down_block_types=("AttnDownEncoderBlock2D", "DownEncoderBlock2D"))
-
-
-def scaled_inside(network):
-    network.decoder.mid_block.resnets[0].output_scale_factor = 2.0
-
-
-def in_tiles(network):
-    network.enable_tiling()
-
-
-def in_half(network):
-    network.bfloat16()
-
-
-REFUSED = {
-    another_activation: "activation is relu, and silu alone is known",
-    another_block: "blocks of type AttnDownEncoderBlock2D",
-    scaled_inside: "computes another thing than its configuration describes",
-    in_tiles: "told to work in tiles",
-    in_half: "weights are bfloat16; load them in float32",
-}
-
-
-@pytest.mark.parametrize("change", REFUSED)
-def test_what_is_not_known_is_refused_and_computes_as_it_is(change):
-    network, images = kl(), pictures()
-    change(network)
-    autoencoder = Autoencoder(network, "test")
-    with pytest.raises(ValueError, match=REFUSED[change]):
-        lfm_fast.optimize(autoencoder, "fp32")
-    with torch.no_grad():
-        expected = network.encode(images.to(autoencoder.dtype)).latent_dist.mean.float() * autoencoder.scaling_factor
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(autoencoder.encode(images).mean, expected)
-
-
-@pytest.mark.parametrize(
-    ("network", "arguments", "says"),
-    [
-        (Other(), ("fp32",), "is a Other, neither AutoencoderKL nor SmallVAE"),
-        (small(), ("fp8",), "precision is 'fp8', expected fp32, tf32, bf16, fp16"),
-        (small(), ("tf32",), "tf32 exists on CUDA devices only"),
-        (small(), ("fp16",), "use bf16 or fp32 on a CPU"),
-        (small(), ("bf16", "training"), "mode is 'training', and an autoencoder is for inference"),
-    ],
-)
-def test_refusals(network, arguments, says):
-    with pytest.raises(ValueError, match=says):
-        lfm_fast.optimize(Autoencoder(network, "test"), *arguments)
 
 
 @with_onednn
