@@ -91,7 +91,11 @@ def test_a_signal_stops_the_command_between_whole_shards(tmp_path, monkeypatch, 
     command += ["--shard-size", "3", "--batch-size", "2", "--output", str(tmp_path / "cache")]
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr("lfm_fast.autoencoder.load_autoencoder", lambda *_, **__: Signalled())
-    assert main(command) == status
+    at_the_keyboard = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
+    try:
+        assert main(command) == status
+    finally:
+        signal.signal(signal.SIGINT, at_the_keyboard)
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == "lfm-fast encode: stopped; begin again and it goes on where it was"
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [
