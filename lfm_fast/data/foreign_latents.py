@@ -10,7 +10,6 @@ Neither says which autoencoder made it, nor has checksums: what can be held agai
 
 import hashlib
 import json
-import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from lfm_fast.data.latent_cache import LATENTS, STATS_FILE, LatentCache, layout_of, moments, sums_of
+from lfm_fast.data.npy import read_npy
 from lfm_fast.data.shards import map_shard, read_header
 from lfm_fast.data.store import MAX_LABEL
 
@@ -186,23 +186,8 @@ def _is_npy(name: str) -> bool:
     return name.endswith(".npy") and not name.startswith(".")
 
 
-def _read_npy(path: Path) -> np.ndarray:
-    layout = np.lib.format
-    try:
-        with open(path, "rb") as file:
-            header = {(1, 0): layout.read_array_header_1_0, (2, 0): layout.read_array_header_2_0}
-            shape, _, dtype = header[layout.read_magic(file)](file)
-            # before NumPy asks for the memory that a damaged shape speaks of
-            if math.prod(shape) * dtype.itemsize != os.fstat(file.fileno()).st_size - file.tell():
-                raise ValueError("another length than the shape says")
-            file.seek(0)
-            return layout.read_array(file, allow_pickle=False)
-    except Exception as error:  # damaged headers are met with errors of any kind
-        raise ValueError(f"{path} is damaged or gone ({type(error).__name__}): make or copy it again.") from error
-
-
 def _read_labels(path: Path) -> torch.Tensor:
-    values = _read_npy(path)
+    values = read_npy(path)
     if values.ndim > 1 or values.dtype.kind not in "iu":
         raise ValueError(f"{path} holds {values.dtype} of shape {values.shape}; expected whole numbers of shape (n,).")
     return torch.from_numpy(np.atleast_1d(values).astype(np.int64))
@@ -214,7 +199,7 @@ class NpyRows:
     def __init__(self, paths: list[Path], counts: list[int]):
         self._paths, self._counts = paths, torch.tensor(counts)
         self._ends = self._counts.cumsum(0)
-        first = _read_npy(paths[0])
+        first = read_npy(paths[0])
         if first.ndim not in (3, 4) or first.dtype.kind != "f" or (first.ndim == 3 and counts[0] != 1):
             raise ValueError(f"{paths[0]} holds {first.dtype} of shape {first.shape}; expected latents (n, C, h, w).")
         self.dtype, self._item_bytes = torch.float32, first.dtype.itemsize
@@ -247,7 +232,7 @@ class NpyRows:
             )
 
     def _read(self, file: int) -> torch.Tensor:
-        values = _read_npy(self._paths[file])
+        values = read_npy(self._paths[file])
         shape = (int(self._counts[file]), *self.shape[1:])
         if values.dtype.kind != "f" or values.size != torch.Size(shape).numel() or values.shape[-3:] != shape[1:]:
             raise ValueError(f"{self._paths[file]} holds {values.dtype} of shape {values.shape}, not {shape}.")
