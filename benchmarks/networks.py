@@ -1,4 +1,4 @@
-"""DiT-S/2 in inference: a forward, and guided sampling."""
+"""A DiT in inference: a forward, and guided sampling. DiT-S/2 on a CPU, any by name on a GPU (`gpu_sampling`)."""
 
 import functools
 import time
@@ -32,30 +32,33 @@ def fill_zeros(model) -> None:
     Those that start as zero (adaLN-Zero) would leave nothing but zeros to compute; and with the embedders as small as
     they start, wrong conditions would change the result by less than bfloat16 rounds it, and no error would show them.
     """
-    generator = torch.Generator().manual_seed(1)
+    where = model.y_embedder.embedding_table.weight.device
+    generator = torch.Generator(where).manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
-                parameter.copy_(0.04 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(0.04 * torch.randn(parameter.shape, generator=generator, device=where))
         for weight in (model.y_embedder.embedding_table.weight, model.t_embedder.mlp[2].weight):
             weight.mul_(20)
 
 
-def network(precision: str):
+def network(precision: str, name: str | None = None, device="cpu"):
+    """The network of this name, NETWORK where there is none; its weights are drawn on the device."""
     torch.manual_seed(0)
-    model = lfm_fast.create_model(NETWORK, num_classes=NUM_CLASSES, label_dropout=LABEL_DROPOUT).eval()
+    with torch.device(device):
+        model = lfm_fast.create_model(name or NETWORK, num_classes=NUM_CLASSES, label_dropout=LABEL_DROPOUT).eval()
     fill_zeros(model)
     return model.to(getattr(torch, precision))
 
 
-def fast_network(precision: str):
+def fast_network(precision: str, name: str | None = None, device="cpu"):
     """The library at its fastest."""
-    return lfm_fast.optimize(network("float32"), precision=PRECISIONS[precision])
+    return lfm_fast.optimize(network("float32", name, device), precision=PRECISIONS.get(precision, precision))
 
 
-def diffusers_network(precision: str) -> DiffusersVelocity:
+def diffusers_network(precision: str, name: str | None = None, device="cpu") -> DiffusersVelocity:
     """diffusers' DiT with the same weights, called as ours."""
-    return DiffusersVelocity(to_diffusers(network(precision)))
+    return DiffusersVelocity(to_diffusers(network(precision, name, device)))
 
 
 def fastest_compiled(build: Callable, run: Callable, choices=None):
@@ -75,9 +78,9 @@ def fastest_compiled(build: Callable, run: Callable, choices=None):
     return model, words
 
 
-def latents(count: int) -> tuple[Tensor, Tensor]:
+def latents(count: int, device="cpu") -> tuple[Tensor, Tensor]:
     """Noise (B, 4, 32, 32) and labels (B,)."""
-    return lfm_fast.noise(count, LATENT_SHAPE, seed=0), torch.arange(count) % NUM_CLASSES
+    return lfm_fast.noise(count, LATENT_SHAPE, seed=0, device=device), torch.arange(count, device=device) % NUM_CLASSES
 
 
 class Forward(Workload):
@@ -89,7 +92,7 @@ class Forward(Workload):
         self.precision, self.images = precision, batch_size
         self.z, self.y = latents(batch_size)
         self.t = torch.linspace(0.1, 0.9, batch_size)
-        self.flops = batch_size * _flops()
+        self.flops = batch_size * flops()
 
     def contenders(self):
         fast, plain = fast_network(self.precision), network(self.precision)
@@ -120,9 +123,11 @@ class Forward(Workload):
 
 
 @functools.cache
-def _flops() -> int:
+def flops(name: str | None = None) -> int:
+    """Of one image's forward."""
+    settings = {"num_classes": NUM_CLASSES, "label_dropout": LABEL_DROPOUT}
     with torch.device("meta"):
-        return lfm_fast.create_model(NETWORK, num_classes=NUM_CLASSES, label_dropout=LABEL_DROPOUT).flops_per_sample()
+        return lfm_fast.create_model(name or NETWORK, **settings).flops_per_sample()
 
 
 class GuidedSampling(Workload):
@@ -135,13 +140,22 @@ class GuidedSampling(Workload):
     scale = 1.5
     nfe_per_step = {"euler": 1, "heun": 2}
 
-    def __init__(self, batch_size: int, num_steps: int, precision: str, method: str = "heun"):
+    def __init__(
+        self,
+        batch_size: int,
+        num_steps: int,
+        precision: str,
+        method: str = "heun",
+        name: str | None = None,
+        device="cpu",
+    ):
         self.precision, self.images, self.num_steps, self.method = precision, batch_size, num_steps, method
-        self.z_1, self.y = latents(batch_size)
+        self.name, self.device = name, device
+        self.z_1, self.y = latents(batch_size, device)
         self.null_label = NUM_CLASSES
         self.labels = torch.cat([self.y, torch.full_like(self.y, self.null_label)])
         self.nfe = num_steps * self.nfe_per_step[method]
-        self.flops = 2 * self.nfe * batch_size * _flops()
+        self.flops = 2 * self.nfe * batch_size * flops(name)
 
     def contenders(self):
         fast, plain = fast_network(self.precision), network(self.precision)
@@ -166,14 +180,15 @@ class GuidedSampling(Workload):
         return {"nfe": self.nfe - (self.method == "heun" and name in (DIFFUSERS, DIFFUSERS_COMPILED))}
 
     def truth(self) -> list[Tensor]:
-        return [self.torchdiffeq(network("float64"), self.num_steps, self.z_1.double())]
+        return [self.torchdiffeq(network("float64", self.name, self.device), self.num_steps, self.z_1.double())]
 
     def truth_of(self, name):
         """diffusers' Heun makes its last step, from the smallest sigma to 0, an Euler step."""
         if self.method == "euler" or name not in (DIFFUSERS, DIFFUSERS_COMPILED):
             return super().truth_of(name)
         if self._diffusers_truth is None:
-            model, grid = network("float64"), torch.linspace(1, 0, self.num_steps + 1, dtype=torch.float64)
+            model = network("float64", self.name, self.device)
+            grid = torch.linspace(1, 0, self.num_steps + 1, dtype=torch.float64, device=self.device)
             z = self._odeint(model, self.z_1.double(), grid[:-1], "heun2")
             self._diffusers_truth = [self._odeint(model, z, grid[-2:], "euler")]
         return self._diffusers_truth
@@ -195,7 +210,8 @@ class GuidedSampling(Workload):
 
     def torchdiffeq(self, model, num_steps, z_1) -> Tensor:
         method = {"euler": "euler", "heun": "heun2"}[self.method]
-        return self._odeint(model, z_1, torch.linspace(1, 0, num_steps + 1, dtype=z_1.dtype), method)
+        times = torch.linspace(1, 0, num_steps + 1, dtype=z_1.dtype, device=z_1.device)
+        return self._odeint(model, z_1, times, method)
 
     def _odeint(self, model, z, times, method) -> Tensor:
         """The way to guide with torchdiffeq: both velocities from one call, blended by hand."""

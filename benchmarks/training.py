@@ -1,5 +1,9 @@
-"""A training step of DiT-S/2: the library's own, and what one writes with PyTorch or diffusers alone."""
+"""A training step: the library's own, and what one writes with PyTorch or diffusers alone.
 
+DiT-S/2 on a CPU; any network by name on a GPU (`gpu_training`).
+"""
+
+import contextlib
 import copy
 
 import torch
@@ -14,21 +18,24 @@ from benchmarks.plain import WITHOUT_OPS
 from benchmarks.workloads import Contender, Workload
 from lfm_fast import distributed
 from lfm_fast.interop.diffusers import DiffusersVelocity, our_names
+from lfm_fast.models.precision import float32_products
 from lfm_fast.train import loop
 from lfm_fast.train.compiling import compile_network
-from lfm_fast.train.config import TrainConfig
-from lfm_fast.train.step import train_step
+from lfm_fast.train.config import AUTOCAST, TrainConfig
+from lfm_fast.train.graphed import GraphedGradients
+from lfm_fast.train.step import gradients_on, train_step
 
 
 class Latents:
     """Latents in memory, as training reads them."""
 
-    num_items, num_classes, latent_shape = 64, NUM_CLASSES, LATENT_SHAPE
+    num_classes, latent_shape = NUM_CLASSES, LATENT_SHAPE
     class_names = [str(label) for label in range(NUM_CLASSES)]
 
-    def __init__(self):
-        self.z_0 = lfm_fast.noise(self.num_items, LATENT_SHAPE, seed=5)
-        self.y = torch.arange(self.num_items) % NUM_CLASSES
+    def __init__(self, num_items: int = 64, device="cpu"):
+        self.num_items = num_items
+        self.z_0 = lfm_fast.noise(num_items, LATENT_SHAPE, seed=5, device=device)
+        self.y = torch.arange(num_items, device=device) % NUM_CLASSES
 
     def batch(self, sample_numbers, seed):
         items = sample_numbers % self.num_items
@@ -39,19 +46,22 @@ class TrainingStep(Workload):
     """train.step.train_step: interpolant, network, loss, backward, AdamW, average of the weights.
 
     The result of a contender is its gradient of all weights at the start, the same loss on the same samples.
+    precision: "float32" or "bfloat16", or another of `--precision`. network: a name, `networks.NETWORK` where None.
     """
 
     profiled = (FAST, EAGER)
+    at_once = 16  # images of a part of the gradient in float64, whose activations would not fit otherwise
 
-    def __init__(self, batch_size: int, precision: str):
-        self.precision, self.images = precision, batch_size
-        self.source, self.world = Latents(), distributed.World()
-        settings = {"data": "memory", "model": networks.NETWORK, "batch_size": batch_size, "steps": 10**6, "seed": 0}
-        settings |= {"num_classes": NUM_CLASSES, "label_dropout": LABEL_DROPOUT, "device": "cpu"}
-        self.settings = {**settings, "precision": PRECISIONS[precision]}
+    def __init__(self, batch_size: int, precision: str, network: str | None = None, device="cpu", num_items: int = 64):
+        self.precision, self.images, self.network = precision, batch_size, network or networks.NETWORK
+        self.device = torch.device(device)
+        self.source, self.world = Latents(num_items, device), distributed.World(device=self.device)
+        settings = {"data": "memory", "model": self.network, "batch_size": batch_size, "steps": 10**6, "seed": 0}
+        settings |= {"num_classes": NUM_CLASSES, "label_dropout": LABEL_DROPOUT, "device": self.device.type}
+        self.settings = {**settings, "precision": PRECISIONS.get(precision, precision)}
         self.config = TrainConfig(**self.settings, compile="off")
         self.path = loop.training_path(self.config)
-        self.flops = 3 * batch_size * networks._flops()
+        self.flops = 3 * batch_size * networks.flops(self.network)
 
     def contenders(self):
         ours = Ours(self, "off")
@@ -59,54 +69,91 @@ class TrainingStep(Workload):
             FAST: Contender(ours.step, ours.result),
             REFERENCE: Contender(ours.step, ours.result, "reference"),
             AGAIN: Contender(ours.step),
-            EAGER: self._plain(networks.network("float32")),
-            DIFFUSERS: self._plain(networks.diffusers_network("float32")),
+            EAGER: self._plain(self.built(networks.network)),
+            DIFFUSERS: self._plain(self.built(networks.diffusers_network)),
         }
 
     def compiled(self, name):
         if name == FAST_COMPILED:
             ours = Ours(self, "block")
             return Contender(ours.step, ours.result)
-        model = {COMPILED: networks.network, DIFFUSERS_COMPILED: networks.diffusers_network}[name]("float32")
+        model = self.built({COMPILED: networks.network, DIFFUSERS_COMPILED: networks.diffusers_network}[name])
         # Inductor's templates for matrix products take constant weights alone: there is nothing to tune
         nn.Module.compile(model, dynamic=False)
         return self._plain(model)
+
+    def built(self, build, dtype: str = "float32"):
+        """A network of `networks`, of this workload's name and on its device."""
+        return build(dtype, self.network, self.device)
 
     def _plain(self, model) -> Contender:
         plain = Plain(self, model)
         return Contender(plain.step, plain.result, WITHOUT_OPS)
 
     def truth(self) -> list[Tensor]:
-        return [as_one(self.gradient(networks.network("float64"), torch.float64))]
+        """In parts, whose means count by their sizes."""
+        model, total = self.built(networks.network, "float64"), 0.0
+        for numbers in torch.arange(self.images).split(self.at_once):
+            total = total + as_one(self.gradient(model, torch.float64, numbers)) * (len(numbers) / self.images)
+        return [total]
 
-    def gradient(self, model, dtype=torch.float32) -> dict[str, Tensor]:
-        """{name: d loss / d weight}."""
-        numbers = torch.arange(self.images)
+    def gradient(self, model, dtype=torch.float32, numbers: Tensor | None = None) -> dict[str, Tensor]:
+        """{name: d loss / d weight} of the samples of these numbers, the whole batch's where None."""
+        numbers = torch.arange(self.images) if numbers is None else numbers
         z_0, y = self.source.batch(numbers, self.config.seed)
-        low = self.precision == "bfloat16" and dtype == torch.float32
-        with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            # called as training does: torch.compile makes another graph for a label passed by name
-            loss = lfm_fast.flow_matching_loss(
-                lambda t, z, y: model(t, z, y),
-                z_0.to(dtype),
-                y,
-                path=self.path,
-                seed=self.config.seed,
-                indices=numbers,
-            )
-        weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        return dict(zip(weights, torch.autograd.grad(loss, list(weights.values()))))
+        numbers = numbers.to(self.device)
+        with self.products():
+            with self.autocast(dtype == torch.float32):
+                # called as training does: torch.compile makes another graph for a label passed by name
+                loss = lfm_fast.flow_matching_loss(
+                    lambda t, z, y: model(t, z, y),
+                    z_0.to(dtype),
+                    y,
+                    path=self.path,
+                    seed=self.config.seed,
+                    indices=numbers,
+                )
+            weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+            return dict(zip(weights, torch.autograd.grad(loss, list(weights.values()))))
+
+    def products(self):
+        """Around forward and backward pass: TF32 on CUDA unless float32 was asked for, as train.step has it."""
+        tf32 = self.settings["precision"] != "fp32"
+        return float32_products(tf32) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    def autocast(self, wanted: bool = True):
+        """Around the forward pass of a network whose weights are in float32."""
+        low = wanted and self.settings["precision"] in AUTOCAST
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=low)
 
 
 class Ours:
-    """The library's step; compile as its command line's `--compile`."""
+    """The library's step; compile as its command line's `--compile`, cuda_graph as its `--cuda-graph`."""
 
-    def __init__(self, workload: TrainingStep, how: str):
+    def __init__(self, workload: TrainingStep, how: str, cuda_graph: bool = False):
         self.workload = workload
-        self.state = loop.build_state(workload.config, workload.source, workload.world)
+        with torch.device(workload.device):
+            self.state = loop.build_state(workload.config, workload.source, workload.world)
         fill_zeros(self.state.model)
-        self.start = copy.deepcopy(networks.network("float32").state_dict())
-        compile_network(self.state.model, TrainConfig(**workload.settings, compile=how), workload.world.device)
+        self.state.renew_copies()
+        self.start = copy.deepcopy(workload.built(networks.network).state_dict())
+        if workload.device.type == "cuda":
+            # not compiled: attention's kernels are measured, and remembered for when its graph is traced
+            workload.gradient(self._called())
+        config = TrainConfig(**workload.settings, compile=how)
+        compile_network(self._called(), config, workload.world.device)
+        if cuda_graph:
+            add_gradients = gradients_on(self.state, config, workload.path, workload.world, workload.source)
+            self.state.graph = GraphedGradients(add_gradients, self.state.trained, workload.device)
+
+    def _called(self):
+        """What a step calls: the model, or its copy in bfloat16."""
+        return self.state.network
+
+    @property
+    def update(self) -> tuple:
+        """(whose, method): what changes the weights once their gradients are there."""
+        return self.state.optimizer, "step"
 
     def step(self) -> None:
         workload = self.workload
@@ -114,7 +161,8 @@ class Ours:
 
     def result(self) -> list[Tensor]:
         self.state.model.load_state_dict(self.start)
-        return [as_one(self.workload.gradient(self.state.model))]
+        self.state.renew_copies()
+        return [as_one(self.workload.gradient(self._called()))]
 
 
 class Plain:
@@ -133,16 +181,24 @@ class Plain:
         )
         self.taken = 0
 
+    @property
+    def update(self) -> tuple:
+        return self, "_update"
+
     def step(self) -> None:
-        workload, batch = self.workload, self.workload.images
+        workload, batch, where = self.workload, self.workload.images, self.workload.device
         z_0, y = workload.source.batch(torch.arange(self.taken, self.taken + batch), 0)
         self.taken += batch
-        y = torch.where(torch.rand(batch) < LABEL_DROPOUT, NUM_CLASSES, y)
-        t, noise = torch.rand(batch), torch.randn_like(z_0)
+        y = torch.where(torch.rand(batch, device=where) < LABEL_DROPOUT, NUM_CLASSES, y)
+        t, noise = torch.rand(batch, device=where), torch.randn_like(z_0)
         z_t = torch.lerp(z_0, noise, t.view(-1, 1, 1, 1))
-        with torch.autocast("cpu", torch.bfloat16, enabled=workload.precision == "bfloat16"):
-            velocity = self.model(t, z_t, y)
-        F.mse_loss(velocity.float(), noise - z_0).backward()
+        with workload.products():
+            with workload.autocast():
+                velocity = self.model(t, z_t, y)
+            F.mse_loss(velocity.float(), noise - z_0).backward()
+        self._update()
+
+    def _update(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
