@@ -43,8 +43,11 @@ def cache_bytes() -> int:
     return max(sizes) or 64 * 2**20
 
 
-def working_set_bytes() -> int:
-    """How many bytes of inputs to pass through so that no call finds its own in the cache: 1.25 times the cache."""
+def working_set_bytes(device: str | torch.device = "cpu") -> int:
+    """How many bytes of inputs to pass through so that no call finds its own in the cache: 1.25 times the cache, on a
+    GPU 8 times, which does not throw out the oldest first."""
+    if torch.device(device).type == "cuda":
+        return 8 * torch.cuda.get_device_properties(device).L2_cache_size
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(cache_bytes() * 5 // 4, memory // 8)
 

@@ -105,16 +105,16 @@ class Results:
 
     def add(
         self, title: str, reached: float, unit: str, wanted: float | None = None, *,
-        at_most: bool = False, right: bool = True, **facts,
+        at_most: bool = False, right: bool = True, note: str = "", **facts,
     ) -> None:  # fmt: skip
         """A figure, and the one that is wanted (None: it is only told); at_most: wanted is a limit from above.
 
-        right: False where what was timed computes something else than it should. facts: whatever else is known, for
-        the file alone, such as `seconds=spread(...)`.
+        right: False where what was timed computes something else than it should. note: a few words that the table has
+        beside it. facts: whatever else is known, for the file alone, such as `seconds=spread(...)`.
         """
         met = None if wanted is None else bool(reached <= wanted if at_most else reached >= wanted)
         figures = {"reached": reached, "unit": unit, "wanted": wanted, "at_most": at_most, "met": met, "right": right}
-        self._take({"title": title, **figures, "facts": facts})
+        self._take({"title": title, **figures, "note": note, "facts": facts})
 
     def not_run(self, title: str, why: str) -> None:
         """Something that could not be measured; why: one sentence."""
@@ -153,7 +153,8 @@ def row(part: str, line: dict) -> tuple[str, ...]:
     wanted = "" if line["wanted"] is None else f"{'<=' if line['at_most'] else '>='} {number(line['wanted'])} {unit}"
     verdict = {None: "", True: "met", False: "BELOW" if not line["at_most"] else "ABOVE"}[line["met"]]
     reached = f"{number(line['reached'])} {unit}"
-    return (part, line["title"], reached, wanted, verdict if line["right"] else "WRONG RESULT")
+    words = [verdict if line["right"] else "WRONG RESULT", line["note"]]
+    return (part, line["title"], reached, wanted, "; ".join(word for word in words if word))
 
 
 def number(value: float) -> str:
@@ -235,6 +236,12 @@ def _mark(device):
 def wait(device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def release(device) -> None:
+    """Give back what the allocator keeps of tensors that are gone."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def median(seconds: list[float]) -> float:

@@ -14,11 +14,11 @@ EMA_DECAY, STEP = 0.99, 10
 class State:
     """Parameters, gradients, moments and average, all drawn, in the middle of a training."""
 
-    def __init__(self, shapes, dtype=torch.float32):
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, shapes, dtype=torch.float32, device="cpu"):
+        generator = torch.Generator(device).manual_seed(0)
 
         def draw(scale):
-            return [(scale * torch.randn(shape, generator=generator)).to(dtype) for shape in shapes]
+            return [(scale * torch.randn(shape, generator=generator, device=device)).to(dtype) for shape in shapes]
 
         self.parameters, self.gradients, self.exp_avg = draw(0.1), draw(1e-2), draw(1e-2)
         self.exp_avg_sq, self.averaged = [x.square() for x in draw(1e-2)], draw(0.1)
@@ -28,21 +28,23 @@ class State:
         optimizer = torch.optim.AdamW(self.parameters, **SETTINGS, **how)
         for parameter, gradient, m, v in zip(self.parameters, self.gradients, self.exp_avg, self.exp_avg_sq):
             parameter.grad = gradient
-            optimizer.state[parameter] = {"step": torch.tensor(float(STEP - 1)), "exp_avg": m, "exp_avg_sq": v}
+            step = torch.tensor(float(STEP - 1), device=parameter.device if how.get("fused") else "cpu")
+            optimizer.state[parameter] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
         return optimizer
 
 
 class OptimizerStep(Workload):
     """ops.adamw_ema over every parameter of a network; its result are the new parameters and averages."""
 
-    def __init__(self, network: str):
-        model = lfm_fast.create_model(network)
-        self.shapes = [p.shape for p in model.parameters() if p.requires_grad]
-        self.state = State(self.shapes)
+    def __init__(self, network: str, device: str = "cpu", **settings):
+        with torch.device("meta"):
+            model = lfm_fast.create_model(network, **settings)
+        self.shapes, self.device = [p.shape for p in model.parameters() if p.requires_grad], device
+        self.state = State(self.shapes, device=device)
         count = sum(p.numel() for p in self.state.parameters)
         self.moved, self.flops = 4 * count * 9, 16 * count  # five tensors read, four written
         self.note = f"{len(self.shapes)} tensors, {count / 1e6:.0f} M parameters"
-        self.schedule = torch.tensor([SETTINGS["lr"], STEP, EMA_DECAY], dtype=torch.float64)
+        self.schedule = torch.tensor([SETTINGS["lr"], STEP, EMA_DECAY], dtype=torch.float64, device=device)
         self.step = self._ours
 
     def _ours(self, state: State) -> None:
@@ -61,26 +63,26 @@ class OptimizerStep(Workload):
         return self._after_one(self.step)
 
     def truth(self) -> list[Tensor]:
-        state = State(self.shapes, torch.float64)
+        state = State(self.shapes, torch.float64, self.device)
         self._torch_step(state, foreach=False)(state)
         return [joined(state.parameters), joined(state.averaged)]
 
     def others(self):
         found = {}
         for name, how in {"AdamW + foreach EMA": {}, "AdamW(fused) + foreach EMA": {"fused": True}}.items():
-            state = State(self.shapes)
+            state = State(self.shapes, device=self.device)
             step = self._torch_step(state, **how)
             found[name] = (lambda step=step, state=state: step(state), lambda how=how: self._result_of(**how))
         return found
 
     def _result_of(self, **how) -> list[Tensor]:
-        state = State(self.shapes)
+        state = State(self.shapes, device=self.device)
         self._torch_step(state, **how)(state)
         return [joined(state.parameters), joined(state.averaged)]
 
     def _after_one(self, step) -> list[Tensor]:
         """The result of a step from the start, in the tensors that are timed (what is compiled holds on to them)."""
-        fresh = State(self.shapes)
+        fresh = State(self.shapes, device=self.device)
         for name in ("parameters", "exp_avg", "exp_avg_sq", "averaged"):
             torch._foreach_copy_(getattr(self.state, name), getattr(fresh, name))
         step(self.state)

@@ -17,6 +17,7 @@ from benchmarks.names import AGAIN, COPY, EAGER, FAST, ONEDNN, REFERENCE
 from benchmarks.plain import PLAIN
 from lfm_fast import ops  # noqa: F401  (its import registers the rows)
 from lfm_fast.ops import _registry
+from lfm_fast.ops._cases import numbers
 from lfm_fast.ops.packed_linear import unpack
 from lfm_fast.ops.philox_normal import philox_words
 
@@ -107,14 +108,16 @@ class OpWorkload(Workload):
     Inputs of a megabyte or more are held in as many copies as exceed the cache, and each call takes the next.
     """
 
+    compile_how: dict = {}  # further arguments of torch.compile
+
     def __init__(self, row: str, size: dict):
-        self.row = _registry.row(row)
+        self.row, self.device = _registry.row(row), size.get("device", "cpu")
         args = self.row.bind(**self.row.arguments(**size))
         self.moved, self.flops = self.row.cost(*args)
         dtypes = {x.dtype for x in _tensors_in(args) if x.is_floating_point()}
         self.precision = "bfloat16" if torch.bfloat16 in dtypes else "float32"
         held = sum(x.numel() * x.element_size() for x in _tensors_in(args))
-        copies = math.ceil(working_set_bytes() / held) if held >= LARGE else 1
+        copies = math.ceil(working_set_bytes(self.device) / held) if held >= LARGE else 1
         self.note = "inputs from memory" if copies > 1 else "inputs in the cache"
         self.copies = copies
         self.sets = itertools.cycle([args, *(_map_tensors(torch.clone, args) for _ in range(copies - 1))])
@@ -124,7 +127,7 @@ class OpWorkload(Workload):
         return self.function(*next(self.sets))
 
     def compile(self) -> None:
-        self.function = torch.compile(self.row.reference, fullgraph=True, dynamic=False)
+        self.function = torch.compile(self.row.reference, fullgraph=True, dynamic=False, **self.compile_how)
 
     def truth(self) -> list[Tensor]:
         args = next(self.sets)  # all copies hold the same numbers
@@ -140,15 +143,17 @@ class OpWorkload(Workload):
         """The yardstick of an op that moves memory: a copy into memory held already, as the op's outputs are."""
         if self.moved is None or self.flops > MOST_FLOPS_PER_BYTE * self.moved:
             return {}
-        sources = itertools.cycle([torch.full((max(self.moved // 8, 1),), 1.25) for _ in range(self.copies)])
+        half = (max(self.moved // 8, 1),)
+        sources = itertools.cycle([torch.full(half, 1.25, device=self.device) for _ in range(self.copies)])
         return {COPY: (lambda: next(sources).clone(), None)}
 
     def _plain(self) -> dict:
         if self.row.name == "philox_normal":
             index, numel = next(self.sets)[:2]
-            generator = torch.Generator().manual_seed(0)
+            generator = torch.Generator(self.device).manual_seed(0)
             # no sample number goes in: the same noise for any batch size is what it does not give
-            return {"torch.randn": (lambda: torch.randn(len(index), numel, generator=generator), None)}
+            how = {"generator": generator, "device": self.device}
+            return {"torch.randn": (lambda: torch.randn(len(index), numel, **how), None)}
         if self.row.name == "packed_linear":
             products = itertools.cycle([_by_onednn(*next(self.sets)) for _ in range(self.copies)])
             return {ONEDNN: (lambda: next(products)(), lambda: [next(products)()])}
@@ -175,10 +180,8 @@ class ForwardBackward(OpWorkload):
         self.sets = itertools.cycle([self._requiring_grad(next(self.sets)) for _ in range(self.copies)])
         results = tensors_of(self.row(*next(self.sets)))
         self.positions = [i for i, result in enumerate(results) if result.requires_grad]
-        generator = torch.Generator().manual_seed(9)
-        self.gradients = [
-            torch.randn(r.shape, generator=generator).to(r.dtype) for r in (results[i] for i in self.positions)
-        ]
+        wanted = (results[i] for i in self.positions)
+        self.gradients = [numbers(r.shape, 9 + k, device=r.device, dtype=r.dtype) for k, r in enumerate(wanted)]
 
     def call(self):
         return self._gradients(next(self.sets), self.function, self.gradients)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from row_cases import ROWS
 
+from benchmarks import gpu_code
 from lfm_fast.ops import _triton
 
 INTERPRETED = Path(__file__).with_name("interpreter")
@@ -46,46 +47,17 @@ def test_very_many_calls_in_the_interpreter():
     run_interpreted("slow")
 
 
-class NoGPU:
-    """What Triton asks of a driver in order to compile and not to run."""
-
-    def __init__(self, capability):
-        self.capability = capability
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self):
-        return f"none of capability {self.capability}"  # compiled kernels are kept by device
-
-    def get_current_stream(self, device):
-        return 0
-
-
 @pytest.fixture
 def compile_for(monkeypatch, tmp_path):
     """(row, case, capability, configuration) -> what its kernels compile to, by the path that launches them."""
     if _triton.interpreting():
         pytest.skip("in this process Triton interprets (TRITON_INTERPRET=1)")
-    import triton
-
-    from lfm_fast.kernels.triton import _tuning
-
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
     def compiled(row, case, capability, number=0):
-        monkeypatch.setattr(triton.runtime.driver, "_active", NoGPU(capability))
-        kernel = importlib.import_module(f"lfm_fast.kernels.triton.{row.name}").kernel
-        args = row.bind(**row.arguments(**{**case, "shape": (min(case["shape"][0], 3), *case["shape"][1:])}))
-        if row.named("triton").why_not(*args) is not None:
-            return []
-        with _tuning.use_configuration(number), _tuning.compile_only() as kernels:
-            kernel(*args)
-        return kernels
+        with gpu_code.compiling_for(capability):
+            return gpu_code.compiled(row, case, number)
 
-    monkeypatch.setattr(_triton, "interpreting", lambda: True)  # so that the backend does not refuse CPU tensors
     return compiled
 
 
