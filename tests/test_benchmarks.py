@@ -63,7 +63,7 @@ def test_exact_normals_are_those_of_the_op():
 
 
 def test_an_op_passes_through_more_inputs_than_the_cache_holds(monkeypatch):
-    monkeypatch.setattr("benchmarks.workloads.working_set_bytes", lambda: 5 * 2**20)
+    monkeypatch.setattr("benchmarks.workloads.working_set_bytes", lambda device: 5 * 2**20)
     workload = OpWorkload("interpolate", {"shape": (64, 4, 32, 32)})  # 2 MiB and a little of inputs
     seen = {next(workload.sets)[0].data_ptr() for _ in range(10)}
     assert len(seen) == 3
