@@ -6,6 +6,9 @@ and metrics, beside those of earlier runs.
 """
 
 import argparse
+import contextlib
+import io
+import shlex
 import sys
 import tempfile
 import time
@@ -15,8 +18,10 @@ import torch
 from PIL import Image
 
 from lfm_fast import LatentFlow, pictures
+from lfm_fast._terminal import plain_warnings
 from lfm_fast.checkpoint import check_output
 from lfm_fast.data import open_images
+from lfm_fast.train.commands import command
 from lfm_fast.train.compiling import can_compile_for_cpu
 from lfm_fast.train.config import from_preset
 from lfm_fast.train.journal import read_metrics
@@ -33,13 +38,17 @@ def steps_within(minutes, settings):
 
     Raises KeyboardInterrupt where a signal ended them, which training takes for a wish to stop and save.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    print(f"Timing {TIMED_STEPS} steps first, to see how many fit into {minutes:g} minutes.", flush=True)
+    # what training says of them is of that folder: a checkpoint that nobody will find, how to go on from it
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         quiet = {**settings, "output": folder, "sample_every": 0, "log_every": 4}
         run = train(from_preset("embedded", **quiet, steps=TIMED_STEPS))
         if newest_step(run) < TIMED_STEPS:
             raise KeyboardInterrupt
         steps_per_s = read_metrics(run)[-1]["steps_per_s"]
-    return int(min(MOST_STEPS, max(FEWEST_STEPS, steps_per_s * 60 * minutes)))
+    steps = int(min(MOST_STEPS, max(FEWEST_STEPS, steps_per_s * 60 * minutes)))
+    print(f"{steps_per_s:.1f} steps a second: {steps} steps will take about {steps / steps_per_s / 60:.1f} minutes.")
+    return steps
 
 
 def sample_rows(flow):
@@ -64,14 +73,17 @@ def show(run, steps, output):
     pictures.side_by_side(panels).save(output / "compare.png")
     training_set = open_images("embedded", flow.image_size, split="train")
     references = training_set.batch(range(len(training_set)))
-    pictures.samples_and_nearest(images[:: PER_CLASS // 3], references, pairs_per_row=9).save(output / "nearest.png")
+    some = images.unflatten(0, (-1, PER_CLASS))[:, :3].flatten(0, 1)  # three of each category, three categories a row
+    pictures.samples_and_nearest(some, references, pairs_per_row=9).save(output / "nearest.png")
     pictures.loss_curve(run / "metrics.jsonl", output / "loss.png")
 
     def hits(samples):
         nearest = torch.from_numpy(pictures.nearest(samples, references))
         return f"{(training_set.labels[nearest] == rows(flow)).float().mean():.0%}"
 
-    return f"nearest training image is of the category asked for: {hits(images)} (shipped model: {hits(theirs)})"
+    chance = f"{1 / len(flow.class_names):.0%}"
+    said = f"{hits(images)} (the shipped model {hits(theirs)}, chance {chance})"
+    return f"samples whose nearest training image is of the category asked for: {said}"
 
 
 def main():
@@ -83,7 +95,8 @@ def main():
     args = parser.parse_args()
     try:
         check_output(args.output)
-        quickstart(args)
+        with plain_warnings("quickstart"):
+            quickstart(args)
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -109,7 +122,7 @@ def quickstart(args):
         )
     )
     if newest_step(run) < steps:  # a signal; training has saved, and said how to go on
-        print(f"No pictures yet. Draw some: lfm-fast sample --model {run} --class Flags")
+        print(f"No pictures yet. Draw some: {_draw(run)}")
         return
     summary = show(run, steps, args.output)
     print(f"\ndone in {time.time() - began:.0f} s; {summary}. Look at")
@@ -117,7 +130,12 @@ def quickstart(args):
     print(f"  {args.output / 'compare.png'}   before training, now, and the model that ships with the package")
     print(f"  {args.output / 'nearest.png'}   samples over the training images closest to them: more than copies?")
     print(f"  {args.output / 'loss.png'}      the loss curve")
-    print(f"checkpoint: {run}/checkpoints. Draw more: lfm-fast sample --model {run} --class Flags")
+    print(f"The checkpoint is in {run}/checkpoints. Draw more of a category:")
+    print(f"  {_draw(run)}")
+
+
+def _draw(run):
+    return shlex.join([command("lfm-fast"), "sample", "--model", str(run), "--class", "Flags"])
 
 
 if __name__ == "__main__":

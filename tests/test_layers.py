@@ -20,7 +20,7 @@ ROWS = (
     {"sampler", "sampling", "likelihood", "data", "pictures"},
     {"solvers", "guidance", "flow", "autoencoder", "models", "checkpoint"},
     {"ops"},
-    {"kernels", "_cache", "_graphs", "_library", "distributed"},
+    {"kernels", "_cache", "_graphs", "_library", "_terminal", "distributed"},
 )
 WITHIN_A_ROW = {
     ("pipeline", "interop"),

@@ -22,6 +22,7 @@ def quickstart(tmp_path, monkeypatch):
         shown = []
 
         def train(config):
+            print(f"{config.steps} steps to {config.output}")
             folder, _ = resume.choose_run(config, config.steps)
             resume.unlock(folder)
             resume.write_config(folder, config)
@@ -47,9 +48,29 @@ def test_earlier_runs_stay(quickstart, tmp_path):
     assert len(list((tmp_path / "quickstart" / "run").glob("*/checkpoints/*"))) == 2
 
 
-def test_the_length_follows_from_the_time(quickstart):
+def test_the_length_follows_from_the_time(quickstart, capsys):
     (folder,) = quickstart("--minutes", "2")[1]
     assert resume.newest_step(folder) == 2 * 60 * 5
+    said = capsys.readouterr().out
+    assert "5.0 steps a second: 600 steps will take about 2.0 minutes" in said
+
+
+def test_what_training_says_of_the_timed_steps_is_kept_back(quickstart, capsys):
+    """They are made in a folder that is gone when somebody looks for the checkpoint in it."""
+    quickstart("--minutes", "2")
+    said = [line.split(" steps to ")[0] for line in capsys.readouterr().out.splitlines() if "steps to " in line]
+    assert said == ["600"]
+
+
+def test_how_to_draw_more_is_a_command_that_this_shell_finds(quickstart, capsys, monkeypatch, tmp_path):
+    (tmp_path / "env").mkdir()
+    for name in ("python", "lfm-fast"):
+        (tmp_path / "env" / name).touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "env" / "python"))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.chdir(tmp_path)
+    (folder,) = quickstart("--steps", "20")[1]
+    assert f"  env/lfm-fast sample --model {folder} --class Flags" in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize("made", [0, 3, 11])

@@ -1,10 +1,9 @@
 """The command line, `lfm-fast`: a file for each sub-command, each a few lines over the library."""
 
-import argparse
 import sys
-import warnings
 
 from lfm_fast import __version__
+from lfm_fast._terminal import Parser, plain_warnings
 from lfm_fast.cli import bench, convert, encode, evaluate, info, sample, tune_grid
 
 # modules with add(commands), which makes the sub-command's parser and sets `run`, a function of its arguments that
@@ -12,13 +11,14 @@ from lfm_fast.cli import bench, convert, encode, evaluate, info, sample, tune_gr
 COMMANDS = (sample, evaluate, tune_grid, encode, convert, bench, info)
 
 
+_DESCRIPTION = "Latent flow matching, fast. lfm-fast COMMAND --help says what a command takes."
+
+
 def main(argv=None):
     """Run one sub-command; returns the exit status. The user's mistakes end in one sentence and status 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = " ".join(["lfm-fast", *arguments[:1]])
-    with warnings.catch_warnings():
-        # the sentence alone: the line of code that it comes from says nothing to who did not write it
-        warnings.showwarning = lambda message, *_, **__: print(f"{command}: {message}", file=sys.stderr)
+    with plain_warnings(command):
         return _run(command, arguments)
 
 
@@ -26,6 +26,9 @@ def _run(command, arguments):
     try:
         if arguments[:1] == ["train"]:  # it has a parser of its own, the one of train_fast.py
             return _train(arguments[1:])
+        if not arguments:
+            _parser().print_help()
+            return 2
         args = _parser().parse_args(arguments)
         return args.run(args) or 0
     except (ValueError, OSError) as error:
@@ -40,9 +43,11 @@ def _run(command, arguments):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="lfm-fast", description="Latent flow matching, fast.", allow_abbrev=False)
+    parser = Parser(prog="lfm-fast", usage="%(prog)s COMMAND [--FLAG VALUE ...]", description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"lfm_fast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", title="commands", prog="lfm-fast"
+    )
     commands.add_parser("train", help="train a flow (the same flags as train_fast.py)", add_help=False)
     for command in COMMANDS:
         command.add(commands)

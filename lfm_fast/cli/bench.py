@@ -10,7 +10,7 @@ GROUPS = ("ops", "forward", "unets", "train_step", "sampling", "solvers", "data"
 
 def add(commands):
     says = "compare the speed with what else one would use, and draw tables and pictures of it"
-    parser = commands.add_parser("bench", allow_abbrev=False, help=says, description=f"{says[0].upper()}{says[1:]}.")
+    parser = commands.add_parser("bench", help=says, description=f"{says[0].upper()}{says[1:]}.")
     parser.set_defaults(run=run)
     add = parser.add_argument
     add("--mode", choices=("quick", "standard", "full"), help="how much (default: standard, minutes on two cores)")

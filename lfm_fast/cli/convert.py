@@ -5,6 +5,7 @@ from pathlib import Path
 from lfm_fast.cli.arguments import folder
 
 _FROM = ("lfm", "sit", "dit", "diffusers")
+_USAGE = "%(prog)s --model MODEL --output PLACE [--FLAG VALUE ...]"
 _TO = ("lfm_fast", "lfm", "diffusers")
 
 
@@ -14,7 +15,7 @@ def add(commands):
         "Write a model as one folder in diffusers' layout (model_index.json, transformer/ or unet/, vae/), as a file "
         "that LFM loads, or with diffusers' own class of network. What other projects' networks lose or gain is said."
     )
-    parser = commands.add_parser("convert", allow_abbrev=False, help=short, description=says)
+    parser = commands.add_parser("convert", usage=_USAGE, help=short, description=says)
     parser.set_defaults(run=run)
     add = parser.add_argument
     add("--model", required=True, help="a training run's folder, a checkpoint file, a saved folder or one of LFM's")

@@ -4,6 +4,7 @@ import signal
 import sys
 from pathlib import Path
 
+from lfm_fast._terminal import one_of
 from lfm_fast.cli.arguments import device_named, folder, not_empty
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -21,13 +22,17 @@ def add(commands):
         "Started by torchrun (`torchrun --nproc-per-node N -m lfm_fast.cli encode ...`), every rank encodes its share."
     )
     parser = commands.add_parser(
-        "encode", allow_abbrev=False, help="encode images into a latent cache, to train from", description=says
+        "encode",
+        usage="%(prog)s --data DATA --output FOLDER [--FLAG VALUE ...]",
+        help="encode images into a latent cache, to train from",
+        description=says,
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
     says = "'embedded', images (folder, LMDB, tars, a list, ...) or another tool's latents"
     add("--data", type=not_empty, required=True, help=says)
-    add("--from", dest="layout", choices=LAYOUTS, help="how they lie there (default: what it looks like)")
+    says = one_of(LAYOUTS, "how they lie there (default: what it looks like)")
+    add("--from", dest="layout", choices=LAYOUTS, **says)
     add(
         "--split",
         choices=SPLITS,

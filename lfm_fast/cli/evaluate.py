@@ -9,7 +9,10 @@ from lfm_fast.cli.arguments import device_named, not_empty
 def add(commands):
     says = "Measure how well a conditioned flow keeps to its conditions, on images that it was not trained on."
     parser = commands.add_parser(
-        "evaluate", allow_abbrev=False, help="measure a conditioned flow on held-out images", description=says
+        "evaluate",
+        usage="%(prog)s --model MODEL [--FLAG VALUE ...]",
+        help="measure a conditioned flow on held-out images",
+        description=says,
     )
     parser.set_defaults(run=run)
     add = parser.add_argument

@@ -3,10 +3,12 @@
 from lfm_fast import __version__
 from lfm_fast.cli.arguments import not_empty
 
+_USAGE = "%(prog)s [FOLDER] [--verify]"
+
 
 def add(commands):
     says = "say what is installed and which kernels run, or what lies in a folder of latents"
-    parser = commands.add_parser("info", help=says, description=f"{says[0].upper()}{says[1:]}.")
+    parser = commands.add_parser("info", usage=_USAGE, help=says, description=f"{says[0].upper()}{says[1:]}.")
     parser.set_defaults(run=run)
     parser.add_argument("folder", type=not_empty, nargs="?", help="folder of latents (default: what is installed)")
     parser.add_argument("--verify", action="store_true", help="compare the checksum of every shard, whatever is noted")

@@ -16,7 +16,7 @@ _GRIDS = (
 
 def add(commands):
     says = "Draw images from a trained flow: the one that ships with the package, a run's, a saved one or LFM's."
-    parser = commands.add_parser("sample", allow_abbrev=False, help="draw images from a trained flow", description=says)
+    parser = commands.add_parser("sample", help="draw images from a trained flow", description=says)
     parser.set_defaults(run=run)
     add = parser.add_argument
     add("--model", default="embedded", help="'embedded', a saved folder, a training run's folder or a checkpoint file")
@@ -77,7 +77,7 @@ def run(args):
     else:
         for number, image in enumerate(images):
             save(grid(image[None], padding=0), output / f"{number:06d}.png")
-    print(f"wrote {len(images)} images to {output}")
+    print(f"wrote {len(images)} {'image' if len(images) == 1 else 'images'} to {output}")
 
 
 def _task(args):

@@ -8,7 +8,7 @@ from lfm_fast.cli.arguments import device_named
 def add(commands):
     short = "fit the times of a few solver steps to a model"
     says = "Fit the times of N solver steps to a model, for `lfm-fast sample --time-grid FILE` and `time_grid=`."
-    parser = commands.add_parser("tune-grid", allow_abbrev=False, help=short, description=says)
+    parser = commands.add_parser("tune-grid", help=short, description=says)
     parser.set_defaults(run=run)
     add = parser.add_argument
     add("--model", default="embedded", help="'embedded', a saved folder, a training run's folder or a checkpoint file")

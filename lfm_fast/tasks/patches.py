@@ -29,7 +29,8 @@ def read_picture(image):
         try:
             image = np.array(as_rgb(image)[0] if isinstance(image, Image.Image) else decode(read_file(image)))
         except UnusableImage as error:
-            raise ValueError(f"image cannot be used: {error}") from error
+            name = "image" if isinstance(image, Image.Image) else f"image {image}"
+            raise ValueError(f"{name} cannot be used: {error}") from error
     if not isinstance(image, (np.ndarray, torch.Tensor)):
         raise ValueError(f"image is a {type(image).__name__}; expected a file, a PIL image, an array or a tensor")
     last, shape = isinstance(image, np.ndarray), tuple(image.shape)

@@ -20,6 +20,7 @@ from lfm_fast.models.precision import why_not
 from lfm_fast.pipeline.folders import read_network_of
 from lfm_fast.tasks import task_named
 from lfm_fast.train import report, resume
+from lfm_fast.train.commands import command
 from lfm_fast.train.compiling import compile_network
 from lfm_fast.train.ema import EMA
 from lfm_fast.train.graphed import GraphedGradients
@@ -330,17 +331,20 @@ class Run:
                 self.journal.say(f"Training goes on, but {error}")
 
     def say_how_to_go_on(self):
-        command = shlex.join([*_program(self.world), "--resume", str(self.folder)])
-        self.journal.say(f"Stopped after step {self.state.step} and saved {self.checkpoint}. To go on: {command}")
+        words = shlex.join([*_program(self.world), "--resume", str(self.folder)])
+        self.journal.say(f"Stopped after step {self.state.step} and saved {self.checkpoint}. To go on: {words}")
 
 
 def _program(world):
     """The words that start this program again with as many ranks on this machine."""
-    name = sys.argv[0] if sys.argv else ""
-    if Path(name).name == "lfm-fast":
-        return ["lfm-fast", "train"]
-    launcher = ["torchrun", "--nproc-per-node", str(world.local_size)] if world.size > 1 else ["python"]
-    return [*launcher, name if Path(name).name == "train_fast.py" else "train_fast.py"]  # others take other flags
+    called = Path(sys.argv[0] if sys.argv else "")
+    if called.name == "lfm-fast":
+        return [command("lfm-fast"), "train"]
+    ranks = ["--nproc-per-node", str(world.local_size)]
+    launcher = [command("torchrun"), *ranks] if world.size > 1 else [command("python")]
+    if called.parts[-2:] == ("cli", "__main__.py"):
+        return [*launcher, "-m", "lfm_fast.cli", "train"]
+    return [*launcher, str(called) if called.name == "train_fast.py" else "train_fast.py"]  # others take other flags
 
 
 def _due(step, every):

@@ -177,7 +177,7 @@ def test_a_bad_flag_ends_with_status_2_and_the_sentence(capsys):
 def test_flags_are_not_abbreviated_and_the_status_is_documented(capsys):
     with pytest.raises(SystemExit):
         parse_args(["--batch", "8"])
-    assert "unrecognized arguments: --batch 8" in capsys.readouterr().err
+    assert "there is no flag --batch; did you mean --batch-size?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse_args(["--help"])
     assert "Exit status:" in capsys.readouterr().out
