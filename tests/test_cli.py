@@ -15,7 +15,7 @@ from PIL import Image
 import lfm_fast
 from lfm_fast import __version__, pictures
 from lfm_fast.cli import main
-from lfm_fast.data.latents import LatentCache
+from lfm_fast.data.latent_cache import LatentCache
 
 FAST = ("--num-steps", "2", "--num-images", "3")
 

@@ -90,9 +90,8 @@ def _encode(args, world):
     from lfm_fast.autoencoder import load_autoencoder
     from lfm_fast.checkpoint import check_output
     from lfm_fast.data import open_images
-    from lfm_fast.data.encoding import copy_latents
+    from lfm_fast.data.encoding import copy_latents, encode_images
     from lfm_fast.data.foreign_latents import latent_layout, open_latents
-    from lfm_fast.data.latents import encode_images
     from lfm_fast.train.source import latent_format
 
     device = world.device if world.size > 1 else device_named(args.device)

@@ -4,6 +4,7 @@ import contextlib
 import os
 import stat
 
+from lfm_fast.data.cache import file_state
 from lfm_fast.data.reading import MAX_BYTES, UnusableImage
 
 
@@ -26,7 +27,7 @@ class Archive:
             raise ValueError(f"{path} cannot be opened ({getattr(error, 'strerror', error)}).") from error
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path} is not a regular file.")
-        self.size, self.key = status.st_size, _key(status)
+        self.size, self.key = status.st_size, file_state(status)
 
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes from `offset` on. Raises UnusableImage where they cannot be had."""
@@ -38,7 +39,7 @@ class Archive:
         """Gives read(offset, size) for many pieces of one opening."""
         try:
             with open(self.path, "rb", buffering=0) as file:
-                if _key(os.fstat(file.fileno())) != self.key:
+                if file_state(os.fstat(file.fileno())) != self.key:
                     raise UnusableImage("its archive has changed since it was opened")
                 yield lambda offset, size: self._piece(file.fileno(), offset, size)
         except OSError as error:
@@ -47,7 +48,7 @@ class Archive:
     def current_key(self) -> list | None:
         """`key` as it is now; None where the file cannot be reached."""
         try:
-            return _key(os.stat(self.path))
+            return file_state(os.stat(self.path))
         except OSError:
             return None
 
@@ -63,7 +64,3 @@ class Archive:
                 raise UnusableImage("it lies behind the end of its archive")
             data += more
         return data
-
-
-def _key(status):
-    return [status.st_size, status.st_mtime_ns]

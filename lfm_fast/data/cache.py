@@ -32,6 +32,11 @@ def note_folder(kind: str, subject) -> Path:
     return cache_folder() / kind / _digest(subject)
 
 
+def file_state(status: os.stat_result) -> list[int]:
+    """What changes when a file is written again: its size and its time."""
+    return [status.st_size, status.st_mtime_ns]
+
+
 def _note_path(kind, subject) -> Path:
     return cache_folder() / kind / f"{_digest(subject)}.json"
 

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+from lfm_fast.data.cache import file_state
 from lfm_fast.data.reading import SUFFIXES, open_file, read_file
 from lfm_fast.data.store import Store, require_whole_use
 from lfm_fast.data.stored import StoredImages, printable
@@ -16,10 +17,9 @@ class FileStore(Store):
 
     def key(self, position):
         try:
-            status = os.stat(self._file(position))
+            return file_state(os.stat(self._file(position)))
         except OSError:
             return None
-        return [status.st_size, status.st_mtime_ns]
 
     def read(self, position):
         return read_file(self._file(position))

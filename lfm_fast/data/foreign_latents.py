@@ -19,7 +19,7 @@ import torch
 
 from lfm_fast.data.latent_cache import LATENTS, STATS_FILE, LatentCache, layout_of, moments, sums_of
 from lfm_fast.data.npy import read_npy
-from lfm_fast.data.shards import map_shard, read_header
+from lfm_fast.data.shards import open_shard, read_header
 from lfm_fast.data.store import MAX_LABEL
 
 OURS, LIGHTNINGDIT, FAST_DIT = "lfm_fast", "lightningdit", "fast-dit"
@@ -103,7 +103,7 @@ def _shards(folder: Path) -> list[Path]:
 
 def _holds_latents(path: Path) -> bool:
     try:
-        return {"latents", "labels"} <= map_shard(path).keys()
+        return {"latents", "labels"} <= open_shard(path).keys()
     except ValueError:
         return False
 
@@ -112,7 +112,7 @@ def _lightningdit(folder: Path):
     shards, files = [], []
     for path in _shards(folder):
         try:
-            shard = map_shard(path)
+            shard = open_shard(path)
         except ValueError as error:
             raise ValueError(f"Shard {path} is damaged ({error}): make or copy it again.") from error
         layout = layout_of(shard)

@@ -8,7 +8,8 @@ import re
 import struct
 from typing import NamedTuple
 
-_ORIENTATION = 0x0112
+EXIF_ORIENTATION = 0x0112  # the tag; 1 is upright
+FIRST_TURNED = 5  # of its values, up to 8: width and height change places
 _PNG = b"\x89PNG\r\n\x1a\n"
 _FRAMES, _END, _SCAN = (0xC0, 0xC1, 0xC2), 0xD9, 0xDA
 # lossless, differential and arithmetic frames; restarts and a start where none belongs; a height that comes later
@@ -64,7 +65,7 @@ def _jpeg(encoded) -> Header | None:
             exifs += 1
             if orientation is None or exifs > 1:
                 return None
-            turned = orientation >= 5  # width and height change places
+            turned = orientation >= FIRST_TURNED
         elif marker == 0xE2 and encoded[body : body + 4] == b"MPF\0":
             return None  # several pictures
         elif marker == 0xEE and encoded[body : body + 5] == b"Adobe" and encoded[body + 11] != 1:
@@ -100,7 +101,7 @@ def _exif_orientation(tiff) -> int | None:
     found = 1
     for place in range(first + 2, first + 2 + 12 * count, 12):
         tag, kind, values, value = struct.unpack_from(order + "HHIH", tiff, place)
-        if tag == _ORIENTATION:
+        if tag == EXIF_ORIENTATION:
             if kind != 3 or values != 1 or not 1 <= value <= 8:
                 return None
             found = value

@@ -1,4 +1,4 @@
-"""Encoded images on disk: safetensors shards, memory-mapped, with statistics, provenance and checksums beside them.
+"""Encoded images on disk: safetensors shards, read row by row, with statistics, provenance and checksums beside them.
 
 A folder holds `latents-00000.safetensors`, ... and `stats.json`. A shard has `mean` and `log_variance` (n, C, h, w), or
 `latents` alone; the same with `_flip` for mirrored images if they were encoded; and `labels` (n,). All in latent units.
@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from lfm_fast.checkpoint import atomic_write
-from lfm_fast.data.cache import read_note, write_note
-from lfm_fast.data.shards import file_checksum, map_shard
+from lfm_fast.data.cache import file_state, read_note, write_note
+from lfm_fast.data.shards import file_checksum, open_shard
 
 FORMAT = 1
 STATS_FILE = "stats.json"
@@ -157,12 +157,6 @@ def note_checksums(folder: Path, rows, states) -> None:
     write_note("shards", folder, {row["file"]: [*state, row["crc32"]] for row, state in zip(rows, states)})
 
 
-def file_state(path: Path) -> list[int]:
-    """What changes when a file is written again: its size and its time."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
-
-
 def _check_provenance(provenance: dict, fingerprint, image_size) -> None:
     made_by, side = provenance.get("fingerprint"), provenance.get("image_size")
     if made_by is None and isinstance(provenance.get("format"), str):
@@ -235,7 +229,7 @@ def _verify(folder: Path, rows: list[dict], verify: bool | None) -> None:
         path = folder / row["file"]
         if not path.is_file():
             raise ValueError(f"Shard {path} is missing: encode again into the same folder and only it is made anew.")
-        state = [*file_state(path), row["crc32"]]
+        state = [*file_state(path.stat()), row["crc32"]]
         if state[0] != row["bytes"]:
             raise _damaged(path, f"it has {state[0]} bytes instead of {row['bytes']}")
         if verify or (verify is None and known.get(row["file"]) != state):
@@ -255,7 +249,7 @@ def _damaged(path, why) -> ValueError:
 
 def _map(path: Path, items: int) -> dict[str, torch.Tensor]:
     try:
-        shard = map_shard(path)
+        shard = open_shard(path)
     except ValueError as error:
         raise _damaged(path, str(error)) from error
     if any(len(tensor) != items for tensor in shard.values()) or not layout_of(shard):

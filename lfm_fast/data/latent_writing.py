@@ -15,10 +15,10 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
+from lfm_fast.data.cache import file_state
 from lfm_fast.data.latent_cache import (
     STATS_FILE,
     LatentCache,
-    file_state,
     known_checksums,
     layout_of,
     moments,
@@ -28,7 +28,7 @@ from lfm_fast.data.latent_cache import (
     sums_of,
     write_stats,
 )
-from lfm_fast.data.shards import file_checksum, is_whole, map_shard, read_header, write_shard
+from lfm_fast.data.shards import file_checksum, is_whole, open_shard, read_header, write_shard
 from lfm_fast.distributed import PeerLost, World
 
 _SECONDS_TO_SHOW = 30  # a network's file system remembers for seconds that a file was not there
@@ -143,11 +143,11 @@ class LatentWriter:
         if header is None:
             return None
         self._require_same(header, shard=number)
-        state = file_state(path)  # before it is read: one that is replaced later is not the one that was seen
+        state = file_state(path.stat())  # before it is read: one that is replaced later is not the one that was seen
         row = {"file": path.name, "items": len(items), "bytes": state[0], "crc32": file_checksum(path)}
         if known.get(path.name, row["crc32"]) != row["crc32"] or not is_whole(path):
             return None
-        shard = map_shard(path)
+        shard = open_shard(path)
         if layout_of(shard) is None or len(shard["labels"]) != len(items):
             return None
         return row, state, sums_of(shard, names_in(shard))

@@ -11,17 +11,21 @@ import torch
 
 from lfm_fast import ops
 from lfm_fast.autoencoder import Posterior
-from lfm_fast.data.encoding import check_sizes, device_of, encode_images, encode_in_memory, to_model_range
+from lfm_fast.data.encoding import check_sizes, device_of, encode_in_memory, to_model_range
 from lfm_fast.data.latent_cache import LatentCache
 from lfm_fast.data.order import item_of
 from lfm_fast.ops.streams import STREAM_AUGMENTATION
-
-__all__ = ["CachedLatents", "EncodedImages", "LatentCache", "ReadAhead", "drawn_images", "encode_images", "flips_of"]
 
 
 def flips_of(sample_numbers: torch.Tensor, seed: int) -> torch.Tensor:
     """Whether each sample is mirrored: (B,) int64 -> (B,) bool, true with probability 1/2."""
     return ops.philox_uniform(sample_numbers, 1, seed, STREAM_AUGMENTATION)[:, 0] < 0.5
+
+
+def check_flip(cache: LatentCache, flip: bool) -> None:
+    """Raises ValueError for mirrors asked of a cache that does not hold them."""
+    if flip and not cache.has_flip:
+        raise ValueError("flip=True needs a cache of mirrored images too: encode again with flip=True.")
 
 
 class OfCache:
@@ -32,8 +36,7 @@ class OfCache:
     """
 
     def __init__(self, cache: LatentCache, flip: bool):
-        if flip and not cache.has_flip:
-            raise ValueError("flip=True needs a cache of mirrored images too: encode again with flip=True.")
+        check_flip(cache, flip)
         self.flip = flip
         self.num_items = cache.num_items
         self.latent_shape = cache.latent_shape

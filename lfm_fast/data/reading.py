@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from lfm_fast.data.headers import EXIF_ORIENTATION, FIRST_TURNED
+
 SUFFIXES = frozenset(
     "." + name
     for name in (
@@ -21,7 +23,6 @@ SUFFIXES = frozenset(
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb: half a gigabyte of RGB
 MAX_BYTES = 1 << 30  # above MAX_PIXELS of uncompressed RGBA
 LONGEST_RATIO = 8  # of a picture's sides: what is longer loses its ends before it is resized
-_ORIENTATION, _FIRST_TURNED = 0x0112, 5  # the EXIF tag; from 5 on width and height change places
 
 
 class UnusableImage(ValueError):
@@ -172,7 +173,7 @@ def _decoded(encoded, convert, at_least=None):
 
 def _size_in_header(encoded) -> tuple[int, int]:
     with _opened(encoded) as picture:
-        turned = _orientation(picture) >= _FIRST_TURNED
+        turned = _orientation(picture) >= FIRST_TURNED
         return picture.size[::-1] if turned else picture.size
 
 
@@ -200,7 +201,7 @@ def _opened(encoded):
 
 def _orientation(picture) -> int:
     try:
-        return int(picture.getexif().get(_ORIENTATION, 1))
+        return int(picture.getexif().get(EXIF_ORIENTATION, 1))
     except Exception:  # as in _upright
         return 1
 

@@ -75,22 +75,46 @@ def of_cache(cache: LatentCache, *, flip: bool, device: torch.device, keep: str 
     Raises:
         ValueError: flip asked of a cache without mirrored images, or a table asked for that does not fit.
     """
-    mapped = {"flip": flip, "pin": device.type == "cuda"}
+    if is_table(bytes_of(cache, flip), device=device, keep=keep, sharing=sharing):
+        return ResidentLatents(cache, flip=flip, device=device)
+    return CachedLatents(cache, flip=flip, pin=device.type == "cuda")
+
+
+def is_table(size: int, *, device: torch.device, keep: str = "auto", sharing: int = 1) -> bool:
+    """Whether cached latents of so many bytes are a table on `device`. Arguments and errors as of `of_cache`."""
     if keep == "mapped":
-        return CachedLatents(cache, **mapped)
-    needed, free = _bytes_of(cache, flip), _free_bytes(device, sharing)
-    if keep == "device" and needed > free:
-        raise ValueError(
-            f"the latents take {needed / 1e9:.1f} GB, but {device} has room for {free / 1e9:.1f} GB: keep them mapped."
-        )
-    if keep == "auto" and needed > free * (0.25 if device.type == "cuda" else 0.125):
-        return CachedLatents(cache, **mapped)
-    return ResidentLatents(cache, flip=flip, device=device)
+        return False
+    free = _free_bytes(device, sharing)
+    if keep == "device":
+        if size > free:
+            raise ValueError(
+                f"the latents take {size_text(size)}, but {device} has room for {size_text(free)}: keep them mapped."
+            )
+        return True
+    return size <= free * (0.25 if device.type == "cuda" else 0.125)
 
 
-def _bytes_of(cache, flip) -> int:
-    numel = torch.Size(cache.latent_shape).numel() * (2 if cache.is_posterior else 1) * (2 if flip else 1)
-    return cache.num_items * numel * cache.dtype.itemsize
+def bytes_of(cache: LatentCache, flip: bool) -> int:
+    """What the table of a cache takes."""
+    return table_bytes(cache.num_items, cache.latent_shape, cache.dtype, flip=flip, posterior=cache.is_posterior)
+
+
+def table_bytes(num_items: int, latent_shape, dtype=torch.float32, *, flip: bool, posterior: bool = True) -> int:
+    """What a table of so many items takes; the defaults are those of images that are encoded into memory."""
+    return num_items * torch.Size(latent_shape).numel() * (1 + posterior) * (1 + flip) * dtype.itemsize
+
+
+def size_text(size: float) -> str:
+    """A number of bytes for people.
+
+    Example:
+        >>> size_text(21.24e9), size_text(4608), size_text(12)
+        ('21.2 GB', '4.6 kB', '12 bytes')
+    """
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size:.0f} bytes"
 
 
 def _free_bytes(device, sharing) -> int:

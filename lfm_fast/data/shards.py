@@ -1,4 +1,4 @@
-"""A shard of latents: one safetensors file, written a batch at a time, checked whole, and read memory-mapped.
+"""A shard of latents: one safetensors file, written a batch at a time, checked whole, and read row by row.
 
 The format is eight bytes with the length of a JSON header, the header, and the tensors' bytes in the header's order.
 Beside the tensors the header says what the shard is of (`lfm_fast`) and has the CRC-32 of every tensor (`crc32`), which
@@ -8,6 +8,8 @@ is why it is put in place last.
 import contextlib
 import json
 import os
+import sys
+import weakref
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +18,11 @@ import torch
 from torch import Tensor
 
 from lfm_fast.checkpoint import atomic_write
+from lfm_fast.data.cache import file_state
 
-_CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _PIECE = 1 << 22  # bytes looked at in one go
 
 
@@ -115,8 +120,120 @@ def read_header(path) -> dict | None:
     return (_metadata(path) or {}).get("lfm_fast")
 
 
-def map_shard(path) -> dict[str, Tensor]:
-    """The shard's tensors, memory-mapped: rows are read from the disk when they are asked for.
+class ShardRows:
+    """A tensor (n, ...) of a shard, of which rows are read from the file when they are asked for.
+
+    The file is not mapped: where a mapped one is cut short, or its disk fails, a signal ends the process. Here that is
+    a ValueError, whenever it happens.
+    """
+
+    def __init__(self, file: "_File", dtype: torch.dtype, shape, offset: int):
+        self.dtype, self.shape = dtype, torch.Size(shape)
+        self._file, self._offset, self._row_bytes = file, offset, _row_bytes(dtype, self.shape[1:])
+
+    def __len__(self):
+        return self.shape[0] if self.shape else 0
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def __getitem__(self, rows) -> Tensor:
+        """(b, ...) of a slice or of row numbers (b,). Raises ValueError where the file no longer is what it was."""
+        runs = _runs(range(len(self))[rows] if isinstance(rows, slice) else rows.tolist())
+        found = torch.empty(sum(map(len, runs)), *self.shape[1:], dtype=self.dtype)
+        self._file.read(_bytes_of(found), [(self._place(run[0]), len(run) * self._row_bytes) for run in runs])
+        return found
+
+    def _place(self, row: int) -> int:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        return self._offset + row * self._row_bytes
+
+
+def _runs(rows) -> list:
+    """Rows that follow each other, put together: they are read in one go."""
+    if isinstance(rows, range) and rows.step == 1:
+        return [rows] if rows else []
+    runs = []
+    for row in rows:
+        if runs and row == runs[-1].stop:
+            runs[-1] = range(runs[-1].start, row + 1)
+        else:
+            runs.append(range(row, row + 1))
+    return runs
+
+
+class _File:
+    """A file as it was when it was opened here, from which pieces are read: what has changed since is refused.
+
+    It stays open, so that one that is deleted or replaced is read on; with many of them only as long as half of the
+    descriptors that a process may have are left, and the others are opened anew for every read.
+    """
+
+    _held = weakref.WeakSet()  # those that stay open
+
+    def __init__(self, path):
+        self.path, self._descriptor = path, None
+        with self._opened() as descriptor:
+            self._state = file_state(os.fstat(descriptor))
+
+    def __getstate__(self):
+        return {"path": self.path, "_state": self._state, "_descriptor": None}  # a descriptor is of one process
+
+    def read(self, data: memoryview, pieces: list[tuple[int, int]]) -> None:
+        """Fill `data` with the pieces of the file (place, length), one behind the other."""
+        try:
+            with self._opened() as descriptor:
+                if file_state(os.fstat(descriptor)) != self._state:
+                    raise self._changed()
+                start = 0
+                for place, size in pieces:
+                    done = os.preadv(descriptor, [data[start : start + size]], place)
+                    while done < size:  # a network file system may give less at once
+                        more = os.preadv(descriptor, [data[start + done : start + size]], place + done)
+                        if not more:
+                            raise self._changed()
+                        done += more
+                    start += size
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be read any more ({error.strerror}).") from error
+
+    def _changed(self):
+        return ValueError(f"{self.path} was changed or cut short while it was in use: make or copy it again.")
+
+    @contextlib.contextmanager
+    def _opened(self):
+        if self._descriptor is not None:
+            yield self._descriptor
+            return
+        descriptor = os.open(self.path, os.O_RDONLY)
+        if len(self._held) < _most_held():
+            self._held.add(self)
+            self._descriptor = descriptor
+            weakref.finalize(self, os.close, descriptor)
+            yield descriptor
+            return
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+def _most_held() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 256
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if allowed == resource.RLIM_INFINITY else allowed // 2
+
+
+def open_shard(path) -> dict[str, Tensor | ShardRows]:
+    """The shard's tensors: the labels, and `ShardRows` for all else.
 
     Raises:
         ValueError: missing, truncated, or no safetensors file.
@@ -124,21 +241,38 @@ def map_shard(path) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        file = _File(path)
+        with safe_open(path, framework="pt"):  # it holds the header against the file's length, and so on
+            head = _read(file, 0, 8)
+            size = int.from_bytes(head, "little")
+            header = json.loads(_read(file, 8, size))
     except (OSError, SafetensorError) as error:
         raise ValueError(str(error) or type(error).__name__) from error
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"it holds {name} in {entry['dtype']}, which is not known here")
+        found[name] = ShardRows(file, _DTYPES[entry["dtype"]], entry["shape"], 8 + size + entry["data_offsets"][0])
+    return {name: rows[:] if name == "labels" and rows.shape else rows for name, rows in found.items()}
+
+
+def _read(file, offset, size) -> bytes:
+    data = bytearray(size)
+    file.read(memoryview(data), [(offset, size)])
+    return bytes(data)
 
 
 def is_whole(path) -> bool:
     """Whether every tensor of the shard has the checksum that the header says; reads all of the file."""
     sums = (_metadata(path) or {}).get("crc32")
     try:
-        tensors = map_shard(path)
+        tensors = open_shard(path)
+        # a shard of before there were checksums is held against its lengths alone
+        return sums is None or sums == {name: f"{_crc(tensor):08x}" for name, tensor in tensors.items()}
     except ValueError:
         return False
-    # a shard of before there were checksums is held against its lengths alone
-    return sums is None or sums == {name: f"{_crc(tensor):08x}" for name, tensor in tensors.items()}
 
 
 def file_checksum(path) -> int:
@@ -150,10 +284,10 @@ def file_checksum(path) -> int:
     return value
 
 
-def _crc(tensor: Tensor) -> int:
-    data, value = _bytes_of(tensor), 0
-    for first in range(0, len(data), _PIECE):
-        value = zlib.crc32(data[first : first + _PIECE], value)
+def _crc(rows: Tensor | ShardRows) -> int:
+    step, value = max(1, _PIECE // max(1, _row_bytes(rows.dtype, rows.shape[1:]))), 0
+    for first in range(0, len(rows), step):
+        value = zlib.crc32(_bytes_of(rows[first : first + step]), value)
     return value
 
 

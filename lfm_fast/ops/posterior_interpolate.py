@@ -65,7 +65,8 @@ def _check_values(rows: Tensor, items: int) -> None:
         return
     least, most = (int(x) for x in torch.aminmax(rows))
     if least < 0 or most >= items:
-        raise ValueError(f"rows goes from {least} to {most}, but mean has rows 0 to {items - 1}: pass some of these.")
+        there = f"rows 0 to {items - 1}: pass some of these" if items else "no row: pass a table of one or more"
+        raise ValueError(f"rows goes from {least} to {most}, but mean has {there}.")
 
 
 def _arguments(*, shape, variance=True, device="cpu", dtype=torch.float32, layout="contiguous") -> dict:

@@ -64,10 +64,10 @@ def train(config, source=None, autoencoder=None):
         config = dataclasses.replace(config, precision=resolve_precision(config.precision, world.device))
         if config.dry_run:
             if world.is_main:
-                num_items, num_classes, latent_shape = facts(config)
+                num_items, num_classes, latent_shape, table = facts(config, world)
                 config = resolve_labels(config, num_classes)
                 check_settings(config, latent_shape, world)
-                print(report.describe(config, world, latent_shape, num_items))
+                print(report.describe(config, world, latent_shape, num_items, table))
             return None
         _check_outputs(config)
         if source is None:

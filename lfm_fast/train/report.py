@@ -39,8 +39,11 @@ def memory_used(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def describe(config, world, latent_shape, num_items=None):
-    """The dry run's text: resolved settings, parameters, FLOPs per image and a memory estimate."""
+def describe(config, world, latent_shape, num_items=None, table=0):
+    """The dry run's text: resolved settings, parameters, FLOPs per image and a memory estimate.
+
+    `table` is how many bytes of latents are kept in the device's memory.
+    """
     pure = config.precision == "bf16-pure"
     with FakeTensorMode(), torch.device(world.device.type):  # shapes alone: no memory, whatever the size
         task = task_named(config.task)
@@ -60,6 +63,8 @@ def describe(config, world, latent_shape, num_items=None):
     # several ranks exchange gradients in memory that is there from the start
     exchanged = (2 if pure else 4) * parameters
     parts["gradients and activations"] = step.peak + exchanged if world.size > 1 else step.peak_with_gradients
+    if table:
+        parts["latents"] = table
     length = f"{config.steps} steps" if config.steps else f"{config.epochs:g} epochs"
     if config.epochs and num_items:
         length += f" = {total_steps(config, num_items)} steps over {num_items} items"

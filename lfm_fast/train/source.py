@@ -8,8 +8,9 @@ from types import SimpleNamespace
 from lfm_fast import _graphs
 from lfm_fast.autoencoder import DEFAULT_HUB_NAME, load_autoencoder
 from lfm_fast.data import resident
+from lfm_fast.data.encoding import encode_images
 from lfm_fast.data.foreign_latents import OURS, latent_layout, open_latents
-from lfm_fast.data.latents import EncodedImages, encode_images
+from lfm_fast.data.latents import EncodedImages, check_flip
 from lfm_fast.data.resident import ResidentLatents
 from lfm_fast.data.source import ImageSource
 from lfm_fast.tasks import CONDITIONED, task_named
@@ -33,6 +34,7 @@ def open_source(config, world, say=print):
             say(f"The latents in {config.data} do not say what made them; they fit {autoencoder.name}, and are its.")
         _require_whole(config, cache)
         return _of_cache(cache, config, world, say), autoencoder
+    _refuse_mapped(config)
     task = task_named(config.task)
     images = task.images(config)
     if world.is_main and images.report.skipped:
@@ -50,21 +52,34 @@ def _latents_of(images, autoencoder, config, world, say):
     if config.cache_latents is not None:
         cache = encode_images(images, autoencoder, config.cache_latents, flip=config.flip, world=world)
         return _of_cache(cache, config, world, say)
-    if len(images) * config.image_size**2 <= LARGEST_IN_MEMORY:
+    if _encoded_at_start(config, len(images)):
         return ResidentLatents.from_images(images, autoencoder, flip=config.flip, device=world.device)
     return EncodedImages(images, autoencoder, flip=config.flip)
+
+
+def _encoded_at_start(config, count) -> bool:
+    """Whether so many images become a table in memory. Raises ValueError for too many of which one is wanted."""
+    if count * config.image_size**2 <= LARGEST_IN_MEMORY:
+        return True
+    if config.keep_latents == "device":
+        raise ValueError(
+            f"keep_latents is device, but {count} images of {config.image_size} pixels are encoded as they are asked "
+            "for; give --cache-latents FOLDER, which encodes them once, or leave --keep-latents out"
+        )
+    return False
 
 
 def _of_cache(cache, config, world, say):
     where = {"device": world.device, "keep": config.keep_latents, "sharing": world.local_size}
     source = resident.of_cache(cache, flip=config.flip, **where)
     if world.is_main and isinstance(source, ResidentLatents):
-        say(f"The cached latents are a table of {source.nbytes / 1e9:.2f} GB in the memory of {world.device}.")
+        say(f"The cached latents are a table of {resident.size_text(source.nbytes)} in the memory of {world.device}.")
     return source
 
 
-def facts(config):
-    """(num_items or None, num_classes, latent_shape) for a dry run, without encoding anything.
+def facts(config, world):
+    """(num_items or None, num_classes, latent_shape, bytes of latents kept in the device's memory) for a dry run,
+    without encoding anything.
 
     Raises ValueError for what `open_source` would refuse and for an image size that does not divide.
     """
@@ -81,16 +96,42 @@ def facts(config):
             fits = {"autoencoder": shape, "image_size": config.image_size} if known else {}
             cache = open_latents(config.data, scaling=1.0, **fits)  # in whatever unit: no latent is looked at
         _require_whole(config, cache)
-        return cache.num_items, len(cache.class_names), cache.latent_shape
+        check_flip(cache, config.flip)
+        size = resident.bytes_of(cache, config.flip)
+        if layout != OURS:  # brought to the flow's unit, they are in float32
+            size = size * 4 // cache.dtype.itemsize
+        table = _table_bytes(config, world, size)
+        return cache.num_items, len(cache.class_names), cache.latent_shape, table
     if config.image_size % downsampling:
         raise ValueError(
             f"image_size {config.image_size} is not a multiple of {downsampling}, the autoencoder's factor"
         )
     shape = (channels, config.image_size // downsampling, config.image_size // downsampling)
     if config.data is None:
-        return None, config.num_classes or 0, shape
+        return None, config.num_classes or 0, shape, 0
+    _refuse_mapped(config)
     images = task_named(config.task).images(config)
-    return min(len(images), config.max_items or len(images)), images.num_classes, shape
+    count = min(len(images), config.max_items or len(images))
+    table = resident.table_bytes(count, shape, flip=config.flip)
+    if config.cache_latents is not None:
+        table = _table_bytes(config, world, table)
+    elif not _encoded_at_start(config, count):
+        table = 0
+    return count, images.num_classes, shape, table
+
+
+def _table_bytes(config, world, size) -> int:
+    """What of a cache of `size` bytes is kept in memory: all of it, or nothing."""
+    is_table = resident.is_table(size, device=world.device, keep=config.keep_latents, sharing=world.local_size)
+    return size if is_table else 0
+
+
+def _refuse_mapped(config):
+    if config.keep_latents == "mapped" and config.cache_latents is None:
+        raise ValueError(
+            f"keep_latents is mapped, but {config.data} holds images, of which there are no files of latents; give "
+            "--cache-latents FOLDER, which encodes them once, or leave --keep-latents out"
+        )
 
 
 def _refuse_cache(config):

@@ -11,7 +11,7 @@ from pathlib import Path
 from small_images import Pixels, Pooling
 
 from lfm_fast import distributed
-from lfm_fast.data.latents import encode_images
+from lfm_fast.data.encoding import encode_images
 
 SETTINGS = {"shard_size": 3, "batch_size": 2, "progress": False}  # 13 images: shards 0, 2, 4 and 1, 3
 

@@ -13,8 +13,8 @@ from small_images import Pixels, Pooling, files_of
 
 from lfm_fast.cli import main
 from lfm_fast.data import shards
+from lfm_fast.data.encoding import encode_images
 from lfm_fast.data.latent_cache import LatentCache
-from lfm_fast.data.latents import encode_images
 from lfm_fast.data.shards import is_whole
 
 

@@ -9,7 +9,7 @@ import pytest
 from encoding_ranks import SETTINGS, context
 from small_images import Pixels, Pooling, files_of
 
-from lfm_fast.data.latents import encode_images
+from lfm_fast.data.encoding import encode_images
 from lfm_fast.data.shards import is_whole
 
 COUNT = 60

@@ -9,9 +9,9 @@ from small_images import Pooling
 from torch import nn
 
 from lfm_fast.autoencoder import Posterior
-from lfm_fast.data.encoding import copy_latents
+from lfm_fast.data.encoding import copy_latents, encode_images
 from lfm_fast.data.latent_cache import LatentCache
-from lfm_fast.data.latents import CachedLatents, encode_images
+from lfm_fast.data.latents import CachedLatents
 from lfm_fast.data.source import ImageSource
 
 COUNT, BATCH, MOST = 20_000, 100, 48e6  # a shard and the whole are 164 MB of posteriors, a batch 0.8 MB

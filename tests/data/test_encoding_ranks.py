@@ -6,9 +6,9 @@ from encoding_ranks import SETTINGS, encode_on_two
 from small_images import Pixels, Pooling, files_of
 
 from lfm_fast.data import latent_writing
+from lfm_fast.data.encoding import encode_images
 from lfm_fast.data.latent_cache import LatentCache
 from lfm_fast.data.latent_writing import LatentWriter
-from lfm_fast.data.latents import encode_images
 from lfm_fast.data.shards import is_whole
 from lfm_fast.distributed import World
 

@@ -282,7 +282,7 @@ def test_training_reads_them_if_they_fit_the_autoencoder(tmp_path):
     z_0, y = latents.batch(torch.arange(6), 0)
     # float32 rounds the quotient and the product
     torch.testing.assert_close(z_0, rows[y], rtol=1e-6, atol=0)
-    assert facts(from_preset(**settings, image_size=32)) == (6, 6, (4, 8, 8))
-    for read in (facts, lambda config: open_source(config, World())):
+    assert facts(from_preset(**settings, image_size=32), World()) == (6, 6, (4, 8, 8), 6 * 4 * 8 * 8 * 4)
+    for read in (facts, open_source):
         with pytest.raises(ValueError, match=r"shape \(4, 8, 8\).*at 64 pixels have \(4, 16, 16\)"):
-            read(from_preset(**settings, image_size=64))
+            read(from_preset(**settings, image_size=64), World())

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from photographs import encoded, turned
 from PIL import Image, ImageOps
 
 from lfm_fast.data.headers import plain_header
@@ -15,49 +16,37 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (37, 53, 3)).astype(np.uint8)
 PICTURE = Image.fromarray(PIXELS)
 
 
-def encoded(kind, picture=PICTURE, **options):
-    file = io.BytesIO()
-    picture.save(file, kind, **options)
-    return file.getvalue()
-
-
-def exif(orientation):
-    block = Image.Exif()
-    block[0x0112] = orientation
-    return block
-
-
 PLAIN = {
-    "jpeg": encoded("jpeg"),
-    "jpeg, progressive": encoded("jpeg", progressive=True, quality=40),
-    "jpeg, 4:4:4": encoded("jpeg", subsampling=0),
-    "jpeg, grey": encoded("jpeg", PICTURE.convert("L")),
-    "jpeg, comment": encoded("jpeg", comment=b"hello"),
-    "png": encoded("png"),
-    "png, grey": encoded("png", PICTURE.convert("L")),
-    "webp": encoded("webp", quality=80),
-    "webp, lossless": encoded("webp", lossless=True),
-    **{f"jpeg, turned {k}": encoded("jpeg", exif=exif(k)) for k in range(1, 9)},
+    "jpeg": encoded(PICTURE, "jpeg"),
+    "jpeg, progressive": encoded(PICTURE, "jpeg", progressive=True, quality=40),
+    "jpeg, 4:4:4": encoded(PICTURE, "jpeg", subsampling=0),
+    "jpeg, grey": encoded(PICTURE.convert("L"), "jpeg"),
+    "jpeg, comment": encoded(PICTURE, "jpeg", comment=b"hello"),
+    "png": encoded(PICTURE, "png"),
+    "png, grey": encoded(PICTURE.convert("L"), "png"),
+    "webp": encoded(PICTURE, "webp", quality=80),
+    "webp, lossless": encoded(PICTURE, "webp", lossless=True),
+    **{f"jpeg, turned {k}": encoded(PICTURE, "jpeg", exif=turned(k)) for k in range(1, 9)},
 }
 OTHERS = {
-    "CMYK": encoded("jpeg", PICTURE.convert("CMYK")),
-    "RGB inside": encoded("jpeg", keep_rgb=True),
-    "alpha": encoded("png", PICTURE.convert("RGBA")),
-    "palette": encoded("png", PICTURE.convert("P")),
-    "16 bits": encoded("png", Image.fromarray(np.zeros((4, 4), np.uint16))),
-    "one bit": encoded("png", PICTURE.convert("1")),
-    "transparent colour": encoded("png", transparency=(1, 2, 3)),
-    "turned png": encoded("png", exif=exif(6)),
-    "webp, alpha": encoded("webp", PICTURE.convert("RGBA").rotate(7)),
-    "webp, lossless, alpha": encoded("webp", PICTURE.convert("RGBA").rotate(7), lossless=True),
-    "webp, turned": encoded("webp", exif=exif(6)),
-    "gif": encoded("gif"),
-    "bmp": encoded("bmp"),
-    "tiff": encoded("tiff"),
+    "CMYK": encoded(PICTURE.convert("CMYK"), "jpeg"),
+    "RGB inside": encoded(PICTURE, "jpeg", keep_rgb=True),
+    "alpha": encoded(PICTURE.convert("RGBA"), "png"),
+    "palette": encoded(PICTURE.convert("P"), "png"),
+    "16 bits": encoded(Image.fromarray(np.zeros((4, 4), np.uint16)), "png"),
+    "one bit": encoded(PICTURE.convert("1"), "png"),
+    "transparent colour": encoded(PICTURE, "png", transparency=(1, 2, 3)),
+    "turned png": encoded(PICTURE, "png", exif=turned(6)),
+    "webp, alpha": encoded(PICTURE.convert("RGBA").rotate(7), "webp"),
+    "webp, lossless, alpha": encoded(PICTURE.convert("RGBA").rotate(7), "webp", lossless=True),
+    "webp, turned": encoded(PICTURE, "webp", exif=turned(6)),
+    "gif": encoded(PICTURE, "gif"),
+    "bmp": encoded(PICTURE, "bmp"),
+    "tiff": encoded(PICTURE, "tiff"),
     "empty": b"",
     "text": b"not a picture at all",
-    "several pictures": encoded("mpo", save_all=True, append_images=[PICTURE]),
-    "moving": encoded("png", save_all=True, append_images=[PICTURE.rotate(90)]),
+    "several pictures": encoded(PICTURE, "mpo", save_all=True, append_images=[PICTURE]),
+    "moving": encoded(PICTURE, "png", save_all=True, append_images=[PICTURE.rotate(90)]),
 }
 
 

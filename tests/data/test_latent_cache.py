@@ -7,8 +7,9 @@ import pytest
 import torch
 from small_images import Pixels, Pooling, files_of
 
+from lfm_fast.data.encoding import encode_images
 from lfm_fast.data.latent_cache import LatentCache
-from lfm_fast.data.latents import CachedLatents, encode_images
+from lfm_fast.data.latents import CachedLatents
 
 
 @pytest.fixture

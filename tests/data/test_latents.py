@@ -3,8 +3,9 @@ import torch
 from small_images import Pixels, Pooling, expected_mean
 
 from lfm_fast.autoencoder import Posterior, load_autoencoder
+from lfm_fast.data.encoding import encode_images
 from lfm_fast.data.latent_cache import LatentCache
-from lfm_fast.data.latents import CachedLatents, EncodedImages, encode_images, flips_of
+from lfm_fast.data.latents import CachedLatents, EncodedImages, flips_of
 from lfm_fast.data.order import item_of
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from lfm_fast.cli import main
 from lfm_fast.data import open_images
-from lfm_fast.data.latents import LatentCache
+from lfm_fast.data.latent_cache import LatentCache
 from lfm_fast.data.opening import LAYOUTS, held_out_split, layout_of, open_store
 from lfm_fast.train.config import parse_args
 

@@ -7,8 +7,9 @@ from torch import nn
 from lfm_fast import ops
 from lfm_fast.autoencoder import Posterior
 from lfm_fast.data import resident
+from lfm_fast.data.encoding import encode_images
 from lfm_fast.data.latent_cache import LatentCache
-from lfm_fast.data.latents import CachedLatents, EncodedImages, encode_images
+from lfm_fast.data.latents import CachedLatents, EncodedImages
 from lfm_fast.data.resident import ResidentLatents, of_cache
 from lfm_fast.data.source import ImageSource
 from lfm_fast.flow.paths import Linear
@@ -59,7 +60,7 @@ def test_the_table_is_the_cache_to_the_bit(tmp_path, monkeypatch, flip):
             for part, rows in zip((table.mean, table.log_variance), read):
                 assert part is None if rows is None else torch.equal(part[13 * mirrored :][:13].float(), rows)
         held = sum(x.numel() * x.element_size() for x in (table.mean, table.log_variance) if x is not None)
-        assert resident._bytes_of(cache, flip) == table.nbytes == held
+        assert resident.bytes_of(cache, flip) == table.nbytes == held
         assert (table.num_items, table.num_classes, table.latent_shape) == (13, 3, (3, 4, 4))
 
 
@@ -120,13 +121,15 @@ def test_the_cache_is_let_go(tmp_path):
 
 def test_where_a_cache_is_kept(tmp_path, monkeypatch):
     cache = next(caches(tmp_path))
-    needed = resident._bytes_of(cache, True)
+    needed = resident.bytes_of(cache, True)
     rooms = {"device": needed, "auto": 8 * needed}
     for keep, room in rooms.items():
         for free, kind in ((room, ResidentLatents), (room - 1, CachedLatents)):
             monkeypatch.setattr(resident, "_free_bytes", lambda device, sharing, free=free: free)
             if (keep, kind) == ("device", CachedLatents):
-                with pytest.raises(ValueError, match=r"latents take .* GB, but cpu has room for .* GB: keep them map"):
+                with pytest.raises(
+                    ValueError, match=r"latents take 10\.0 kB, but cpu has room for 10\.0 kB: keep them map"
+                ):
                     of_cache(cache, flip=True, device=CPU, keep=keep)
             else:
                 assert type(of_cache(cache, flip=True, device=CPU, keep=keep)) is kind

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lfm_fast.data.shards import is_whole, map_shard, read_header, write_shard
+from lfm_fast.data.shards import is_whole, open_shard, read_header, write_shard
 
 PROVENANCE = {"format": 1, "source": "ünï", "shard": 3}
 
@@ -38,7 +38,7 @@ def test_safetensors_reads_what_is_written(tmp_path, dtype, step):
     # numbers lie at multiples of their size, for who maps them
     head = 8 + int.from_bytes((tmp_path / "a").read_bytes()[:8], "little")
     assert head % 8 == 0
-    assert all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in map_shard(tmp_path / "a").values())
+    assert all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in found.values())
 
 
 def test_the_bytes_do_not_depend_on_how_many_rows_come_at_once(tmp_path):
@@ -79,7 +79,7 @@ def test_a_truncated_or_missing_shard_is_not_whole(tmp_path):
         assert not is_whole(path)
         assert read_header(path) is None
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
-        map_shard(path)
+        open_shard(path)
 
 
 def test_a_shard_without_checksums_is_taken_by_its_lengths(tmp_path):

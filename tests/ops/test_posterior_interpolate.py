@@ -97,6 +97,13 @@ def test_a_table_is_read_where_it_lies(library):
         assert_same_bits(g, w)
 
 
+def test_rows_of_an_empty_table_are_refused():
+    with pytest.raises(
+        ValueError, match=r"^rows goes from 0 to 0, but mean has no row: pass a table of one or more\.$"
+    ):
+        ops.posterior_interpolate(table(1)[:0], torch.zeros(2, dtype=torch.int64), INDEX[:2], straight(2), None, 4)
+
+
 @pytest.mark.parametrize("bad", [[0, 9], [-1, 0], [2**40, 0]])
 def test_rows_that_are_not_there_are_refused(bad, library, emulated):
     args = (table(1), torch.tensor(bad), INDEX[:2], straight(2), table(2), 4)

@@ -213,6 +213,7 @@ def test_a_dry_run_describes_and_stops(tmp_path, capfd):
     assert "130,500,112 parameters" in rest
     assert "138.01 G in training (3 x the forward's 46.00 G)" in rest
     assert "weights 0.52, AdamW 1.04, EMA 0.52, gradients and activations" in rest
+    assert ", latents" not in rest[rest.index("memory per rank") :]  # without data there is no table of them
     assert "1000 epochs, 1280 images per step on 1 rank(s)" in rest
     assert not (tmp_path / "results").exists()
 
@@ -272,7 +273,7 @@ def test_images_are_encoded_ahead_where_they_fit_and_on_the_fly_where_not(tmp_pa
     for keep, kind, remarks in (("mapped", CachedLatents, 0), ("device", ResidentLatents, 1)):
         said, settings_of_it = [], {**config_of(config), "data": str(tmp_path / "c"), "keep_latents": keep}
         assert type(open_source(settings(tmp_path, **settings_of_it), World(), said.append)[0]) is kind
-        assert len([line for line in said if "a table of 0.00 GB in the memory of cpu" in line]) == remarks
+        assert len([line for line in said if "a table of 3.1 kB in the memory of cpu" in line]) == remarks
     index = torch.tensor([3, 11, 4])
     z_0, y = ahead.batch(index, 5)
     for other in (live, cached, direct):
