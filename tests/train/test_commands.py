@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+from lfm_fast.distributed import World
+from lfm_fast.train import loop
 from lfm_fast.train.commands import command
 
 
@@ -58,3 +60,21 @@ def test_where_there_is_no_python_it_has_the_name_that_it_has(environment):
 
 def test_a_program_that_pip_put_elsewhere_is_its_name(environment):
     assert command("torchrun") == "torchrun"
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "words"),
+    [
+        ("train_fast.py", 1, "python train_fast.py --resume"),
+        ("/somewhere/train_fast.py", 2, "torchrun --nproc-per-node 2 /somewhere/train_fast.py --resume"),
+        ("/venv/bin/lfm-fast", 1, "lfm-fast train --resume"),
+        ("/somewhere/lfm_fast/cli/__main__.py", 2, "torchrun --nproc-per-node 2 -m lfm_fast.cli train --resume"),
+        ("/venv/bin/pytest", 1, "python train_fast.py --resume"),
+        ("/somewhere/pytest/__main__.py", 1, "python train_fast.py --resume"),
+        ("scripts/quickstart.py", 1, "python train_fast.py --resume"),
+    ],
+)
+def test_how_to_go_on_starts_what_was_started(monkeypatch, name, ranks, words):
+    monkeypatch.setattr(sys, "argv", [name])
+    monkeypatch.setattr(loop, "command", str)  # as in a shell that finds this environment's programs
+    assert " ".join([*loop._program(World(size=ranks, local_size=ranks)), "--resume"]) == words

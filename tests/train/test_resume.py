@@ -15,7 +15,7 @@ from tiny_run import SETTINGS, Run, TinyAutoencoder, TinySource, flags
 
 import lfm_fast
 from lfm_fast.distributed import World
-from lfm_fast.train import loop, resume
+from lfm_fast.train import resume
 from lfm_fast.train.config import from_preset, parse_args
 from lfm_fast.train.journal import read_metrics
 from lfm_fast.train.loop import build_state, train
@@ -117,24 +117,6 @@ def test_settings_of_another_version_are_one_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_args(["--resume", str(folder)])
     assert "settings this version does not know (momentum)" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("name", "ranks", "words"),
-    [
-        ("train_fast.py", 1, "python train_fast.py --resume"),
-        ("/somewhere/train_fast.py", 2, "torchrun --nproc-per-node 2 /somewhere/train_fast.py --resume"),
-        ("/venv/bin/lfm-fast", 1, "lfm-fast train --resume"),
-        ("/somewhere/lfm_fast/cli/__main__.py", 2, "torchrun --nproc-per-node 2 -m lfm_fast.cli train --resume"),
-        ("/venv/bin/pytest", 1, "python train_fast.py --resume"),
-        ("/somewhere/pytest/__main__.py", 1, "python train_fast.py --resume"),
-        ("scripts/quickstart.py", 1, "python train_fast.py --resume"),
-    ],
-)
-def test_how_to_go_on_starts_what_was_started(monkeypatch, name, ranks, words):
-    monkeypatch.setattr(sys, "argv", [name])
-    monkeypatch.setattr(loop, "command", str)  # as in a shell that finds this environment's programs
-    assert " ".join([*loop._program(World(size=ranks, local_size=ranks)), "--resume"]) == words
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "text"])
