@@ -85,6 +85,20 @@ def test_any_keys_and_values_after_changes(tmp_path_factory, items, data):
     assert content(path) == content_by_lmdb(path)
 
 
+def test_the_newest_transaction_counts_on_either_page(tmp_path):
+    """They are written to page 1 and page 0 in turn."""
+    for k in range(4):
+        path = write(tmp_path / "env", {b"%d" % k: b"x" * k})
+        assert content(path) == content_by_lmdb(path) == [(b"%d" % n, b"x" * n) for n in range(k + 1)]
+
+
+def test_values_of_more_than_64_kilobytes(tmp_path):
+    """Sizes come in two halves. A page's header before a value may take a page more than the value."""
+    items = {b"%d" % size: bytes([size % 251]) * size for size in (65_535, 65_536, 65_537, 200_000, 20_464, 20_480)}
+    path = write(tmp_path / "env", items)
+    assert content(path) == content_by_lmdb(path) == sorted(items.items())
+
+
 def test_an_environment_in_one_file(tmp_path):
     path = write(tmp_path / "one.lmdb", {b"a": b"x" * 5000}, subdir=False)
     assert content(path) == [(b"a", b"x" * 5000)]

@@ -79,6 +79,89 @@ def test_folders_are_passed_over_and_links_named(tmp_path):
     assert [name for name, _ in index.skipped] == ["a.tar/d/l", "a.tar/d/h"]
 
 
+def raw(name, kind=tarfile.REGTYPE, content=b"", **fields):
+    """The header and the content of one member, as tarfile writes a plain one, with bytes put at places of the header:
+    at_124=b"..." and so on."""
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, len(content)
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT)[:512])
+    for place, value in fields.items():
+        start = int(place.removeprefix("at_"))
+        header[start : start + len(value)] = value
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + content + bytes(-len(content) % 512)
+
+
+def record(key, value):
+    """A record of a pax header, whose length counts its own digits."""
+    length = len(f" {key}={value}\n") + 2
+    return f"{length} {key}={value}\n".encode()
+
+
+def by_both(path, *members):
+    """What is read of an archive of these members, and the names that tarfile finds."""
+    path.write_bytes(b"".join(members) + bytes(1024))
+    index = index_tar(Archive(path))
+    with tarfile.open(path) as tar:
+        return index, [member.name for member in tar]
+
+
+def test_headers_for_the_next_member_in_any_order(tmp_path):
+    """A long name is not lost over a header for all members, or one of a long link, that comes between."""
+    of_all = raw("global", tarfile.XGLTYPE, record("comment", "of all members"))
+    named = raw("pax", tarfile.XHDTYPE, record("path", "long/name.png"))
+    index, names = by_both(tmp_path / "a.tar", named, of_all, raw("short.png", content=b"x"), raw("next", content=b"y"))
+    assert [name for name, _, _ in index.files] == names == ["long/name.png", "next"]
+    long = raw("L", tarfile.GNUTYPE_LONGNAME, b"a/long/name\0"), raw("K", tarfile.GNUTYPE_LONGLINK, b"its/target\0")
+    index, names = by_both(tmp_path / "b.tar", *long, raw("short", tarfile.SYMTYPE))
+    assert [name for name, _ in index.skipped] == [f"b.tar/{name}" for name in names] == ["b.tar/a/long/name"]
+
+
+def test_old_and_rare_kinds_of_files(tmp_path):
+    """A file of before POSIX, a contiguous one, folders with and without a kind of their own, files with holes."""
+    holes = raw("pax", tarfile.XHDTYPE, record("GNU.sparse.major", "1"))
+    members = raw("old", tarfile.AREGTYPE, b"o"), raw("one", tarfile.CONTTYPE, b"c"), raw("d/", tarfile.AREGTYPE)
+    index, _ = by_both(tmp_path / "a.tar", *members, raw("e/", tarfile.DIRTYPE), raw("last", content=b"l"))
+    archive = Archive(tmp_path / "a.tar")
+    assert [(name, archive.read(*place)) for name, *place in index.files] == [
+        ("old", b"o"),
+        ("one", b"c"),
+        ("last", b"l"),
+    ]
+    (tmp_path / "b.tar").write_bytes(
+        holes + raw("holes", content=b"x") + raw("s", tarfile.GNUTYPE_SPARSE) + bytes(1024)
+    )
+    index = index_tar(Archive(tmp_path / "b.tar"))
+    assert (index.files, [name for name, _ in index.skipped]) == ([], ["b.tar/holes", "b.tar/s"])
+
+
+def test_fields_that_gnu_uses_otherwise(tmp_path):
+    """A size in base 256, which need not be large; and times where POSIX has the beginning of a long name."""
+    size = b"\x80" + (5).to_bytes(11, "big")
+    index, names = by_both(tmp_path / "a.tar", raw("x", content=b"hello", at_124=size), raw("y"))
+    assert [(name, size) for name, _, size in index.files] == [(names[0], 5), (names[1], 0)] == [("x", 5), ("y", 0)]
+    (tmp_path / "b.tar").write_bytes(raw("x", at_345=b"14703045123\0" * 2) + bytes(1024))
+    assert [name for name, _, _ in index_tar(Archive(tmp_path / "b.tar")).files] == ["x"]
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        raw("pax", tarfile.XHDTYPE, b"12 path=a.p_"),  # no new line at its end
+        raw("pax", tarfile.XHDTYPE, b"99 path=a.png\n"),  # longer than the header
+        raw("L", tarfile.GNUTYPE_LONGNAME, b"n" * ((1 << 20) + 1)),
+        raw("x", at_124=b"12a\0"),
+        raw("pax", tarfile.XHDTYPE, b"10 size=-\n"),
+    ],
+)
+def test_headers_that_cannot_be_are_named(tmp_path, member):
+    (tmp_path / "a.tar").write_bytes(raw("good") + member + raw("x.png") + bytes(1024))
+    index = index_tar(Archive(tmp_path / "a.tar"))
+    assert [name for name, _, _ in index.files] == ["good"]
+    assert index.skipped == [("a.tar", "from byte 512 on it is damaged; what follows is lost")]
+
+
 def test_a_size_beyond_octal_digits_is_read(tmp_path):
     """Eight gigabytes and more, as GNU's base 256 and as a pax record: the archive is then cut off, at this size."""
     for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
@@ -130,6 +213,7 @@ def test_shards_are_in_order_of_name_whatever_way_they_are_given(tmp_path):
         ("json", b'{"label": 7, "width": 9}', 7),
         ("json", b'{"cls": 7}', 7),
         ("json", b'{"class_id": "7"}', 7),
+        ("json", b'{"class": 3, "class_id": 2, "cls": 1, "label": 7}', 7),
         ("CLS", b"7", 7),
     ],
 )
@@ -179,11 +263,14 @@ def test_a_label_file_that_is_damaged_costs_its_sample_alone(tmp_path, content):
     assert "its label" in dict(images.report.skipped)["a.tar/x.png"]
 
 
-def test_names_of_classes_beside_the_archives(tmp_path):
-    path = pack(tmp_path / "a.tar", labelled(3)[0])
-    (tmp_path / "classnames.txt").write_text("cat\ndog\n\nhen\n")
+def test_names_of_classes_beside_the_archives_or_above_them(tmp_path):
+    (tmp_path / "set").mkdir()
+    path, beside = pack(tmp_path / "set" / "a.tar", labelled(3)[0]), tmp_path / "set" / "classnames.txt"
+    (tmp_path / "classnames.txt").write_text("1\n2\n3\n")
+    assert open_images(path, 16).class_names == ["1", "2", "3"]
+    beside.write_text("cat\ndog\n\nhen\n")
     assert open_images(path, 16).class_names == ["cat", "dog", "hen"]
-    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    beside.write_text("cat\ndog\n")
     with pytest.raises(ValueError, match="has 2 names, but there are labels up to 2"):
         open_images(path, 16)
 
@@ -194,6 +281,10 @@ def test_splits_are_in_the_names(tmp_path):
     assert len(open_images(tmp_path, 16)) == 4
     assert len(open_images(tmp_path, 16, split="held_out")) == 2
     assert len(open_images(tmp_path, 16, split="all")) == 6
+    names = {split: open_store(tmp_path, split=split).name for split in ("train", "held_out", "all")}
+    assert names == {split: f"{tmp_path.name} {split}" for split in names}  # notes and caches are kept by it
+    pack(tmp_path / "birds.tar", labelled(3)[0])  # says nothing: it is not held out
+    assert len(open_images(tmp_path, 16)) == 7
     with pytest.raises(ValueError, match="is used whole"):
         open_images(tmp_path / "birds-train-000000.tar", 16, split="held_out")
 
@@ -216,6 +307,8 @@ def test_a_name_that_comes_twice_counts_once_and_is_named(tmp_path):
     assert len(images) == 1
     assert torch.equal(images.load(0), torch.from_numpy(one).permute(2, 0, 1))
     assert images.report.skipped == [("a.tar/x.png", "another file of this name is before it")]
+    path = pack(tmp_path / "b.tar", [("x.png", encoded(one)), ("x.PNG", encoded(two))])  # of either case
+    assert open_images(path, 20).report.skipped == [("b.tar/x.PNG", "another file of this name is before it")]
 
 
 # -- faults
@@ -287,11 +380,17 @@ def test_what_is_no_archive_of_pictures_is_a_sentence(tmp_path):
             open_store(tmp_path / name)
     with pytest.raises(ValueError, match="cannot be opened"):
         open_store(tmp_path / "part-{0..3}.tar")
-    with pytest.raises(ValueError, match="stands for no archives"):
-        expanded(tmp_path / "part-{3..0}.tar")
+    for pattern in ("part-{3..0}.tar", "part-{0..1000000}.tar"):  # a million and one would be a slip of the finger
+        with pytest.raises(ValueError, match="stands for no archives"):
+            expanded(tmp_path / pattern)
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match=r"holds no \.tar of split 'train'"):
         open_store(tmp_path / "none", "webdataset")
+
+
+def test_a_label_of_a_megabyte_is_not_read(tmp_path):
+    files = [("x.png", encoded(picture())), ("x.cls", b"1" + b" " * (1 << 20)), *labelled(1)[0]]
+    assert open_store(pack(tmp_path / "a.tar", files)).skipped == [("a.tar/x.png", "its label has 1048577 bytes")]
 
 
 def test_a_header_that_promises_much_takes_no_memory(tmp_path):
