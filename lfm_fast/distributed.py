@@ -17,10 +17,22 @@ import torch
 import torch.distributed as dist
 
 CONTROL_TIMEOUT = timedelta(days=7)  # rank 0 may encode a whole data set; torchrun ends everybody if it dies
+MEETING_TIMEOUT = timedelta(minutes=30)  # machines of a cluster start one by one
 
 
 class PeerLost(RuntimeError):
-    """Another rank has ended before its part was done: killed, or by an error of its own."""
+    """Another rank has ended before its part was done: killed, or by an error of its own.
+
+    `then` is what to do about it.
+    """
+
+    def __init__(self, then=None):
+        super().__init__("another rank has ended before its part was done" + (f"; {then}" if then else ""))
+
+
+def is_of_lost_peer(error: RuntimeError) -> bool:
+    """Whether these are the transport's words for a rank that is not there any more: gloo's, NCCL's, or ours."""
+    return isinstance(error, PeerLost | dist.DistError) or "/gloo/" in str(error)
 
 
 @dataclass
@@ -48,14 +60,16 @@ class World:
 
     def barrier(self):
         if self.size > 1:
-            dist.barrier(group=self.control)
+            with _exchange():
+                dist.barrier(group=self.control)
 
     def sum(self, tensor):
         """The sum of `tensor` over all ranks, the same on each; summed on the CPU."""
         if self.size == 1:
             return tensor
         total = tensor.detach().cpu().clone()
-        dist.all_reduce(total, group=self.control)
+        with _exchange():
+            dist.all_reduce(total, group=self.control)
         return total.to(tensor.device)
 
     def gather(self, tensor):
@@ -63,12 +77,13 @@ class World:
         if self.size == 1:
             return tensor.detach().cpu()
         counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(counts, torch.tensor([tensor.shape[0]]), group=self.control)
-        longest = max(int(count) for count in counts)
-        padded = torch.zeros(longest, *tensor.shape[1:], dtype=tensor.dtype)
-        padded[: tensor.shape[0]] = tensor.detach().cpu()
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded, group=self.control)
+        with _exchange():
+            dist.all_gather(counts, torch.tensor([tensor.shape[0]]), group=self.control)
+            longest = max(int(count) for count in counts)
+            padded = torch.zeros(longest, *tensor.shape[1:], dtype=tensor.dtype)
+            padded[: tensor.shape[0]] = tensor.detach().cpu()
+            parts = [torch.empty_like(padded) for _ in range(self.size)]
+            dist.all_gather(parts, padded, group=self.control)
         return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])
 
     def from_main(self, make):
@@ -144,7 +159,7 @@ def _exchange():
     try:
         yield
     except RuntimeError as error:
-        raise PeerLost("another rank has ended before its part was done") from error
+        raise PeerLost() from error
 
 
 def _portable(error):
@@ -159,12 +174,15 @@ class Vote:
     """An all-reduce in flight. Awaiting it one step later costs nothing and gives every rank the same answer."""
 
     def __init__(self, world, ballot):
-        self.count = torch.tensor([int(ballot)])
-        self.work = dist.all_reduce(self.count, group=world.control, async_op=True) if world.size > 1 else None
+        self.count, self.work = torch.tensor([int(ballot)]), None
+        if world.size > 1:
+            with _exchange():
+                self.work = dist.all_reduce(self.count, group=world.control, async_op=True)
 
     def result(self):
         if self.work is not None:
-            self.work.wait()
+            with _exchange():
+                self.work.wait()
             self.work = None
         return bool(self.count)
 
@@ -192,12 +210,23 @@ def start(device="auto"):
     _set_threads(local_size)
     world = World(rank=rank, size=size, local_size=local_size, device=chosen)
     if size > 1:
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
         if not dist.is_initialized():
-            dist.init_process_group(backend, timeout=CONTROL_TIMEOUT if backend == "gloo" else None)
-        gloo = backend == "gloo"
-        world.control = dist.group.WORLD if gloo else dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+            _meet(size, gloo=chosen.type == "cpu")
+        world.control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     return world
+
+
+def _meet(size, gloo):
+    """Join the process group of all ranks. Raises OSError where they do not all come in time."""
+    try:
+        dist.init_process_group("gloo" if gloo else "nccl", timeout=MEETING_TIMEOUT if gloo else None)
+        # NCCL meets at its first use; this wait is for all who come to be there for the group that waits for days
+        dist.barrier(group=dist.group.WORLD if gloo else dist.new_group(backend="gloo", timeout=MEETING_TIMEOUT))
+    except RuntimeError as error:
+        if not is_of_lost_peer(error):
+            raise
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise OSError(f"the {size} ranks have not all met at {place}; start all of them again") from error
 
 
 def _set_threads(local_size):

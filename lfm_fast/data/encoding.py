@@ -202,8 +202,13 @@ def _finite(value, source, chunk):
     return value
 
 
-def _provenance(source, autoencoder, flip, store, dtype, shard_size) -> dict:
+def images_digest(source) -> str:
+    """Which images in which order, by name and label."""
     digest = hashlib.sha256(json.dumps([source.names, source.labels.tolist(), source.class_names]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _provenance(source, autoencoder, flip, store, dtype, shard_size) -> dict:
     return {
         "format": FORMAT,
         "autoencoder": autoencoder.name,
@@ -211,7 +216,7 @@ def _provenance(source, autoencoder, flip, store, dtype, shard_size) -> dict:
         "image_size": source.image_size,
         "source": source.name,
         "num_items": len(source),
-        "images_digest": digest.hexdigest()[:16],  # which images in which order, by name and label
+        "images_digest": images_digest(source),
         "flip": bool(flip),
         "store": store,
         "dtype": str(dtype).removeprefix("torch."),

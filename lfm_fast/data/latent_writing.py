@@ -228,4 +228,4 @@ def _peers():
     try:
         yield
     except PeerLost as error:
-        raise PeerLost(f"{error}; what is written so far stands: start again and the rest is made") from error
+        raise PeerLost("what is written so far stands: start again and the rest is made") from error

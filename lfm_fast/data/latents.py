@@ -11,7 +11,7 @@ import torch
 
 from lfm_fast import ops
 from lfm_fast.autoencoder import Posterior
-from lfm_fast.data.encoding import check_sizes, device_of, encode_in_memory, to_model_range
+from lfm_fast.data.encoding import check_sizes, device_of, encode_in_memory, images_digest, to_model_range
 from lfm_fast.data.latent_cache import LatentCache
 from lfm_fast.data.order import item_of
 from lfm_fast.ops.streams import STREAM_AUGMENTATION
@@ -43,6 +43,7 @@ class OfCache:
         self.class_names = cache.class_names
         self.num_classes = len(cache.class_names)
         self.labels = cache.labels
+        self.provenance = cache.provenance
 
     @classmethod
     def from_images(cls, source, autoencoder, *, flip: bool = False, batch_size: int = 32, **where):
@@ -115,6 +116,12 @@ class EncodedImages:
         self.num_classes = len(source.class_names)
         self.labels = source.labels
         self._ahead = ReadAhead(self._images)
+
+    @property
+    def provenance(self) -> dict:
+        """Of what a cache's says, what its latents are of."""
+        fingerprint = getattr(self.autoencoder, "fingerprint", None)
+        return {"images_digest": images_digest(self.source), "fingerprint": fingerprint}
 
     def batch(self, sample_numbers: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """z_0 (B, C, h, w) float32 on the autoencoder's device and y (B,) int64 on the CPU."""

@@ -1,5 +1,6 @@
 """The training run: open the data, build or resume the state, step, and leave metrics, grids and checkpoints."""
 
+import contextlib
 import copy
 import dataclasses
 import shlex
@@ -26,6 +27,7 @@ from lfm_fast.train.ema import EMA
 from lfm_fast.train.graphed import GraphedGradients
 from lfm_fast.train.journal import Journal, read_metrics
 from lfm_fast.train.optimizer import AdamW
+from lfm_fast.train.origin import origin_of, require_one
 from lfm_fast.train.samples import SAMPLING, columns, sample_grid, save_grid
 from lfm_fast.train.schedule import learning_rate, total_steps
 from lfm_fast.train.source import check_settings, check_source, facts, open_source, resolve_labels
@@ -40,7 +42,7 @@ def main(config):
     """
     try:
         train(config)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, distributed.PeerLost) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
@@ -74,9 +76,14 @@ def train(config, source=None, autoencoder=None):
             source, autoencoder = open_source(config, world)
         config = resolve_labels(config, source.num_classes)
         check_source(config, source, world)
+        require_one(origin_of(source), config, world)
         folder = _run(config, source, autoencoder, world)
         world.barrier()  # no rank takes its connections away while another still writes the last checkpoint
         return folder
+    except RuntimeError as error:
+        if isinstance(error, distributed.PeerLost) or not distributed.is_of_lost_peer(error):
+            raise
+        raise distributed.PeerLost() from error
     finally:
         world.close()
 
@@ -130,8 +137,12 @@ def build_state(config, source, world):
     set_mode(network, config.activation_checkpointing)
     compile_network(network, config, world.device)
     if world.size > 1:
+        cuda = world.device.type == "cuda"
         network = torch.nn.parallel.DistributedDataParallel(
-            network, device_ids=[world.device] if world.device.type == "cuda" else None, gradient_as_bucket_view=True
+            network,
+            device_ids=[world.device] if cuda else None,
+            process_group=None if cuda else world.control,  # the other one gives up on a rank that takes half an hour
+            gradient_as_bucket_view=True,
         )
     optimizer = AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -147,7 +158,7 @@ def build_state(config, source, world):
         "sampling": {**SAMPLING, "guidance_scale": config.guidance_scale},
         "task": {"name": config.task, **task.settings(config)},
     }
-    return TrainState(model, network, optimizer, ema, copies, flow=flow, loss_sum=loss_sum)
+    return TrainState(model, network, optimizer, ema, copies, flow=flow, origin=origin_of(source), loss_sum=loss_sum)
 
 
 def _start_from(config, model):
@@ -181,7 +192,7 @@ def training_path(config):
 def _run(config, source, autoencoder, world):
     steps, path = total_steps(config, source.num_items), training_path(config)
     state = build_state(config, source, world)
-    folder, candidates = world.from_main(lambda: resume.choose_run(config, steps))
+    folder, candidates = world.from_main(lambda: resume.choose_run(config, steps, state.origin))
     try:
         journal = Journal(folder, active=world.is_main)
         checkpoint = world.from_main(lambda: resume.newest_whole(candidates, journal.say))
@@ -202,6 +213,12 @@ def _run(config, source, autoencoder, world):
         run = Run(config, world, state, source, autoencoder, path, folder, journal, steps)
         run.announce(checkpoint)
         run.go()
+    except RuntimeError as error:
+        if not distributed.is_of_lost_peer(error):
+            raise
+        made = resume.run_checkpoints(folder)
+        then = f"go on from {made[0]} with --resume {folder}" if made else "no checkpoint had been written yet"
+        raise distributed.PeerLost(then) from error
     finally:
         if world.is_main:
             resume.unlock(folder)
@@ -220,6 +237,7 @@ class Run:
         lines = read_metrics(folder) if world.is_main else []
         self.seconds = lines[-1].get("seconds", 0.0) if lines else 0.0  # of training, over all starts of this run
         self.interval_seconds, self.interval_steps = 0.0, 0
+        self.first_step = state.step
 
     def announce(self, checkpoint):
         state, config = self.state, self.config
@@ -239,7 +257,11 @@ class Run:
             if state.step == 0:
                 self.make_grid()
             while state.step < self.steps:
-                self.step()
+                try:
+                    self.step()
+                except (ValueError, OSError):  # of the data: nothing of this step has been done
+                    self.save_steps_before()
+                    raise
                 stopping = stop.asked()
                 last = state.step == self.steps
                 if last or state.step % config.log_every == 0:
@@ -329,6 +351,14 @@ class Run:
                 if must:
                     raise
                 self.journal.say(f"Training goes on, but {error}")
+
+    def save_steps_before(self):
+        """Save, before the run ends by an error, what it has done since the last checkpoint; one rank alone cannot,
+        since the others wait for its gradients."""
+        if self.world.size == 1 and self.state.step > max(self.first_step, resume.newest_step(self.folder)):
+            with contextlib.suppress(OSError, FloatingPointError):  # the error itself is what has to be said
+                self.save(must=True)
+                self.journal.say(f"Saved {self.checkpoint}, the state before the step that fails.")
 
     def say_how_to_go_on(self):
         words = shlex.join([*_program(self.world), "--resume", str(self.folder)])

@@ -22,6 +22,7 @@ from lfm_fast.checkpoint import (
     save_weights,
 )
 from lfm_fast.train.journal import read_metrics
+from lfm_fast.train.origin import difference
 
 try:
     import fcntl  # not on Windows, where run folders are not locked
@@ -52,6 +53,7 @@ def save_checkpoint(folder, state, config):
         "config": state.model.config,
         "training": config.as_dict(),
         "flow": state.flow,
+        "origin": state.origin,
         "version": FORMAT_VERSION,
         "step": state.step,
         "samples": state.samples,
@@ -179,16 +181,24 @@ def unlock(folder):
 _HELD = {}  # folder -> the open file whose lock ends when it is closed
 
 
-def choose_run(config, total_steps):
-    """Where to write and what to go on from: (run folder, checkpoint paths to try newest first). Locks the folder."""
+def choose_run(config, total_steps, origin=None):
+    """Where to write and what to go on from: (run folder, checkpoint paths to try newest first). Locks the folder.
+
+    `origin` is what this run learns from: one that learned from anything else is not gone on with, and named if it was
+    asked for.
+    """
     if config.resume not in ("auto", "never"):
-        return _named_run(config, total_steps)
+        return _named_run(config, total_steps, origin)
     if config.resume == "auto":
         pattern = re.compile(r"\d{3}-" + re.escape(config.model.replace("/", "-")))
         runs = [path for path in Path(config.output).glob("*") if pattern.fullmatch(path.name)]
         for folder in sorted(runs, reverse=True):
             settings = _read_config(folder)
             if settings is None or config.different_curve(settings) or _is_finished(folder, total_steps):
+                continue
+            other = _other_origin(run_checkpoints(folder), origin, config)
+            if other is not None:
+                print(f"Not going on with {folder}: {other}. A new run begins.")
                 continue
             if lock(folder):
                 _clean(folder)
@@ -213,9 +223,23 @@ def start_anew(config, instead_of=None):
     return folder
 
 
-def _named_run(config, total_steps):
+def _other_origin(paths, origin, config):
+    """Why the run of these checkpoints, newest first, did not learn from `origin`; None where nothing says so."""
+    for path in paths:
+        with contextlib.suppress(*UNREADABLE):
+            before = read_metadata(path).get("origin")
+            return difference(before, origin, config) if isinstance(before, dict) and origin else None
+    return None
+
+
+def _named_run(config, total_steps, origin):
     path = _given(config.resume)
     _refuse_fewer_steps(config, path, total_steps)
+    other = _other_origin(run_checkpoints(path) if path.is_dir() else [path], origin, config)
+    if other is not None:
+        raise ValueError(
+            f"--resume {config.resume}: {other}; put that back, or begin anew with its weights by --start-from"
+        )
     if path.is_dir():
         folder, paths = path, run_checkpoints(path)
     elif path.is_file():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,7 +37,7 @@ def open_source(config, world, say=print):
         return _of_cache(cache, config, world, say), autoencoder
     _refuse_mapped(config)
     task = task_named(config.task)
-    images = task.images(config)
+    images = world.main_first(lambda: task.images(config))
     if world.is_main and images.report.skipped:
         say(images.report.summary())
     if world.is_main and config.autoencoder == "embedded" and config.data != "embedded":
@@ -44,7 +45,11 @@ def open_source(config, world, say=print):
     if config.max_items is not None and config.max_items < len(images):
         images = FirstImages(images, config.max_items)
     autoencoder = load_autoencoder(config.autoencoder, device=world.device)
-    return task.source(config, _latents_of(images, autoencoder, config, world, say), images, autoencoder), autoencoder
+    with warnings.catch_warnings():
+        if not world.is_main:  # every rank encodes the same images
+            warnings.simplefilter("ignore")
+        latents = _latents_of(images, autoencoder, config, world, say)
+    return task.source(config, latents, images, autoencoder), autoencoder
 
 
 def _latents_of(images, autoencoder, config, world, say):

@@ -34,6 +34,7 @@ class TrainState:
     step: int = 0  # optimizer steps done
     samples: int = 0  # samples drawn, over all ranks; the next one's global number
     flow: dict | None = None  # what its checkpoints say about sampling from it: path, autoencoder, class names
+    origin: dict | None = None  # and about what it learns from (lfm_fast.train.origin)
     loss_sum: torch.Tensor | None = None  # () float64: this rank's part of the losses of the steps not yet logged
     loss_steps: int = 0  # how many steps those are
     grad_norm: torch.Tensor | None = None  # () of the last step, before clipping
@@ -62,6 +63,7 @@ def train_step(state, source, config, path, world):
     numbers = world.shard(config.batch_size, first=state.samples)  # (b,) int64
     parts = numbers.tensor_split(min(config.accumulation_steps, numbers.numel()))
     add_gradients = state.graph or gradients_on(state, config, path, world, source)
+    loss = torch.zeros_like(state.loss_sum)
     for part, numbers in enumerate(parts):
         # data -> z_0, or the posteriors that it is drawn from
         began = time.perf_counter()
@@ -72,7 +74,7 @@ def train_step(state, source, config, path, world):
         )
         # z_0 -> z_t -> model -> velocity -> loss -> gradient
         with _gradients_summed_over_ranks(state.network, last=part == len(parts) - 1):
-            state.loss_sum += add_gradients(latents, y, index, condition)
+            loss += add_gradients(latents, y, index, condition)
     # AdamW and the average of the weights, in one pass over them (ops.adamw_ema)
     state.grad_norm, scale = _clip(state.trained, config.clip_grad_norm)
     ema = state.ema
@@ -80,6 +82,7 @@ def train_step(state, source, config, path, world):
     state.optimizer.step(gradient_scale=scale, ema_decay=ema.decay_at(state.step), **followers)
     for parameter in state.trained:
         parameter.grad = None
+    state.loss_sum += loss  # not before: of a step whose data cannot be read nothing is kept
     state.step += 1
     state.loss_steps += 1
     state.samples += config.batch_size

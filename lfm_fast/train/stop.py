@@ -1,7 +1,10 @@
 """SIGTERM and SIGINT ask a run to stop; all ranks stop after the same step."""
 
+import contextlib
 import signal
 import time
+
+from lfm_fast.distributed import PeerLost
 
 
 class StopSignals:
@@ -18,11 +21,13 @@ class StopSignals:
         self._before = {sign: signal.signal(sign, self._handle) for sign in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
         for sign, handler in self._before.items():
             signal.signal(sign, handler)
-        if self._vote is not None:
-            self._vote.result()
+        # what ended the run is what is said of it, not that this vote, too, has lost a rank
+        with contextlib.suppress(*([PeerLost] if error else [])):
+            if self._vote is not None:
+                self._vote.result()
 
     def _handle(self, sign, _):
         now = time.monotonic()

@@ -1,0 +1,69 @@
+"""A rank that is killed, or never comes: the others end with one sentence that says how to go on."""
+
+import signal
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+from tiny_run import flags, two_ranks
+
+from lfm_fast import distributed
+from lfm_fast.train import resume
+
+LONG = {"steps": 100_000, "checkpoint_every": 3}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_other_with_a_sentence(tmp_path, rank):
+    runs, statuses = two_ranks(
+        flags(output=tmp_path, **LONG),
+        tmp_path,
+        {"TINY_DELAY": "0.01"},
+        lambda runs: (runs[0].wait_for("step 7/"), runs[rank].signal(signal.SIGKILL)),
+    )
+    assert (statuses[rank], statuses[1 - rank]) == (-signal.SIGKILL, 1)
+    folder = tmp_path / "000-DiT-Tiny"
+    newest = resume.run_checkpoints(folder)[0]
+    assert int(newest.stem) >= 6
+    said = [line for line in runs[1 - rank].text().splitlines() if not line.startswith(("Training", "step"))]
+    assert said == [
+        f"error: another rank has ended before its part was done; go on from {newest} with --resume {folder}"
+    ]
+
+
+def test_a_rank_killed_before_the_first_checkpoint(tmp_path):
+    runs, statuses = two_ranks(
+        flags(output=tmp_path, steps=100_000, checkpoint_every=100_000),
+        tmp_path,
+        {"TINY_DELAY": "0.01"},
+        lambda runs: (runs[0].wait_for("step 1/"), runs[0].signal(signal.SIGKILL)),
+    )
+    assert statuses == [-signal.SIGKILL, 1]
+    assert runs[1].text() == (
+        "error: another rank has ended before its part was done; no checkpoint had been written yet\n"
+    )
+
+
+def test_what_only_a_bug_says_stays_as_it_is():
+    assert not distributed.is_of_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert distributed.is_of_lost_peer(RuntimeError("[/x/gloo/gloo/transport/tcp/pair.cc:553] Connection closed"))
+    assert distributed.is_of_lost_peer(dist.DistBackendError("NCCL communicator was aborted"))
+
+
+def test_a_rank_that_never_comes_is_not_waited_for_for_days(monkeypatch, unused_tcp_port):
+    here = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (here | {"MASTER_PORT": str(unused_tcp_port), "OMP_NUM_THREADS": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "MEETING_TIMEOUT", timedelta(seconds=1))
+    with pytest.raises(OSError, match=rf"the 2 ranks have not all met at 127.0.0.1:{unused_tcp_port}; start all"):
+        distributed.start("cpu")
+    assert not dist.is_initialized()
+
+
+@pytest.fixture
+def unused_tcp_port():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
