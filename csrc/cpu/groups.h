@@ -92,33 +92,28 @@ inline std::vector<float> channel_values(const std::optional<Tensor>& values, co
 // A kernel over slabs has three stages. Done slab by slab, the last finds in the cache what the first has read; where
 // there are too few slabs for the threads, each stage goes over all chunks.
 //   measure(slab, chunk, scratch), finish(slab), apply(slab, chunk, scratch)
-template <typename Kernel>
-struct SlabBySlab {
-  const Kernel& kernel;
-  template <Level level>
-  LFM_HD void run(int64_t first, int64_t last) const {
-    typename Kernel::Scratch scratch(kernel.shape, true);
-    const int64_t chunks = kernel.chunks();
-    for (int64_t slab = first; slab < last; ++slab) {
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) kernel.measure(slab, chunk, scratch);
-      kernel.finish(slab);
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) kernel.apply(slab, chunk, scratch);
-    }
-  }
-};
+enum class Stages { all, measuring, applying };
 
-template <typename Kernel, bool measuring>
-struct ChunkByChunk {
+// Which of them is asked while it runs, so that each is compiled once: an item is a slab, or a chunk of one.
+template <typename Kernel>
+struct OverSlabs {
   const Kernel& kernel;
+  Stages stages;
+
   template <Level level>
   LFM_HD void run(int64_t first, int64_t last) const {
-    typename Kernel::Scratch scratch(kernel.shape, false);
+    const bool whole = stages == Stages::all;
     const int64_t chunks = kernel.chunks();
-    for (int64_t item = first; item < last; ++item) {
-      if constexpr (measuring)
-        kernel.measure(item / chunks, item % chunks, scratch);
-      else
-        kernel.apply(item / chunks, item % chunks, scratch);
+    typename Kernel::Scratch scratch(kernel.shape, whole);
+    for (int64_t item = first; item < last;) {
+      const int64_t slab = whole ? item : item / chunks, begin = whole ? 0 : item % chunks;
+      const int64_t end = whole ? chunks : std::min(chunks, begin + last - item);
+      if (stages != Stages::applying)
+        for (int64_t chunk = begin; chunk < end; ++chunk) kernel.measure(slab, chunk, scratch);
+      if (whole) kernel.finish(slab);
+      if (stages != Stages::measuring)
+        for (int64_t chunk = begin; chunk < end; ++chunk) kernel.apply(slab, chunk, scratch);
+      item += whole ? 1 : end - begin;
     }
   }
 };
@@ -130,11 +125,14 @@ void run_stages(const Kernel& kernel) {
   const auto grain = [](int64_t of_item) {
     return std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, of_item));
   };
+  const auto run = [&](Stages stages, int64_t count, int64_t of_item) {
+    run_kernel(OverSlabs<Kernel>{kernel, stages}, count, grain(of_item));
+  };
   if (chunks <= 1 || slabs >= 2 * static_cast<int64_t>(torch::stable::get_num_threads()))
-    return run_kernel(SlabBySlab<Kernel>{kernel}, slabs, grain(elements));
-  run_kernel(ChunkByChunk<Kernel, true>{kernel}, slabs * chunks, grain(elements / chunks));
+    return run(Stages::all, slabs, elements);
+  run(Stages::measuring, slabs * chunks, elements / chunks);
   for (int64_t slab = 0; slab < slabs; ++slab) kernel.finish(slab);
-  run_kernel(ChunkByChunk<Kernel, false>{kernel}, slabs * chunks, grain(elements / chunks));
+  run(Stages::applying, slabs * chunks, elements / chunks);
 }
 
 // Elements of a tensor as float32: where they lie, or converted into `buffer`.
