@@ -18,7 +18,7 @@ LONG = 0.1  # a call from here on is warm after one
 
 FEWEST_ROUNDS, FEWEST_LONG_ROUNDS = (3, 2) if QUICK else (5, 3)
 LONG_ROUND = 30.0 if FULL else 10.0  # seconds
-MOST_ROUNDS = 50 if QUICK else 300
+MOST_ROUNDS = FEWEST_ROUNDS if QUICK else 300
 
 
 def seconds_for(full: float, quick: float) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.ceilings import working_set_bytes
+from benchmarks.ceilings import LARGE, working_set_bytes
 from benchmarks.names import AGAIN, COPY, EAGER, FAST, ONEDNN, REFERENCE
 from benchmarks.plain import PLAIN
 from lfm_fast import ops  # noqa: F401  (its import registers the rows)
@@ -22,7 +22,6 @@ from lfm_fast.ops.packed_linear import unpack
 from lfm_fast.ops.philox_normal import philox_words
 
 MOST_FLOPS_PER_BYTE = 20  # of an op for which moving memory is the yardstick
-LARGE = 2**20  # bytes of inputs from which a call is made to find them outside the cache
 
 
 @dataclass
