@@ -1,6 +1,5 @@
 """What importing the package costs and needs."""
 
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +12,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # what no one should need in order to import the package or to touch any public name
 OPTIONAL = ("triton", "xformers", "nvidia.dali", "diffusers", "lmdb", "webdataset", "gradio", "wandb", "tensorboard")
-# what `import lfm_fast` alone should not pull in, although it is installed
-HEAVY = (*OPTIONAL, "scipy", "PIL", "torchdiffeq", "safetensors", "tqdm", "matplotlib", "sklearn")
 
 BLOCK = f"""
 import importlib.abc, sys
@@ -35,16 +32,10 @@ def run(code):
     return result.stdout
 
 
-def test_import_adds_at_most_half_a_second():
-    code = "import time, torch; start = time.perf_counter(); import lfm_fast; print(time.perf_counter() - start)"
-    seconds = [float(run(code)) for _ in range(3)]
-    assert statistics.median(seconds) <= 0.5, f"import lfm_fast took {seconds} s beyond import torch"
-
-
-def test_import_alone_loads_nothing_heavy():
-    code = "import torch, sys; before = set(sys.modules); import lfm_fast; new = set(sys.modules) - before\n"
-    code += f"print([name for name in {HEAVY!r} if name in new])"
-    assert run(code).strip() == "[]"
+def test_import_alone_loads_nothing_beside_torch():
+    """Whatever is installed; how long it takes is a benchmark of the group `startup`."""
+    code = "import torch, sys; before = set(sys.modules); import lfm_fast; print(*(set(sys.modules) - before))"
+    assert run(code).split() == ["lfm_fast"]
 
 
 def test_public_names_need_no_optional_package():

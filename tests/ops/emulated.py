@@ -1,6 +1,7 @@
 """The CUDA sources as loops over CPU tensors: torch.ops.lfm_fast_emulated (csrc/cuda/device.h), built for the tests."""
 
 import ctypes
+import fcntl
 import functools
 import os
 import shutil
@@ -24,11 +25,14 @@ def _tool(name):
 
 def _build(folder):
     """Returns the library's path; raises with the compiler's words if there is a compiler and it fails."""
+    folder.mkdir(parents=True, exist_ok=True)
     configure = [_tool("cmake"), "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"]
     configure += [f"-DLFM_FAST_TORCH={Path(torch.__file__).parent}", "-DLFM_FAST_CUDA=OFF"]
-    for command in (configure, [_tool("cmake"), "--build", folder, "--target", "_C_emulated"]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, f"the emulated CUDA library does not build:\n{done.stdout}{done.stderr}"
+    with open(folder / "lock", "w") as lock:  # pytest's workers come here at the same time
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, [_tool("cmake"), "--build", folder, "--target", "_C_emulated"]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, f"the emulated CUDA library does not build:\n{done.stdout}{done.stderr}"
     return folder / "_C_emulated.so"
 
 

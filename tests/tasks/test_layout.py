@@ -33,13 +33,6 @@ CAT = {"class": "cat", "box": [0.1, 0.2, 0.5, 0.9]}
 DOG = {"class": 1, "box": [0.5, 0, 1, 0.25]}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache_folder(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LFM_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def scenes():
     return EmbeddedLayouts(SIZE, num_scenes=24)
