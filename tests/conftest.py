@@ -8,7 +8,7 @@ import pytest
 @pytest.fixture(scope="session", autouse=True)
 def own_cache_folder(tmp_path_factory):
     """Notes, drawings and measured choices go to a new folder of this run, one for all of its workers: what is in the
-    user's neither changes a test nor is changed. Nor is a backend chosen by a clock because the user's shell says so."""
+    user's neither changes a test nor is changed. Nor does a clock choose a backend because their shell says so."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
