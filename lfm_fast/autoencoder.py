@@ -1,12 +1,14 @@
 """Images to latents and back: the posterior, the one wrapper around every VAE, and where VAEs are loaded from.
 
 A latent here is always in *latent units*: the VAE's own latent less its ``shift_factor``, where it has one, times its
-``scaling_factor``, which brings it near unit variance, as the flow needs. Images are float in [-1, 1].
+``scaling_factor``, which brings it near unit variance, as the flow needs; where its configuration has ``latents_mean``
+and ``latents_std``, less the one of its channel and divided by the other. Images are float in [-1, 1].
 """
 
 import contextlib
 import hashlib
 import json
+import math
 import urllib.error
 import urllib.request
 import warnings
@@ -59,8 +61,9 @@ class Autoencoder(nn.Module):
     ``network`` is a diffusers ``AutoencoderKL`` or a ``SmallVAE``; both have ``encode(x).latent_dist`` and
     ``decode(z).sample`` and a ``scaling_factor`` in their configuration. It holds the weights, and is what is saved.
     Where a faster form of it is known (`lfm_fast.models.fast_autoencoder`), that one computes: on a CPU, and on CUDA
-    where ``precision`` asks for it (`lfm_fast.optimize`), made anew after a change of the weights that PyTorch counts,
-    which one through ``.data`` is not. Batches are taken in parts, so that memory is bounded by the size of one image.
+    where ``precision`` asks for it (`lfm_fast.optimize`), made anew when weights have changed: by PyTorch's count and,
+    on a CPU, by sixteen numbers of each, which tell what is written through ``.data``, but not to a few numbers
+    elsewhere. Batches are taken in parts, so that memory is bounded by the size of one image.
     """
 
     def __init__(self, network, name, precision=None):
@@ -71,8 +74,9 @@ class Autoencoder(nn.Module):
         self.scaling_factor = float(config["scaling_factor"])
         self.shift_factor = float(config.get("shift_factor") or 0.0)  # SD3's and FLUX's VAEs have one
         self.latent_channels = int(config["latent_channels"])
+        self.latents_mean, self.latents_std = _statistics(config, self.latent_channels)  # of each channel, or None
         self.downsampling = 2 ** (len(config["block_out_channels"]) - 1)
-        self._faster = None  # (what it was made of, the network that computes)
+        self._faster = None  # (what it was made of, what computes, views of the weights, their numbers then)
         self._compiling = None  # torch.compile's options
 
     def optimized(self, precision="bf16", mode="inference"):
@@ -100,12 +104,21 @@ class Autoencoder(nn.Module):
 
     @property
     def fingerprint(self):
-        """Twelve hex digits of a hash over all weights: which VAE made these latents."""
+        """Twelve hex digits of a hash over all weights, and the statistics of its latents: which VAE made these."""
         digest = hashlib.sha256()
         for key, value in self.network.state_dict().items():
             digest.update(key.encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        if self.latents_std is not None:
+            digest.update(json.dumps([self.latents_mean, self.latents_std]).encode())
         return digest.hexdigest()[:12]
+
+    def unit(self, device=None):
+        """(shift, scale) of z_0 = (z - shift) scale, z the network's own latent: numbers, or (C, 1, 1) tensors."""
+        if self.latents_std is None:
+            return self.shift_factor, self.scaling_factor
+        mean, std = (torch.tensor(each, device=device).view(-1, 1, 1) for each in (self.latents_mean, self.latents_std))
+        return mean, self.scaling_factor / std
 
     @torch.no_grad()
     def encode(self, images):
@@ -118,9 +131,9 @@ class Autoencoder(nn.Module):
             )
         parts = self._parts(images, images.shape[2] * images.shape[3])
         found = [self._run("encode", part).latent_dist for part in parts]
-        log_scale = 2 * torch.log(torch.tensor(self.scaling_factor))
         mean, log_variance = (torch.cat([getattr(x, name).float() for x in found]) for name in ("mean", "logvar"))
-        return Posterior((mean - self.shift_factor) * self.scaling_factor, log_variance + log_scale)
+        shift, scale = self.unit(mean.device)
+        return Posterior((mean - shift) * scale, log_variance + 2 * torch.log(torch.as_tensor(scale)))
 
     @torch.no_grad()
     def decode(self, latents):
@@ -130,7 +143,8 @@ class Autoencoder(nn.Module):
                 f"latents have shape {tuple(latents.shape)}; {self.name} decodes (B, {self.latent_channels}, h, w)"
             )
         pixels = latents.shape[2] * latents.shape[3] * self.downsampling**2
-        parts = self._parts(latents / self.scaling_factor + self.shift_factor, pixels)
+        shift, scale = self.unit(latents.device)
+        parts = self._parts(latents / scale + shift, pixels)
         return torch.cat([self._run("decode", part).sample.float().clamp(-1, 1) for part in parts])
 
     def _parts(self, batch, pixels):
@@ -152,11 +166,21 @@ class Autoencoder(nn.Module):
         elsewhere = self.precision is None and parameters[0].device.type != "cpu"
         if elsewhere or self.dtype is not torch.float32 or any(p.is_inference() for p in parameters):
             return self.network, self.dtype
+        if tiles := fast_autoencoder.why_not_in_tiles(self.network):  # it may be told so at any time
+            if self.precision is not None:
+                raise ValueError(f"{tiles}.")
+            return self.network, self.dtype
         made_of = [(p.data_ptr(), p._version) for p in parameters]
-        if self._faster is None or self._faster[0] != made_of:
+        if self._faster is None or self._faster[0] != made_of or self._is_written_over():
             with torch.inference_mode(False), torch.no_grad():  # or its weights could not be packed
-                self._faster = made_of, self._made()
+                views = _views_of(parameters)
+                self._faster = made_of, self._made(), views, _bits(views)
         return self._faster[1]
+
+    def _is_written_over(self):
+        """Whether weights were changed behind PyTorch's back, through ``.data``."""
+        views, before = self._faster[2:]
+        return not torch.equal(_bits(views), before)
 
     def _made(self):
         precision = self.precision or "fp32"
@@ -179,6 +203,39 @@ class Autoencoder(nn.Module):
             self.network.save_pretrained(folder)
         except SafetensorError as error:
             raise OSError(f"cannot write {folder}: {error}") from error
+
+
+def _statistics(config, channels):
+    """(latents_mean, latents_std) of a configuration, a number for each channel, or (None, None). Raises ValueError."""
+    found = [config.get(name) for name in ("latents_mean", "latents_std")]
+    if found == [None, None]:
+        return None, None
+    if config.get("shift_factor"):
+        raise ValueError(
+            "the autoencoder's config has latents_mean or latents_std beside a shift_factor; leave one out"
+        )
+    try:
+        mean, std = ([float(value) for value in values] for values in found)
+        known = len(mean) == len(std) == channels and min(std) > 0 and all(map(math.isfinite, mean + std))
+    except (TypeError, ValueError):
+        known = False
+    if not known:
+        raise ValueError(
+            f"the autoencoder's config has latents_mean {found[0]} and latents_std {found[1]}; expected {channels} "
+            "numbers in each, those of latents_std above 0"
+        )
+    return mean, std
+
+
+def _views_of(parameters) -> list[torch.Tensor]:
+    """Up to sixteen numbers of each, evenly spread; none on a GPU, which would have to be waited for."""
+    if parameters[0].device.type != "cpu":
+        return [torch.empty(0)]
+    return [p.detach().as_strided((min(16, p.numel()),), (max(1, p.numel() // 16),)) for p in parameters]
+
+
+def _bits(views) -> torch.Tensor:
+    return torch.cat(views).view(torch.int32)  # as numbers, NaN would differ from itself
 
 
 def load_autoencoder(name_or_folder="embedded", device=None, precision=None):

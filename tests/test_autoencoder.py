@@ -79,6 +79,55 @@ def test_a_shift_is_taken_off_and_given_back(images):
     torch.testing.assert_close(ours.decode(found.mean), decoded, rtol=1e-4, atol=1e-5)
 
 
+STATISTICS = {"latents_mean": [0.5, -1.0, 0.0, 2.0], "latents_std": [2.0, 0.5, 1.0, 4.0]}
+
+
+def test_statistics_of_each_channel_are_taken_off_and_given_back(images, tmp_path):
+    """z_0 = (latent - latents_mean) scaling_factor / latents_std, as diffusers' pipelines of such VAEs have it."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    shape = {"block_out_channels": [32, 32], "norm_num_groups": 8, "latent_channels": 4}
+    theirs = AutoencoderKL(**blocks, **shape, scaling_factor=0.5, **STATISTICS).eval()
+    latent = theirs.encode(images).latent_dist
+    mean, std = (torch.tensor(STATISTICS[name]).view(1, 4, 1, 1) for name in ("latents_mean", "latents_std"))
+    plain = Autoencoder(AutoencoderKL(**blocks, **shape, scaling_factor=0.5).eval(), "plain")
+    plain.network.load_state_dict(theirs.state_dict())
+    Autoencoder(theirs, "x").save_pretrained(tmp_path / "vae")
+    first = Autoencoder(theirs, "x")
+    for ours in (first, load_autoencoder(tmp_path / "vae"), first.optimized("fp32")):
+        found = ours.encode(images)
+        torch.testing.assert_close(found.mean, (latent.mean - mean) * 0.5 / std, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.log_variance.exp(), latent.var * (0.5 / std) ** 2, rtol=1e-3, atol=1e-6)
+        decoded = theirs.decode(latent.mean).sample.clamp(-1, 1)
+        torch.testing.assert_close(ours.decode(found.mean), decoded, rtol=1e-4, atol=1e-5)
+        assert ours.fingerprint != plain.fingerprint  # the same weights, but latents in another unit
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"latents_std": None},
+            r"latents_mean \[0.5, -1.0, 0.0, 2.0\] and latents_std None; expected 4 numbers",
+        ),
+        ({"latents_mean": None}, "latents_mean None and"),
+        ({"latents_mean": [0.0] * 3, "latents_std": [1.0] * 3}, "expected 4 numbers in each"),
+        ({"latents_std": [1.0, 1.0, 0.0, 1.0]}, "those of latents_std above 0"),
+        ({"latents_mean": [0.0, 0.0, 0.0, float("nan")]}, "expected 4 numbers"),
+        ({"latents_mean": "abcd"}, "expected 4 numbers"),
+        ({"latents_std": 2.0}, "expected 4 numbers"),
+        ({"shift_factor": 0.1}, "latents_mean or latents_std beside a shift_factor; leave one out"),
+    ],
+)
+def test_statistics_that_cannot_be_are_refused(change, says):
+    network = SmallVAE(block_out_channels=(16, 32))
+    network.config |= STATISTICS | change
+    with pytest.raises(ValueError, match=says):
+        Autoencoder(network, "x")
+
+
 def test_finds_the_vae_below_a_pipeline_folder(kl_folder, images):
     above, direct = load_autoencoder(kl_folder.parent), load_autoencoder(kl_folder)
     assert torch.equal(above.encode(images).mean, direct.encode(images).mean)

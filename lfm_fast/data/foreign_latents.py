@@ -264,18 +264,19 @@ def _scaled(shard, shift, scale):
 
 def _scaling(folder, layout, scaling, autoencoder, shards):
     """(shift, scale), each (C,) float64."""
-    channels, shift = shards[0]["latents"].shape[1], 0.0
-    if scaling is None and layout == LIGHTNINGDIT:
-        scaling = "stats" if autoencoder is None else autoencoder.scaling_factor
-        shift = getattr(autoencoder, "shift_factor", 0.0)
-    scaling = 1.0 if scaling is None else scaling
+    channels = shards[0]["latents"].shape[1]
+    if scaling is None and layout == LIGHTNINGDIT and autoencoder is not None:
+        unit = (torch.as_tensor(value, dtype=torch.float64).flatten() for value in autoencoder.unit())
+        return tuple(value.expand(channels) for value in unit)
+    if scaling is None:
+        scaling = "stats" if layout == LIGHTNINGDIT else 1.0
     if scaling == "stats":
         mean, std = _statistics(folder, channels)
         _require_statistics(folder, mean, std, shards)
         return mean, 1 / std
     if isinstance(scaling, bool | str) or not 0 < scaling < float("inf"):
         raise ValueError(f"scaling={scaling!r} is not known: give a positive number or 'stats'.")
-    return tuple(torch.full((channels,), float(value), dtype=torch.float64) for value in (shift, scaling))
+    return torch.zeros(channels, dtype=torch.float64), torch.full((channels,), float(scaling), dtype=torch.float64)
 
 
 def _spread(shards) -> dict:

@@ -40,9 +40,14 @@ def why_not_of(network: nn.Module) -> str | None:
         return f"the autoencoder is a {type(network).__name__}, neither AutoencoderKL nor SmallVAE; use it as it is"
     if reason := unknown_part(network.config):
         return reason
+    return why_not_in_tiles(network) or _why_not_the_same(network)
+
+
+def why_not_in_tiles(network: nn.Module) -> str | None:
+    """The same of one thing, which a network may be told at any time."""
     if getattr(network, "use_tiling", False):
         return "the autoencoder was told to work in tiles; use it as it is, or disable its tiling"
-    return _why_not_the_same(network)
+    return None
 
 
 def _why_not_the_same(network: nn.Module) -> str | None:

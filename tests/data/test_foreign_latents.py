@@ -27,6 +27,9 @@ LABELS = torch.tensor([0, 4, 1, 2, 2, 3, 0, 0, 1, 4, 4, 2, 1, 0, 3])
 class Scaled(Pooling):
     scaling_factor = 3.5
 
+    def unit(self):
+        return 0.0, self.scaling_factor
+
     def encode(self, images):
         raise AssertionError("nothing is to be encoded")
 
@@ -72,6 +75,14 @@ def test_shards_in_the_unit_of_the_autoencoder(tmp_path, dtype):
     with pytest.raises(ValueError, match="fingerprint"):
         cache.check(fingerprint="another")
     torch.testing.assert_close(cache.std, (3.5 * LATENTS.to(dtype).float()).std((0, 2, 3), correction=0))
+
+
+def test_shards_in_the_unit_of_an_autoencoder_with_statistics_of_its_channels(tmp_path):
+    autoencoder = Scaled()
+    mean, scale = torch.tensor([0.1, 0.3, -0.2]).view(3, 1, 1), torch.tensor([3.0, 4.0, 2.0]).view(3, 1, 1)
+    autoencoder.unit = lambda: (mean, scale)
+    cache = open_latents(lightningdit(tmp_path / "a"), autoencoder=autoencoder)
+    assert torch.equal(cache.read(ITEMS)[0], (LATENTS[ITEMS] - mean) * scale)
 
 
 def test_shards_in_the_unit_of_their_statistics(tmp_path):

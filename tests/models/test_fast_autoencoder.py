@@ -146,6 +146,44 @@ def test_weights_that_are_changed_or_loaded_are_used(precision):
     assert not torch.equal(autoencoder.encode(images).mean, before)
 
 
+def test_weights_written_past_pytorchs_count_are_used():
+    autoencoder, images = Autoencoder(small(), "test"), pictures()
+    for k in range(len(list(autoencoder.parameters()))):
+        before = autoencoder.encode(images).mean, autoencoder.decode(torch.ones(1, 4, 4, 4))
+        parameter = list(autoencoder.parameters())[k]
+        version = parameter._version
+        parameter.data.mul_(1.5).add_(0.01)
+        assert parameter._version == version
+        after = autoencoder.encode(images).mean, autoencoder.decode(torch.ones(1, 4, 4, 4))
+        assert not all(map(torch.equal, before, after))
+        fresh = Autoencoder(copy.deepcopy(autoencoder.network), "fresh")
+        assert torch.equal(fresh.encode(images).mean, after[0])
+    made = autoencoder._faster
+    autoencoder.encode(images)
+    assert autoencoder._faster is made  # nothing was written
+    autoencoder.network.encoder[0].bias.data.fill_(float("nan"))
+    autoencoder.encode(images)
+    made = autoencoder._faster
+    autoencoder.encode(images)
+    assert autoencoder._faster is made  # NaN is no change of itself
+
+
+def test_tiles_asked_for_later_are_the_networks_own():
+    network, images = kl(), pictures()
+    autoencoder, low = Autoencoder(network, "test"), Autoencoder(network, "test", "bf16")
+    before = autoencoder.encode(images).mean, low.encode(images).mean
+    network.enable_tiling()
+    with torch.no_grad():
+        expected = network.encode(images).latent_dist.mean * autoencoder.scaling_factor
+    assert torch.equal(autoencoder.encode(images).mean, expected)
+    assert not torch.equal(before[0], expected)  # the fast form rounds otherwise
+    with pytest.raises(ValueError, match=r"told to work in tiles; use it as it is, or disable its tiling\.$"):
+        low.encode(images)
+    network.disable_tiling()
+    assert torch.equal(autoencoder.encode(images).mean, before[0])
+    assert torch.equal(low.encode(images).mean, before[1])
+
+
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_copies_compute_the_same_on_weights_of_their_own(again):
     autoencoder, images = lfm_fast.optimize(Autoencoder(small(), "test")), pictures()
