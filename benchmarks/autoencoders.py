@@ -5,6 +5,7 @@ As a script, for a GPU above all: `python -m benchmarks.autoencoders [--batch-si
 
 import argparse
 import functools
+import importlib.util
 import json
 import statistics
 from dataclasses import replace
@@ -17,11 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lfm_fast
 from benchmarks.graphs import in_turns
-from benchmarks.names import AGAIN, DIFFUSERS, DIFFUSERS_COMPILED, EAGER, FAST, FAST_COMPILED, REFERENCE
+from benchmarks.names import AGAIN, COMPILED, DIFFUSERS, DIFFUSERS_COMPILED, EAGER, FAST, FAST_COMPILED, REFERENCE
 from benchmarks.plain import WITHOUT_OPS, forced
 from benchmarks.workloads import Contender, Workload, relative_error
 from lfm_fast.autoencoder import Autoencoder, load_autoencoder
 from lfm_fast.checkpoint import atomic_write
+from lfm_fast.models.kl_autoencoder import KLAutoencoder
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 WIDTHS = {"sd-vae": (128, 256, 512, 512), "narrow": (32, 64)}  # the published network's, and one for quick runs
@@ -29,27 +31,34 @@ TRITON = "fast path, norms in Triton"
 
 
 def network(name: str) -> nn.Module:
-    """float32. sd-vae's shape has drawn weights, norms that scale and shift among them; the embedded one its own."""
+    """float32. sd-vae's shape has drawn weights, norms that scale and shift among them; the embedded one its own.
+
+    diffusers' class where it is installed; elsewhere ours of the same names and shapes.
+    """
     if name == "embedded":
         return load_autoencoder("embedded").network
-    from diffusers import AutoencoderKL
-
     levels = len(WIDTHS[name])
+    config = {"block_out_channels": WIDTHS[name], "layers_per_block": 2, "norm_num_groups": 32, "latent_channels": 4}
+    config["down_block_types"] = ("DownEncoderBlock2D",) * levels
+    config["up_block_types"] = ("UpDecoderBlock2D",) * levels
     torch.manual_seed(0)
-    kl = AutoencoderKL(
-        block_out_channels=WIDTHS[name],
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        layers_per_block=2,
-        norm_num_groups=32,
-        latent_channels=4,
-    )
+    if has_diffusers():
+        from diffusers import AutoencoderKL
+
+        kl = AutoencoderKL(**config)
+    else:
+        kl = KLAutoencoder(config)
+        kl.config = {**config, "scaling_factor": 0.18215}
     generator = torch.Generator().manual_seed(1)
     for module in kl.modules():
         if isinstance(module, nn.GroupNorm):
             module.weight.data += 0.2 * torch.randn(module.weight.shape, generator=generator)
             module.bias.data += 0.2 * torch.randn(module.bias.shape, generator=generator)
     return kl.eval().requires_grad_(False)
+
+
+def has_diffusers() -> bool:
+    return importlib.util.find_spec("diffusers") is not None
 
 
 def images_of(count: int, side: int) -> Tensor:
@@ -173,15 +182,16 @@ def _on_a_device(workload: Autoencoding, device) -> dict[str, Contender]:
     plain, compiled = (workload._plain().to(device) for _ in range(2))
     for part in ("encode", "decode"):
         setattr(compiled, part, torch.compile(getattr(compiled, part)))
-    precision = PRECISIONS[workload.precision]
-    fast, whole = (lfm_fast.optimize(workload.autoencoder, precision) for _ in range(2))
+    ours = workload.autoencoder.network, workload.name, PRECISIONS[workload.precision]
+    fast, whole = (Autoencoder(*ours) for _ in range(2))
     whole.compile()
+    eagerly, compiled_whole = (DIFFUSERS, DIFFUSERS_COMPILED) if has_diffusers() else (EAGER, COMPILED)
     found = {
         FAST: workload._ours(fast),
         AGAIN: workload._ours(fast),
         FAST_COMPILED: workload._ours(whole),
-        DIFFUSERS: workload._by_itself(plain),
-        DIFFUSERS_COMPILED: workload._by_itself(compiled),
+        eagerly: workload._by_itself(plain),
+        compiled_whole: workload._by_itself(compiled),
     }
     return found | ({TRITON: workload._ours(fast, "triton")} if device.type == "cuda" else {})
 

@@ -55,14 +55,14 @@ def compare(settings: dict, source) -> dict:
     fast, other = run(reference=False), run(seed=settings.get("seed", 0) + 1)
     first = same["reference path"]
     return {
-        "spread": max(_difference(a, b) for a, b in itertools.combinations(same.values(), 2)),
-        "off": max(_difference(fast, curve) for curve in same.values()),
-        "other_seed": _difference(other, first),
+        "spread": max(difference(a, b) for a, b in itertools.combinations(same.values(), 2)),
+        "off": max(difference(fast, curve) for curve in same.values()),
+        "other_seed": difference(other, first),
         "curves": {**same, FAST: fast, OTHER_SEED: other},
     }
 
 
-def _difference(a, b) -> float:
+def difference(a, b) -> float:
     return (torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)).square().mean().sqrt().item()
 
 

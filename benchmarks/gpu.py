@@ -215,22 +215,27 @@ def _rounds(calls: dict[str, Callable], rounds: range, device, sleep: float) -> 
     taken = []
     for k in rounds:
         for name in names[k % len(names) :] + names[: k % len(names)]:
-            start = _mark(device)
+            start = mark(device)
             calls[name]()
-            taken.append((name, start, _mark(device)))
+            taken.append((name, start, mark(device)))
     wait(device)
     found = {name: [] for name in names}
     for name, start, end in taken:
-        found[name].append(start.elapsed_time(end) / 1e3 if device.type == "cuda" else end - start)
+        found[name].append(between(start, end))
     return found
 
 
-def _mark(device):
+def mark(device):
+    """A moment of the device's clock; how long it was between two of them says `between`, once the device is there."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def between(start, end) -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
 
 
 def wait(device) -> None:

@@ -155,6 +155,11 @@ class Ours:
         """(whose, method): what changes the weights once their gradients are there."""
         return self.state.optimizer, "step"
 
+    @property
+    def network(self) -> tuple:
+        """(whose, name): what a step calls as network."""
+        return self.state, "network"
+
     def step(self) -> None:
         workload = self.workload
         train_step(self.state, workload.source, workload.config, workload.path, workload.world)
@@ -184,6 +189,10 @@ class Plain:
     @property
     def update(self) -> tuple:
         return self, "_update"
+
+    @property
+    def network(self) -> tuple:
+        return self, "model"
 
     def step(self) -> None:
         workload, batch, where = self.workload, self.workload.images, self.workload.device
