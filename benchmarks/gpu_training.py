@@ -85,7 +85,7 @@ def measured(name: str, told: dict) -> dict:
         facts = {"first_step_seconds": time.perf_counter() - began}
         facts["error"] = relative_error(runner.result(), workload.truth())
         facts["right"] = facts["error"] <= way.largest_error
-        _free(device)
+        gpu.release(device)
         rounds = {"seconds": 0.0, "at_once": 1, "fewest": 1} if smoke else {"seconds": 5.0, "at_once": STEPS_AT_ONCE}
         seconds = host_times(runner.step, device, **rounds)
         facts["seconds"] = spread(seconds)
@@ -96,11 +96,6 @@ def measured(name: str, told: dict) -> dict:
         facts["all_bytes"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         facts["activation_bytes"] = _activations(runner, device) if name != GRAPH else None
     return facts
-
-
-def _free(device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -150,7 +145,7 @@ def _activations(runner, device) -> int | None:
 def compare(results: gpu.Results, network: str, batch_size: int, names=tuple(WAYS), longest: float = 240.0) -> None:
     """A line for each contender as it comes, then the ratios."""
     products = gpu.ceilings(results.smoke)["gemm_flops_per_second"]["bfloat16"]
-    _free(results.device)
+    gpu.release(results.device)
     network, batch_size = (_SMALL, _SMOKE_BATCH) if results.smoke else (network, batch_size)
     title, found = f"{network}, {batch_size} images", {}
     told = {"network": network, "batch_size": batch_size}

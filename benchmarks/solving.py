@@ -12,6 +12,7 @@ from benchmarks.workloads import LARGEST_ERROR, Contender, Workload
 SCALE = 1.5  # guidance
 TOLERANCE = 1e-5  # of the adaptive methods, relative and absolute: what sample and LFM have
 ADAMS = 5e-4  # of adams: with it the errors of the embedded flow are no larger than those of torchdiffeq's dopri5 above
+AT_EQUAL_ERROR = {"method": "abm5", "num_steps": 38, "time_grid": "logit"}  # nearer to the solution than dopri5 above
 # our solver -> what a user of torchdiffeq would call, and its steps for an evaluation each
 TWINS = {"euler": "euler", "midpoint": "midpoint", "heun": "heun2", "rk4": "rk4"}
 TWINS |= {name: name for name in ("dopri5", "dopri8", "bosh3", "adaptive_heun")}
@@ -49,26 +50,28 @@ class Mixture:
 
 
 @functools.cache
-def field(name: str, dtype: torch.dtype):
-    """(model, null label, latent shape): "mixture", or "embedded", the flow that the package brings."""
+def field(name: str, dtype: torch.dtype, device="cpu"):
+    """(model, null label, latent shape): "mixture", on a CPU, or "embedded", the flow that the package brings."""
     if name == "mixture":
         return Mixture(dtype), Mixture.null_label, Mixture.shape
     flow = lfm_fast.LatentFlow.from_pretrained("embedded")
-    return flow.model.eval().to(dtype), flow.model.null_label, flow.latent_shape
+    return flow.model.eval().to(device, dtype), flow.model.null_label, flow.latent_shape
 
 
 @functools.cache
-def start(name: str, batch_size: int) -> tuple[Tensor, Tensor]:
+def start(name: str, batch_size: int, device="cpu") -> tuple[Tensor, Tensor]:
     """Noise (B, C, h, w) and labels (B,)."""
-    _, null_label, shape = field(name, torch.float32)
-    return lfm_fast.noise(batch_size, shape, seed=11), torch.arange(batch_size) % null_label
+    _, null_label, shape = field(name, torch.float32, device)
+    return lfm_fast.noise(batch_size, shape, seed=11, device=device), torch.arange(
+        batch_size, device=device
+    ) % null_label
 
 
 @functools.cache
-def solution(name: str, batch_size: int, num_steps: int) -> tuple[Tensor, str]:
+def solution(name: str, batch_size: int, num_steps: int, device="cpu") -> tuple[Tensor, str]:
     """z_0 by `num_steps` RK4 steps in float64, and how far half as many are from it, by a few samples."""
-    z_1, y = start(name, batch_size)
-    model, null_label, _ = field(name, torch.float64)
+    z_1, y = start(name, batch_size, device)
+    model, null_label, _ = field(name, torch.float64, device)
 
     def solve(count, steps):
         settings = {"y": y[:count], "guidance_scale": SCALE, "null_label": null_label, "method": "rk4"}
@@ -92,12 +95,14 @@ def spread(found: Tensor) -> dict:
 class Solving(Workload):
     """lfm_fast.sample with one method against the solution of the differential equation itself."""
 
+    device = "cpu"
+
     def __init__(self, field_name: str, method: str, num_steps: int, batch_size: int, reference_steps: int):
         self.field_name, self.method, self.num_steps = field_name, method, num_steps
         self.batch_size = self.images = batch_size
         self.reference_steps = reference_steps
-        self.model, self.null_label, _ = field(field_name, torch.float32)
-        self.z_1, self.y = start(field_name, batch_size)
+        self.model, self.null_label, _ = field(field_name, torch.float32, self.device)
+        self.z_1, self.y = start(field_name, batch_size, self.device)
         self.nfe: dict[str, int] = {}
 
     def call(self):
@@ -124,7 +129,7 @@ class Solving(Workload):
         return (3 * min(errors) if fixed else 300 * TOLERANCE) + LARGEST_ERROR[self.precision]
 
     def truth(self) -> list[Tensor]:
-        z_0, self.note = solution(self.field_name, self.batch_size, self.reference_steps)
+        z_0, self.note = solution(self.field_name, self.batch_size, self.reference_steps, self.device)
         return [z_0]
 
     def others(self):
@@ -155,7 +160,7 @@ class Solving(Workload):
         options = {"step_size": 1 / self.num_steps} if fixed else None
         with torch.no_grad():
             settings = {"method": TWINS[self.method], "atol": TOLERANCE, "rtol": TOLERANCE, "options": options}
-            return odeint(velocity, self.z_1, torch.tensor([1.0, 0.0]), **settings)[-1]
+            return odeint(velocity, self.z_1, self.z_1.new_tensor([1.0, 0.0]), **settings)[-1]
 
 
 class AtEqualError(Solving):
@@ -166,7 +171,10 @@ class AtEqualError(Solving):
 
     measures_memory = False
 
-    def __init__(self, field_name: str, ours: dict, batch_size: int, reference_steps: int, rounds: int):
+    def __init__(
+        self, field_name: str, ours: dict, batch_size: int, reference_steps: int, rounds: int, device: str = "cpu"
+    ):
+        self.device = device
         super().__init__(field_name, "dopri5", 1, batch_size, reference_steps)
         self.ours, self.rounds, self.by_sample = ours, rounds, {}
 
@@ -179,14 +187,14 @@ class AtEqualError(Solving):
 
             def result():
                 z_0, stats = call()
-                return self._noted(name, z_0, float(stats.nfe.double().mean()))
+                return self.noted(name, z_0, float(stats.nfe.double().mean()))
 
             return Contender(call, result)
 
         def theirs():
             count = []
             z_0 = self._torchdiffeq(on_call=lambda: count.append(1))
-            return self._noted("torchdiffeq dopri5", z_0, len(count))
+            return self.noted("torchdiffeq dopri5", z_0, len(count))
 
         found = {FAST: ours(FAST, **self.ours), AGAIN: Contender(ours(AGAIN, **self.ours).call)}
         found["adams, by sample"] = ours("adams, by sample", method="adams", atol=ADAMS, rtol=ADAMS)
@@ -201,7 +209,8 @@ class AtEqualError(Solving):
         ours, theirs = self.by_sample[FAST], self.by_sample["torchdiffeq dopri5"]
         assert all(ours[key] <= theirs[key] for key in theirs), f"errors by sample {ours}, torchdiffeq's {theirs}"
 
-    def _noted(self, name, z_0, nfe):
+    def noted(self, name, z_0, nfe):
+        """The result of a contender, whose error by sample is remembered."""
         self.nfe[name] = round(nfe, 1)
         self.by_sample[name] = spread(errors(z_0, self.truth_of(name)[0]))
         return [z_0]

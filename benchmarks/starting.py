@@ -62,9 +62,12 @@ class Importing(Starting):
 
 
 def run_fresh(command: tuple[str, ...], cache) -> None:
-    """Run Python on `command`, with {out} and {cache} filled in, and the package's cache at `cache`."""
+    """Run Python on `command`, with {out} and {cache} filled in; what the package and compilers keep goes to `cache`."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    kept = {"LFM_FAST_CACHE": "", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
     with tempfile.TemporaryDirectory() as out:
-        environment = {**os.environ, "LFM_FAST_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, **{name: os.path.join(cache, folder) for name, folder in kept.items()}}
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
         words = [word.format(out=out, cache=cache) for word in command]
         done = subprocess.run([sys.executable, *words], env=environment, cwd=out, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

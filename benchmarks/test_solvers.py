@@ -6,7 +6,7 @@ from benchmarks import accuracy
 from benchmarks.catalogue import build
 from benchmarks.measure import compare
 from benchmarks.settings import FULL, QUICK, seconds_for
-from benchmarks.solving import solution
+from benchmarks.solving import AT_EQUAL_ERROR, solution
 from lfm_fast.pipeline import EMBEDDED_FOLDER, INDEX
 
 # 48 evaluations each; those of a tolerance take what 1e-5 asks for
@@ -14,7 +14,6 @@ METHODS = {"euler": 48, "midpoint": 24, "heun": 24, "rk4": 12, "ab2": 47, "ab3":
 METHODS |= {"abm5": 48, "dopri5": None, "dopri8": None, "bosh3": None, "tsit5": None, "adams": None}
 REFERENCE_STEPS = {"mixture": 200 if QUICK else 1000, "embedded": 48}  # of RK4 in float64; its own error is recorded
 MIXTURE, EMBEDDED, FEW = 16, 64, 16  # samples; few for the many solves of a sweep
-AT_EQUAL_ERROR = {"method": "abm5", "num_steps": 38, "time_grid": "logit"}
 
 needs_the_embedded_flow = pytest.mark.skipif(
     not (EMBEDDED_FOLDER / INDEX).is_file(), reason="this installation has no weights of the embedded flow"
