@@ -155,11 +155,13 @@ def flops(name: str, direction: str, side: int) -> int:
     return counter.get_total_flops()
 
 
-def measured(direction: str, batch_size: int, side: int, precision: str, device, rounds: int, name="sd-vae") -> dict:
-    """Contenders in turns, one call each: as they come, through torch.compile, and with norms in Triton."""
+def measured(
+    direction: str, batch_size: int, side: int, precision: str, device, rounds: int, name="sd-vae", **options
+) -> dict:
+    """Contenders in turns, one call each: as they come, through torch.compile with these options, norms in Triton."""
     workload = Autoencoding(name, direction, batch_size, side, precision)
     workload.x, workload.autoencoder = workload.x.to(device), workload.autoencoder.to(device)
-    found = _on_a_device(workload, device)
+    found = _on_a_device(workload, device, options)
     exact = run(network(name).to(device).double(), direction, workload._unscaled()[:1].double())
     exact = [exact[0].clamp(-1, 1)] if direction == "decode" else exact
     facts = {}
@@ -178,13 +180,13 @@ def measured(direction: str, batch_size: int, side: int, precision: str, device,
     return {"title": title, "largest_error": largest, "right": right, "contenders": facts}
 
 
-def _on_a_device(workload: Autoencoding, device) -> dict[str, Contender]:
+def _on_a_device(workload: Autoencoding, device, options: dict) -> dict[str, Contender]:
     plain, compiled = (workload._plain().to(device) for _ in range(2))
     for part in ("encode", "decode"):
-        setattr(compiled, part, torch.compile(getattr(compiled, part)))
+        setattr(compiled, part, torch.compile(getattr(compiled, part), **options))
     ours = workload.autoencoder.network, workload.name, PRECISIONS[workload.precision]
     fast, whole = (Autoencoder(*ours) for _ in range(2))
-    whole.compile()
+    whole.compile(**options)
     eagerly, compiled_whole = (DIFFUSERS, DIFFUSERS_COMPILED) if has_diffusers() else (EAGER, COMPILED)
     found = {
         FAST: workload._ours(fast),

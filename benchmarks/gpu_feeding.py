@@ -21,12 +21,13 @@ from lfm_fast.data.resident import of_cache
 
 OF_THE_STEP, WAIT = 0.01, 0.03  # wanted at most
 DRAWN, TABLE, MAPPED = "drawn latents", "a table on the device", "files, mapped"
+SMOKE_NETWORK = "DiT-Emoji/4"
 _ROUNDS = 5
 
 
 def latents(results: gpu.Results) -> None:
     """Steps on cached latents, from a table on the device and from files, beside steps on drawn ones."""
-    networks = [("DiT-Emoji/4", 3, 32)] if results.smoke else [("DiT-XL/2", 128, 16384), ("DiT-S/2", 256, 16384)]
+    networks = [(SMOKE_NETWORK, 3, 32)] if results.smoke else [("DiT-XL/2", 128, 16384), ("DiT-S/2", 256, 16384)]
     with tempfile.TemporaryDirectory() as folder:
         write_cache(Path(folder), networks[0][2])
         cache = LatentCache.open(folder)

@@ -62,7 +62,7 @@ class Importing(Starting):
 
 
 def run_fresh(command: tuple[str, ...], cache) -> None:
-    """Run Python on `command`, with {out} and {cache} filled in; what the package and compilers keep goes to `cache`."""
+    """Run Python on `command`, with {out} and {cache} filled in; what it and its compilers keep goes to `cache`."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     kept = {"LFM_FAST_CACHE": "", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
     with tempfile.TemporaryDirectory() as out:
