@@ -207,7 +207,7 @@ def centre_square(label_map, size: int) -> torch.Tensor:
     while min(height, width) >= 2 * size:  # as the image was halved, with its rounding of odd sides
         height, width = height // 2, width // 2
     scale = size / min(height, width)
-    scaled = resize(label_map, max(size, round(height * scale)), max(size, round(width * scale)))
+    scaled = resize(label_map, round(height * scale), round(width * scale))
     top, left = (scaled.shape[0] - size) // 2, (scaled.shape[1] - size) // 2
     return scaled[top : top + size, left : left + size].contiguous()
 

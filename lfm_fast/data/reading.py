@@ -113,7 +113,7 @@ def plan_crop(size: tuple[int, int], image_size: int) -> CropPlan:
         size = (size[0] // 2, size[1] // 2)
         halved.append(size)
     scale = image_size / min(size)
-    scaled = tuple(max(image_size, round(side * scale)) for side in size)
+    scaled = tuple(round(side * scale) for side in size)
     return CropPlan(halved, scaled, (scaled[0] - image_size) // 2, (scaled[1] - image_size) // 2)
 
 
@@ -254,6 +254,6 @@ def to_tensor(given, name: str) -> torch.Tensor:
     if isinstance(given, torch.Tensor):
         return given.detach().cpu()
     try:
-        return torch.from_numpy(np.array(given, dtype=given.dtype.newbyteorder("="), order="C"))
+        return torch.from_numpy(np.array(given, dtype=given.dtype.newbyteorder("=")))
     except TypeError:
         raise ValueError(f"{name} holds {given.dtype.str}; expected numbers") from None

@@ -148,7 +148,7 @@ def _usable(name: str, found: Checked, image_size: int, small: str, report: Repo
 
 def printable(name: str) -> str:
     """A name that any terminal and any UTF-8 file can take, whatever bytes the file system holds."""
-    if name.isascii() and name.isprintable():
+    if name.isprintable():
         return name
     text = name.encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -117,6 +117,7 @@ def test_the_binary_version(tmp_path):
         ({"data": np.zeros((2, 3072), np.uint8), "labels": [0]}, "it has 1 labels for 2 pictures"),
         ({"data": np.zeros((2, 3072), np.uint8)}, "it has no labels for 2 pictures"),
         ({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 10]}, "10 is no label from 0 to 9"),
+        ({"data": np.zeros((2, 3072), np.uint8), "labels": [0, -1]}, "-1 is no label from 0 to 9"),
         ({"data": np.zeros((2, 3072), np.uint8), "labels": [0, "1"]}, "str is no label from 0 to 9"),
         ({"data": np.zeros((2, 3072), np.uint8), "labels": [False, True]}, "False is no label from 0 to 9"),
         ({"data": np.zeros((2, 3072), np.float32), "labels": [0, 1]}, "array that is not one of bytes"),
@@ -129,6 +130,18 @@ def test_a_batch_that_does_not_fit_is_refused(tmp_path, content, says):
     (tmp_path / "data_batch_3").write_bytes(pickle.dumps(content))
     with pytest.raises(ValueError, match=f"data_batch_3 is .*{says}"):
         open_store(tmp_path)
+
+
+def test_pictures_change_with_their_own_batch(tmp_path):
+    """What is noted of the others stays."""
+    write_all(tmp_path, python_2_pickle)
+    store = open_store(tmp_path, "cifar10", "all")
+    before = [store.key(k) for k in range(24)]
+    os.utime(tmp_path / "data_batch_3", ns=(0, 0))
+    (tmp_path / "test_batch").unlink()
+    after = [store.key(k) for k in range(24)]
+    assert [k for k in range(24) if before[k] != after[k]] == [8, 9, 10, 11, 20, 21, 22, 23]
+    assert after[20:] == [None] * 4
 
 
 def test_what_is_missing_is_named(tmp_path):
@@ -186,6 +199,11 @@ def test_nothing_in_a_pickle_is_run(tmp_path, protocol):
         b"\x80\x02cnumpy\nndarray\n)R.",
         b"\x80\x02cnumpy\ndtype\nK\x01\x85R.",
         b"\x80\x02}X\x01\x00\x00\x00xb.",  # BUILD of a dictionary
+        b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00xX\x05\x00\x00\x00utf-8\x86R.",
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R.",  # of no values
+        python_2_pickle(*batch()).replace(b"\nndarray\n", b"\nmatrix\n"),
+        b"\x80\x05\x96\x01\x00\x00\x00\x00\x00\x00\x00aK\x01a.",  # a number appended to bytes
+        pickle.dumps(np.zeros((2, 3), np.uint8, order="F"), 5),
         b"\x80\x02(K\x01u.",
         b"\x80\x02e.",
         b"\x80\x02h\x05.",
@@ -218,6 +236,15 @@ def test_a_label_that_would_take_for_ever_to_print_is_refused_at_once(tmp_path):
     (tmp_path / "data_batch_1").write_bytes(content)
     with pytest.raises(ValueError, match="tuple is no label"):
         open_store(tmp_path)
+
+
+def test_an_array_of_an_older_numpy_in_protocol_5():
+    content = pickle.dumps({b"\xe9t\xe9": np.arange(6, dtype=np.uint8).reshape(2, 3)}, 5)
+    older = content.replace(b"\x13numpy._core.numeric", b"\x12numpy.core.numeric")
+    assert older != content
+    for each in (content, older):
+        ((name, array),) = read_plain_pickle(each).items()
+        assert (name, array.tolist()) == ("\xe9t\xe9", [[0, 1, 2], [3, 4, 5]])  # bytes are read a character each
 
 
 PLAIN = st.recursive(

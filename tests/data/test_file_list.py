@@ -41,6 +41,24 @@ def test_without_labels_they_are_one_class(pictures, end):
     assert (images.names, images.class_names) == (["a/1.png", "a/a dog.png"], ["all"])
 
 
+def test_a_digit_of_another_alphabet_is_part_of_the_name(pictures):
+    images = open_store(listed(pictures, "a/1.png\nb/3 \u0663\n"))
+    assert (images.names, images.class_names) == (["a/1.png", "b/3 \u0663"], ["all"])
+
+
+@pytest.mark.parametrize("text", ["a/1.png 0\nb/3.png\n", "a/1.png\nb/3.png 0\n"])
+def test_labels_are_in_all_lines_or_in_none(pictures, text):
+    with pytest.raises(ValueError, match=r"labels in some lines and none in others, as line 2"):
+        open_store(listed(pictures, text))
+
+
+def test_all_of_a_list_is_its_only_split(pictures):
+    path = listed(pictures, "a/1.png\n")
+    assert open_store(path, split="all").names == open_store(path, split="train").names == ["a/1.png"]
+    with pytest.raises(ValueError, match="is used whole"):
+        open_store(path, split="held_out")
+
+
 def test_tabs_and_full_paths(pictures):
     images = open_images(listed(pictures, f"{pictures}/b/3.png\t1\na/1.png \t 0\n"), 16)
     assert levels(images) == [3, 1]

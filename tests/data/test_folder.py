@@ -65,6 +65,34 @@ def test_images_may_lie_deeper_and_links_may_turn_in_circles(tmp_path):
     assert (source.class_names, source.names) == (["cat"], ["cat/a/b/x.PNG"])
 
 
+def test_what_a_listing_takes_and_in_which_order(tmp_path, monkeypatch):
+    """Hidden files and folders are nobody's; a link is followed, once; a folder may be called as an image is."""
+    (tmp_path / "elsewhere").mkdir()
+    halves().save(tmp_path / "elsewhere" / "y.png")
+    names = ["a.png/0.png", "cat/10.png", "cat/2.png", *(f"cat/{name}/x.png" for name in "bdfhjln"), "cat/link/y.png"]
+    for name in (*reversed(names[:-1]), ".git/x.png", "cat/.thumbnails/x.png", "cat/b/.deep/x.png", "cat/._2.png"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        halves().save(tmp_path / "set" / name)
+    (tmp_path / "set" / "cat" / "link").symlink_to(tmp_path / "elsewhere")
+    for name in ("one", "two", "three"):  # each time round there would be three more ways round
+        (tmp_path / "set" / "cat" / name).symlink_to(tmp_path / "set" / "cat")
+    looked_at, realpath = [], os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda path: looked_at.append(path) or realpath(path))
+    store = FolderStore(tmp_path / "set")
+    assert store.names == sorted(names)
+    assert store.class_names == ["a.png", "cat"]
+    assert len(looked_at) < 20
+    monkeypatch.chdir(tmp_path / "set")
+    assert FolderStore(".").name == "."
+
+
+def test_a_file_of_the_same_time_or_the_same_size_is_another(tmp_path):
+    halves().save(tmp_path / "a.png")
+    store = FolderStore(tmp_path)
+    size, time = store.key(0)
+    assert (size, time) == ((tmp_path / "a.png").stat().st_size, (tmp_path / "a.png").stat().st_mtime_ns)
+
+
 def test_a_skipped_image_shifts_no_label(class_folder):
     for k in range(3):
         (class_folder / "green" / f"{k}.png").write_bytes(b"")

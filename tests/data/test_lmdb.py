@@ -144,6 +144,27 @@ def test_bare_pixels_that_begin_as_a_file_does_are_bare(tmp_path):
     assert open_images(write(tmp_path / "files", items), 20).names == ["3", "4"]  # and here most of them do not
 
 
+def test_files_of_a_squares_length_are_files_though_the_first_is_damaged(tmp_path):
+    """Four of five begin as files do. Of LSUN all are, whatever they look like."""
+    for name, damaged in (("env", 1), ("bedroom_train_lmdb", 4)):
+        values = [encoded(p).ljust(3 * 40 * 40, b"\0") for p in pixels(20, 5)]
+        values[:damaged] = [bytes(3 * 40 * 40)] * damaged
+        images = open_images(write(tmp_path / name, {b"%d" % k: value for k, value in enumerate(values)}), 16)
+        assert images.names == [str(k) for k in range(damaged, 5)]
+
+
+def test_empty_values_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"None of the 2 images .* Skipped 2 images .it is empty .zero bytes.*: 0, 1"):
+        open_images(write(tmp_path / "env", {b"0": b"", b"1": b""}), 16)
+
+
+@pytest.mark.parametrize("key", [b"length", b"num-samples", b"__len__", b"__keys__"])
+def test_what_writers_add_is_no_picture(tmp_path, key):
+    items = {b"%d" % k: encoded(p) for k, p in enumerate(pixels(count=11))} | {key: b"11"}
+    store = open_store(write(tmp_path / "env", items))
+    assert (store.names, store.skipped) == ([str(k) for k in range(11)], [])
+
+
 def test_several_resolutions_give_the_highest(tmp_path):
     """Keys RESOLUTION-NUMBER with the number of pictures under b"length"."""
     small, large = pixels(16, 2), pixels(32, 2)
@@ -152,6 +173,8 @@ def test_several_resolutions_give_the_highest(tmp_path):
     images = open_images(write(tmp_path / "env", items), 32)
     assert images.names == ["32-00000", "32-00001"]
     assert torch.equal(images.load(1), torch.from_numpy(large[1]).permute(2, 0, 1))
+    items = {b"%d-%d" % (size, k): encoded(small[0]) for size in (8, 16, 128) for k in range(11)}
+    assert open_store(write(tmp_path / "unpadded", items)).names == [f"128-{k}" for k in range(11)]
 
 
 @pytest.fixture
@@ -183,15 +206,30 @@ def test_the_first_of_lsun_for_compatibility(lsun, monkeypatch):
     monkeypatch.setattr("lfm_fast.data.opening.FIRST_OF_LSUN", 4)
     path = lsun / "bedroom_train_lmdb"
     assert open_images(path, 16, compat="lfm").names == open_images(path, 16).names[:4]
+    store = open_store(path, compat="lfm")
+    assert len(store.names) == len(store.labels) == 4
     assert len(open_images(path, 16, layout="lmdb", compat="lfm")) == 5  # of LSUN alone
 
 
 def test_environments_of_other_names_are_classes(tmp_path):
     for name in ("cats.lmdb", "dogs"):
         write(tmp_path / name, {b"a": encoded(pixels(count=1)[0])})
+    write(tmp_path / "dogs-2.mdb", {b"a": encoded(pixels(count=1)[0])}, subdir=False)
     images = open_images(tmp_path, 16)
-    assert (images.class_names, images.labels.tolist()) == (["cats", "dogs"], [0, 1])
-    assert images.names == ["cats.lmdb/a", "dogs/a"]
+    assert (images.class_names, images.labels.tolist()) == (["cats", "dogs", "dogs-2.mdb"], [0, 1, 2])
+    assert images.names == ["cats.lmdb/a", "dogs/a", "dogs-2.mdb/a"]
+
+
+def test_classes_are_in_order_of_their_own_names(tmp_path):
+    """In order of the folders' names "a-b" would be before "a.lmdb"."""
+    for name in ("a.lmdb", "a-b"):
+        write(tmp_path / name, {b"k": encoded(pixels(count=1)[0])})
+    store = open_store(tmp_path)
+    assert store.class_names == ["a", "a-b"]
+    assert {name: store.class_names[label] for name, label in zip(store.names, store.labels)} == {
+        "a-b/k": "a-b",
+        "a.lmdb/k": "a",
+    }
 
 
 def test_it_is_read_in_a_forked_process_and_in_threads(tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 from lfm_fast.cli import main
 from lfm_fast.data import open_images
 from lfm_fast.data.latent_cache import LatentCache
-from lfm_fast.data.opening import LAYOUTS, held_out_split, layout_of, open_store
+from lfm_fast.data.opening import LAYOUTS, held_out_split, layout_of, open_store, palette_of
 from lfm_fast.train.config import parse_args
 
 
@@ -47,6 +47,19 @@ def test_what_each_layout_looks_like(tmp_path):
     expected = {"ade": "ade20k", "coco": "coco-stuff", "tars": "webdataset", "cifar": "cifar10", "env": "lmdb"}
     assert seen == expected | {"imagenet": "imagenet"}
     assert layout_of(tmp_path / "bedroom_train_lmdb") == layout_of(tmp_path) == "lsun"
+    (tmp_path / "cats.txt").mkdir()
+    lists = {name: layout_of(tmp_path / name) for name in ("a.txt", "a.lst", "a.list", "a.tsv", "cats.txt")}
+    assert lists == dict.fromkeys(lists, "list") | {"cats.txt": "folder"}
+    palettes = {path: palette_of(tmp_path / path, "auto") for path in ("ade", "coco", "imagenet")}
+    assert palettes == {"ade": "ade20k", "coco": "coco-stuff", "imagenet": None}
+
+
+def test_a_folder_that_may_not_be_listed_is_said_by_who_reads_it(tmp_path, monkeypatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("lfm_fast.data.opening.first_names", refused)
+    assert layout_of(tmp_path) == "folder"
 
 
 def test_what_is_held_out_is_evaluated_with(tmp_path):

@@ -3,9 +3,11 @@
 import io
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
+from lfm_fast.data import stored
 from lfm_fast.data.reading import UnusableImage
 from lfm_fast.data.store import Store
 from lfm_fast.data.stored import StoredImages
@@ -88,6 +90,31 @@ def test_splits_of_one_place_are_checked_once_each(tmp_path):
     store.raw_shape = (20, 30, 3)
     with pytest.raises(ValueError, match="None of the 3 images"):
         StoredImages(store, 16)
+
+
+def test_what_another_pillow_found_is_looked_at_again(tmp_path, monkeypatch):
+    """It may read other files; and what is gone is forgotten."""
+    assert PIL.__version__ in stored._NOTE_FORMAT
+    one, two, three = (encoded(p) for p in PIXELS)
+    reads = []
+    for form, contents in (
+        ("old", [one, two, three]),
+        ("new", [one, two, three]),
+        ("new", [one, two]),
+        ("new", [one, two + b"changed"]),  # then it is written anew, without the third
+        ("new", [one, two + b"changed", three]),
+    ):
+        monkeypatch.setattr(stored, "_NOTE_FORMAT", form)
+        store = Memory(tmp_path, contents)
+        StoredImages(store, 16)
+        reads.append(store.reads)
+    assert reads == [3, 3, 0, 1, 1]
+
+
+def test_bare_pixels_have_no_header_to_be_told_by(tmp_path):
+    contents = [PIXELS[0].tobytes(), PIXELS[1].tobytes()[:-3]]
+    images = StoredImages(Memory(tmp_path, contents, (20, 30, 3)), 20, check="headers")
+    assert images.report.skipped == [("1", "it has 1797 bytes, not 20x30x3")]
 
 
 def test_what_was_left_out_on_listing_is_reported_first(tmp_path):

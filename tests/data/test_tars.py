@@ -169,8 +169,12 @@ def test_a_sample_without_a_good_label_is_skipped_and_named(tmp_path, content, s
     assert says in reason
 
 
+LARGE, ARABIC = b'{"label": 1000000}', '{"label": "\u0661"}'.encode()
+
+
 @pytest.mark.parametrize(
-    "content", [b"{", b'{"label": [1]}', b'{"label": 1.0}', b'{"label": true}', b"[" * 100_000, b'{"label": -1}']
+    "content",
+    [b"{", b'{"label": [1]}', b'{"label": 1.0}', b'{"label": true}', b"[" * 100_000, b'{"label": -1}', LARGE, ARABIC],
 )
 def test_a_label_file_that_is_damaged_costs_its_sample_alone(tmp_path, content):
     files, _ = labelled(2)
