@@ -54,7 +54,7 @@ def main():
     try:
         show(**arguments)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(str(error).removeprefix("--resume "))  # the flag of training that takes such a folder
     print(f"wrote {arguments['output']}")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lfm_fast import LatentFlow
 from lfm_fast.cli import main
 from lfm_fast.train import loop
 
@@ -61,6 +62,16 @@ def test_without_a_command_the_commands_are_listed(capsys):
     assert main([]) == 2
     said = capsys.readouterr().out
     assert [name for name in ("train", "sample", "encode", "info") if f"\n    {name} " not in said] == []
+
+
+def test_a_misspelt_class_is_told_the_nearest_of_many():
+    flow = LatentFlow.from_pretrained("embedded")
+    flow.class_names = (*(f"{k} Dogs" for k in range(500)), "Red Panda")
+    with pytest.raises(ValueError, match=r"^there is no class 'red' \(nearest: Red Panda\); there is 0 Dogs") as no:
+        flow.labels("red", 1)
+    assert str(no.value).endswith(", 19 Dogs and 481 more")
+    with pytest.raises(ValueError, match=r"'rde panda' \(nearest: Red Panda\); there is"):
+        flow.labels("rde panda", 1)
 
 
 @pytest.mark.parametrize("command", ["train", "sample", "evaluate", "tune-grid", "encode", "convert", "bench", "info"])

@@ -63,6 +63,7 @@ def run(args):
     flow = LatentFlow.from_pretrained(args.model, args.autoencoder, device=device_named(args.device))
     if args.precision is not None:
         flow.model, flow.autoencoder = (optimize(part, args.precision) for part in (flow.model, flow.autoencoder))
+    _require_condition(flow, task)
     _require_its_own(args, args.method or flow.sampling.get("method", "dopri5"))
     chosen = _guidance(args, flow) | {name: getattr(args, name) for name in ("method", "num_steps")}
     chosen["time_grid"] = None if args.time_grid is None else from_text(args.time_grid)
@@ -96,6 +97,15 @@ def _task(args):
     if named and args.reuse is not None:  # what it measures are plain samples
         raise ValueError(f"--reuse is not for --{named[0].replace('_', '-')}; leave it out")
     return task_named(_CONDITIONS[named[0]]) if named else None
+
+
+def _require_condition(flow, task):
+    """Raise ValueError, in the words of the command line, for a flow that is not told what it needs."""
+    flags = {name: "--" + flag.replace("_", "-") for flag, name in _CONDITIONS.items()}
+    wanted = flow.task.get("name")
+    if task is None and wanted in flags and getattr(flow.model, "needs_condition", False):
+        more = " and --mask" if wanted == "inpainting" else ""
+        raise ValueError(f"this flow is of task {wanted}; give {flags[wanted]}{more}")
 
 
 def _guidance(args, flow):

@@ -1,5 +1,6 @@
 """Noise becomes an image: the network, its path and its autoencoder as one object that is loaded, sampled and saved."""
 
+import difflib
 import operator
 from dataclasses import dataclass, field
 
@@ -235,9 +236,7 @@ class LatentFlow:
         if isinstance(value, str) and not value.isdecimal():
             folded = [name.casefold() for name in self.class_names]
             if value.casefold() not in folded:
-                raise ValueError(
-                    f"there is no class {value!r}; there is {', '.join(self.class_names) or 'none by name'}"
-                )
+                raise ValueError(f"there is no class {value!r}{self._nearest(value)}; there is {self._classes()}")
             return folded.index(value.casefold())
         try:
             label = int(value) if isinstance(value, str) else operator.index(value)
@@ -246,6 +245,17 @@ class LatentFlow:
         if not 0 <= label < count:
             raise ValueError(f"label {value} is out of range: the network knows 0 to {count - 1}")
         return label
+
+    def _nearest(self, value):
+        """The classes that may have been meant, as words for the sentence about one that there is not."""
+        names = {name.casefold(): name for name in self.class_names}
+        begun = [name for name in names if name.startswith(value.casefold())]
+        near = (begun or difflib.get_close_matches(value.casefold(), names))[:3]
+        return f" (nearest: {', '.join(names[name] for name in near)})" if near else ""
+
+    def _classes(self, most=20):
+        names, more = ", ".join(self.class_names[:most]), len(self.class_names) - most
+        return f"{names} and {more} more" if more > 0 else names or "none by name"
 
     def save_pretrained(self, folder, dtype=torch.float32, as_diffusers=False):
         """Write model_index.json, transformer/ (a U-Net: unet/) and vae/ into `folder`, diffusers' layout.

@@ -80,7 +80,10 @@ class Task:
 
     def evaluate(self, flow, *, num_images: int, seed: int, data: str, **sampling) -> dict[str, float]:
         """Figures of merit, by name, of samples for held-out conditions."""
-        raise ValueError("there is nothing to evaluate a plain flow by here.")
+        raise ValueError(
+            "a flow that is conditioned on nothing is not measured here; give --task inpainting, which any flow does, "
+            f"or a flow of task {' or '.join(CONDITIONED)}."
+        )
 
 
 class ConditionedSource:

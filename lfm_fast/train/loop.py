@@ -99,6 +99,9 @@ def _check_network(config):
     """Raise ValueError before images are read and encoded if the name of the network says that it cannot be trained."""
     if config.model not in NETWORKS:
         create_model(config.model)  # says which there are
+    start = config.start_from
+    if start not in (None, "embedded") and not Path(start).expanduser().exists():
+        raise ValueError(f"--start-from {start} does not exist; give 'embedded', a flow's folder or a checkpoint")
     if NETWORKS[config.model][0].condition_argument == "context" and config.task != "layout":
         raise ValueError(
             f"--model {config.model} looks at a context, which task layout alone brings; give that, or another network"

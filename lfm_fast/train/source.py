@@ -6,6 +6,8 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 from lfm_fast import _graphs
 from lfm_fast.autoencoder import DEFAULT_HUB_NAME, load_autoencoder
 from lfm_fast.data import resident
@@ -36,6 +38,8 @@ def open_source(config, world, say=print):
         _require_whole(config, cache)
         return _of_cache(cache, config, world, say), autoencoder
     _refuse_mapped(config)
+    if config.data != "embedded":  # which is read in seconds; the check imports for one
+        _require_network(config)
     task = task_named(config.task)
     images = world.main_first(lambda: task.images(config))
     if world.is_main and images.report.skipped:
@@ -58,6 +62,8 @@ def _latents_of(images, autoencoder, config, world, say):
         cache = encode_images(images, autoencoder, config.cache_latents, flip=config.flip, world=world)
         return _of_cache(cache, config, world, say)
     if _encoded_at_start(config, len(images)):
+        if world.is_main:
+            say(f"Encoding {len(images)} images once, into memory.")
         return ResidentLatents.from_images(images, autoencoder, flip=config.flip, device=world.device)
     return EncodedImages(images, autoencoder, flip=config.flip)
 
@@ -107,11 +113,7 @@ def facts(config, world):
             size = size * 4 // cache.dtype.itemsize
         table = _table_bytes(config, world, size)
         return cache.num_items, len(cache.class_names), cache.latent_shape, table
-    if config.image_size % downsampling:
-        raise ValueError(
-            f"image_size {config.image_size} is not a multiple of {downsampling}, the autoencoder's factor"
-        )
-    shape = (channels, config.image_size // downsampling, config.image_size // downsampling)
+    shape = _shape(config, channels, downsampling)
     if config.data is None:
         return None, config.num_classes or 0, shape, 0
     _refuse_mapped(config)
@@ -137,6 +139,24 @@ def _refuse_mapped(config):
             f"keep_latents is mapped, but {config.data} holds images, of which there are no files of latents; give "
             "--cache-latents FOLDER, which encodes them once, or leave --keep-latents out"
         )
+
+
+def _shape(config, channels, downsampling):
+    """(C, h, h) of the latents of the images asked for. Raises ValueError for a size that does not divide."""
+    if config.image_size % downsampling:
+        raise ValueError(
+            f"image_size {config.image_size} is not a multiple of {downsampling}, the autoencoder's factor"
+        )
+    return channels, config.image_size // downsampling, config.image_size // downsampling
+
+
+def _require_network(config):
+    """Raise ValueError for a network that does not take the latents, before hours may go into reading images."""
+    if config.task in CONDITIONED or not (config.autoencoder == "embedded" or Path(config.autoencoder).is_dir()):
+        return  # these look at the images first; and an autoencoder on the hub may be of any shape
+    shape = _shape(config, *latent_format(config.autoencoder))
+    with torch.device("meta"):  # no memory, whatever the size
+        task_named(config.task).network(dataclasses.replace(config, label_dropout=0.0), shape)
 
 
 def _refuse_cache(config):

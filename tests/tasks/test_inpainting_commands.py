@@ -94,7 +94,8 @@ def test_the_flow_that_ships_paints_too(files):
         (("--fit", "tile"), "--fit belongs to --image"),
         (("--image", "image.png", "--mask", "mask.png", "--reuse", "0.1"), "--reuse is not for --image"),
         (("--image", "image.png", "--label-map", "map.png"), "--image and --label-map belong to different tasks"),
-        (("--image", "image.png", "--mask", "no.png"), "cannot be opened"),
+        (("--image", "image.png", "--mask", "no.png"), "mask no.png cannot be used: it cannot be opened"),
+        (("--image", "no.png", "--mask", "mask.png"), "image no.png cannot be used: it cannot be opened"),
         (("--image", "image.png", "--mask", "mask.png", "--approach", "condition"), "was not trained to inpaint"),
         (("--image", "image.png", "--mask", "mask.png", "--fit", "refuse"), "70x90 pixels and the flow 64x64"),
     ],
@@ -105,6 +106,16 @@ def test_mistakes_end_in_a_sentence(files, flags, sentence, capsys, monkeypatch)
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
+
+
+def test_a_run_that_is_not_told_what_to_paint_says_which_flags_do(run, capsys, tmp_path):
+    assert main(["sample", "--model", str(run), "--output", str(tmp_path / "x.png")]) == 2
+    assert capsys.readouterr().err == "lfm-fast sample: this flow is of task inpainting; give --image and --mask\n"
+
+
+def test_a_plain_flow_is_not_measured_without_a_task(capsys):
+    assert main(["evaluate", "--model", "embedded"]) == 2
+    assert "give --task inpainting, which any flow does" in capsys.readouterr().err
 
 
 def test_held_out_images_are_shown(run, tmp_path):

@@ -58,7 +58,7 @@ def test_files_and_grey_pictures_are_read(tmp_path):
         (np.full((5, 7, 3), np.nan), "not finite"),
         (np.full((5, 7, 3), -1.0), "ranges from -1 to -1"),
         (PIXELS.astype(np.float32), "expected uint8, or floats"),
-        ("no/such/file.png", "image cannot be used"),
+        ("no/such/file.png", "image no/such/file.png cannot be used"),
         (None, "image is a NoneType"),
         (PIXELS.astype(str), "image holds <U3; expected numbers"),
     ],
