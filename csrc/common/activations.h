@@ -71,8 +71,8 @@ LFM_HD float gelu_derivative(float x) {
 
 LFM_HD float silu(float x) { return x * logistic(kLog2E * x); }
 
-// The same for a result that is rounded to 16 bits: 2^-18 of it, in two thirds of the operations.
-LFM_HD float silu_to_16_bits(float x) {
+// The same for a result that is rounded to float16: 2^-18 of it, in two thirds of the operations.
+LFM_HD float silu_to_float16(float x) {
   constexpr float kRound = 0x1.8p23f;
   // Bounds of the exponent, of which 2^128 is infinity in what follows and the result 0. Bits are in order of magnitude,
   // the negative ones above all others as unsigned numbers. They are exchanged by masks: of a choice compilers make ways

@@ -4,57 +4,17 @@
 
 #include "common/activations.h"
 #include "common/registration.h"
-#include "cpu/groups.h"
+#include "cpu/group_norm.h"
+#include "cpu/group_norm_pairs.h"
 
 namespace lfm_fast {
 namespace {
-
-// Sum of a chunk and of the squared distances from its own mean.
-struct ChunkMoments {
-  double sum, squares;
-};
-
-struct GroupNorm {
-  GroupShape shape;
-  const void* x;
-  void* y;
-  std::vector<float> weight, bias;  // (C,)
-  double eps;
-  float *mean, *rstd;       // (B, G)
-  ChunkMoments* moments;    // positions innermost: (slab, chunk); channels innermost: (slab, chunk, group)
-  float *centres, *scales;  // channels innermost: (B, C) mean and rstd weight
-
-  // Of a chunk where channels are innermost: what is done once for each takes a tenth of its time on small maps, which
-  // have to be enough for the threads all the same.
-  int64_t chunk_positions() const { return shape.positions < 4096 ? kPositions : 4 * kPositions; }
-
-  int64_t chunks() const {  // of a slab
-    const int64_t elements = shape.channels_innermost ? shape.positions : shape.group_elements();
-    const int64_t chunk = shape.channels_innermost ? chunk_positions() : kChunk;
-    return shape.group_size() > 0 ? (elements + chunk - 1) / chunk : 0;
-  }
-
-  // From the moments of a group's chunks, in order; `step` entries apart, chunk k of `elements(k)` elements.
-  template <typename Elements>
-  void write_statistics(int64_t group, const ChunkMoments* first, int64_t step, const Elements& elements) const {
-    double sum = 0.0, squares = 0.0;
-    for (int64_t k = 0; k < chunks(); ++k) sum += first[k * step].sum;
-    const double centre_of_group = sum / shape.count();
-    for (int64_t k = 0; k < chunks(); ++k) {
-      const ChunkMoments& chunk = first[k * step];
-      const double n = static_cast<double>(elements(k)), distance = chunk.sum / n - centre_of_group;
-      squares += chunk.squares + n * distance * distance;
-    }
-    mean[group] = static_cast<float>(centre_of_group);
-    rstd[group] = static_cast<float>(1.0 / std::sqrt(squares / shape.count() + eps));
-  }
-};
 
 template <Element element, bool silu_follows>
 LFM_HD float normalised(float x, float centre, float scale, float bias) {
   const float h = (x - centre) * scale + bias;
   if constexpr (!silu_follows) return h;
-  return element == Element::float32 ? silu(h) : silu_to_16_bits(h);
+  return element == Element::float32 ? silu(h) : silu_to_float16(h);
 }
 
 template <Element element, bool silu_follows>
@@ -68,6 +28,7 @@ struct PositionsInnermost : GroupNorm {
 
   int64_t chunk_elements(int64_t chunk) const { return std::min(kChunk, shape.group_elements() - chunk * kChunk); }
 
+  template <Level>
   LFM_HD void measure(int64_t slab, int64_t chunk, Scratch& scratch) const {
     const int64_t n = chunk_elements(chunk);
     const Type* from = static_cast<const Type*>(x) + slab * shape.group_elements() + chunk * kChunk;
@@ -93,32 +54,41 @@ struct PositionsInnermost : GroupNorm {
                      [this](int64_t chunk) { return chunk_elements(chunk); });
   }
 
+  template <Level level>
   LFM_HD void apply(int64_t slab, int64_t chunk, Scratch&) const {
     const int64_t positions = shape.positions, end = chunk * kChunk + chunk_elements(chunk);
     const int64_t first_channel = slab % shape.groups * shape.group_size();
     for (int64_t at = chunk * kChunk; at < end;) {
       const int64_t channel = at / positions, stop = std::min(end, (channel + 1) * positions);
-      const float w = weight[static_cast<size_t>(first_channel + channel)], scale_of_channel = rstd[slab] * w;
-      const float b = bias[static_cast<size_t>(first_channel + channel)], centre_of_group = mean[slab];
-      for (; at < stop; at += std::min(kTile, stop - at))
-        tile(slab * shape.group_elements() + at, std::min(kTile, stop - at), centre_of_group, scale_of_channel, b);
+      const size_t c = static_cast<size_t>(first_channel + channel);
+      run<level>(slab * shape.group_elements() + at, stop - at, mean[slab], rstd[slab], weight[c], bias[c]);
+      at = stop;
     }
   }
 
-  LFM_HD void tile(int64_t start, int64_t n, float centre_of_group, float scale_of_channel, float b) const {
+  // `n` elements of one channel.
+  template <Level level>
+  LFM_HD void run(int64_t start, int64_t n, float centre, float deviation, float w, float b) const {
+    const Type* from = static_cast<const Type*>(x) + start;
+    Type* to = static_cast<Type*>(y) + start;
+    if constexpr (element == Element::bfloat16) {
+      normalise_run<level, silu_follows>(from, to, n, ScaleAndOffset(centre, deviation, w, b, silu_follows));
+    } else {
+      const float scale = deviation * w;
+      for (int64_t at = 0; at < n; at += kTile) tile(from + at, to + at, std::min(kTile, n - at), centre, scale, b);
+    }
+  }
+
+  LFM_HD void tile(const Type* in, Type* out, int64_t n, float centre, float scale, float b) const {
     TileBuffer values, results;
-    const float* __restrict from = as_float<element>(static_cast<const Type*>(x) + start, values.values, n);
-    Type* out = static_cast<Type*>(y) + start;
+    const float* __restrict from = as_float<element>(in, values.values, n);
     float* __restrict to = results.values;
     if constexpr (element == Element::float32) to = out;
-    for (int64_t j = 0; j < n; ++j) to[j] = normalised<element, silu_follows>(from[j], centre_of_group, scale_of_channel, b);
+    for (int64_t j = 0; j < n; ++j) to[j] = normalised<element, silu_follows>(from[j], centre, scale, b);
     if constexpr (element != Element::float32) narrow_tile<element>(out, results.values, n);
   }
 };
 
-// Sums are of distances from a number near the chunk's mean, so that one pass over memory gives both: the mean of its
-// first row. For any numbers, its own distance from the mean is then at most 16 standard deviations of the chunk, so
-// that no more than 8 of 24 bits cancel.
 template <Element element, bool silu_follows>
 struct ChannelsInnermost : GroupNorm {
   using Type = typename Stored<element>::Type;
@@ -129,30 +99,14 @@ struct ChannelsInnermost : GroupNorm {
         : origins(static_cast<size_t>(shape.channels)), sums(origins), squares(origins) {}
   };
 
-  int64_t rows(int64_t chunk) const {
-    return std::min(chunk_positions(), shape.positions - chunk * chunk_positions());
-  }
-  int64_t place(int64_t slab, int64_t chunk) const {
-    return (slab * shape.positions + chunk * chunk_positions()) * shape.channels;
-  }
-
+  template <Level>
   LFM_HD void measure(int64_t slab, int64_t chunk, Scratch& scratch) const {
-    const int64_t size = shape.group_size();
     const Type* from = static_cast<const Type*>(x) + place(slab, chunk);
-    ChunkMoments* out = moments + (slab * chunks() + chunk) * shape.groups;
-    const double n = static_cast<double>(rows(chunk) * size);
     float *origins = scratch.origins.data(), *sums = scratch.sums.data(), *squares = scratch.squares.data();
     widen_tile<element>(sums, from, shape.channels);
-    for (int64_t g = 0; g < shape.groups; ++g) {
-      const float origin = sum_of(sums + g * size, size) / static_cast<float>(size);
-      for (int64_t c = g * size; c < (g + 1) * size; ++c) origins[c] = origin;
-    }
+    write_origins(sums, origins);
     add_rows(from, rows(chunk), origins, sums, squares);
-    for (int64_t g = 0; g < shape.groups; ++g) {
-      const double sum = sum_of(sums + g * size, size);
-      out[g].sum = sum + n * origins[g * size];
-      out[g].squares = sum_of(squares + g * size, size) - sum * sum / n;
-    }
+    write_moments(slab, chunk, origins, sums, squares);
   }
 
   // What rows add to their channels' sums. Four at a time, so that the sums travel to the cache and back less often.
@@ -182,28 +136,19 @@ struct ChannelsInnermost : GroupNorm {
     }
   }
 
-  static LFM_HD float sum_of(const float* values, int64_t n) {
-    float total = 0.0f;
-    for (int64_t j = 0; j < n; ++j) total += values[j];
-    return total;
-  }
-
   void finish(int64_t slab) const {
-    float *centre = centres + slab * shape.channels, *scale = scales + slab * shape.channels;
-    for (int64_t g = 0; g < shape.groups; ++g) {
-      const int64_t group = slab * shape.groups + g;
-      write_statistics(group, moments + slab * chunks() * shape.groups + g, shape.groups,
-                       [this](int64_t chunk) { return rows(chunk) * shape.group_size(); });
-      for (int64_t c = g * shape.group_size(); c < (g + 1) * shape.group_size(); ++c) {
-        centre[c] = mean[group];
-        scale[c] = rstd[group] * weight[static_cast<size_t>(c)];
-      }
+    write_statistics_of_sample(slab);
+    for (int64_t c = 0; c < shape.channels; ++c) {
+      const int64_t group = slab * shape.groups + c / shape.group_size();
+      offsets[slab * shape.channels + c] = mean[group];
+      scales[slab * shape.channels + c] = rstd[group] * weight[static_cast<size_t>(c)];
     }
   }
 
+  template <Level>
   LFM_HD void apply(int64_t slab, int64_t chunk, Scratch&) const {
     const int64_t channels = shape.channels;
-    const float* __restrict centre = centres + slab * channels;
+    const float* __restrict centre = offsets + slab * channels;
     const float* __restrict scale = scales + slab * channels;
     const float* __restrict b = bias.data();
     for (int64_t r = 0; r < rows(chunk); ++r) {
@@ -225,10 +170,13 @@ void run_layout(GroupNorm&& norm) {
   std::vector<ChunkMoments> moments(static_cast<size_t>(shape.slabs() * per_slab));
   norm.moments = moments.data();
   if (!shape.channels_innermost) return run_stages(PositionsInnermost<element, silu_follows>{std::move(norm)});
-  std::vector<float> centres(static_cast<size_t>(shape.samples * shape.channels)), scales(centres);
-  norm.centres = centres.data();
+  std::vector<float> scales(static_cast<size_t>(shape.samples * shape.channels)), offsets(scales);
   norm.scales = scales.data();
-  run_stages(ChannelsInnermost<element, silu_follows>{std::move(norm)});
+  norm.offsets = offsets.data();
+  if constexpr (element == Element::bfloat16)
+    run_stages(PairsOfChannels<silu_follows>{std::move(norm)});
+  else
+    run_stages(ChannelsInnermost<element, silu_follows>{std::move(norm)});
 }
 
 template <Element element>

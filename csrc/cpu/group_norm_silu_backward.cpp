@@ -107,6 +107,7 @@ struct PositionsInnermost : GroupNormBackward {
             mean[group], rstd[group], weight[c], bias[c]};
   }
 
+  template <Level>
   LFM_HD void measure(int64_t slab, int64_t chunk, Scratch& scratch) const {
     const Piece at = piece(slab, chunk);
     TileSum sum_g(at.end - at.begin), sum_gn(at.end - at.begin);
@@ -139,6 +140,7 @@ struct PositionsInnermost : GroupNormBackward {
     finish_group(slab);
   }
 
+  template <Level>
   LFM_HD void apply(int64_t slab, int64_t chunk, Scratch& scratch) const {
     const Piece at = piece(slab, chunk);
     const Means of_group = means[slab];
@@ -202,6 +204,7 @@ struct ChannelsInnermost : GroupNormBackward {
     }
   }
 
+  template <Level>
   LFM_HD void measure(int64_t slab, int64_t chunk, Scratch& scratch) const {
     const int64_t channels = shape.channels;
     spread(slab, scratch);
@@ -238,6 +241,7 @@ struct ChannelsInnermost : GroupNormBackward {
     for (int64_t g = 0; g < shape.groups; ++g) finish_group(slab * shape.groups + g);
   }
 
+  template <Level>
   LFM_HD void apply(int64_t slab, int64_t chunk, Scratch& scratch) const {
     const int64_t channels = shape.channels;
     spread(slab, scratch);

@@ -2,8 +2,8 @@
 //
 // There are two layouts. With positions innermost (contiguous) a group of a sample is one run of memory, a slab, cut
 // into chunks of at most 4096 elements. With channels innermost (channels_last) the slab is a whole sample, cut into
-// chunks of 64 positions or, forward on large maps, 256. Sums are made chunk by chunk in float32 and added up in double, in order: chunks are
-// constants of the definition, so any number of threads gives the same bits.
+// chunks of 64 positions or, forward on large maps, 256. Sums are made chunk by chunk in float32 and added up in double,
+// in order: chunks are constants of the definition, so any number of threads gives the same bits.
 #pragma once
 
 #include <cmath>
@@ -91,7 +91,7 @@ inline std::vector<float> channel_values(const std::optional<Tensor>& values, co
 
 // A kernel over slabs has three stages. Done slab by slab, the last finds in the cache what the first has read; where
 // there are too few slabs for the threads, each stage goes over all chunks.
-//   measure(slab, chunk, scratch), finish(slab), apply(slab, chunk, scratch)
+//   measure<level>(slab, chunk, scratch), finish(slab), apply<level>(slab, chunk, scratch)
 enum class Stages { all, measuring, applying };
 
 // Which of them is asked while it runs, so that each is compiled once: an item is a slab, or a chunk of one.
@@ -109,10 +109,10 @@ struct OverSlabs {
       const int64_t slab = whole ? item : item / chunks, begin = whole ? 0 : item % chunks;
       const int64_t end = whole ? chunks : std::min(chunks, begin + last - item);
       if (stages != Stages::applying)
-        for (int64_t chunk = begin; chunk < end; ++chunk) kernel.measure(slab, chunk, scratch);
+        for (int64_t chunk = begin; chunk < end; ++chunk) kernel.template measure<level>(slab, chunk, scratch);
       if (whole) kernel.finish(slab);
       if (stages != Stages::measuring)
-        for (int64_t chunk = begin; chunk < end; ++chunk) kernel.apply(slab, chunk, scratch);
+        for (int64_t chunk = begin; chunk < end; ++chunk) kernel.template apply<level>(slab, chunk, scratch);
       item += whole ? 1 : end - begin;
     }
   }

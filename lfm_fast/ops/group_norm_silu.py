@@ -177,6 +177,9 @@ _CASES = (
     {"shape": (3, 6, 5, 7), "num_groups": 6, "silu": False},
     {"shape": (2, 96, 5, 7), "num_groups": 32, "layout": "channels_last"},
     {"shape": (2, 96, 9, 7), "num_groups": 4, "layout": "channels_last", "dtype": torch.bfloat16},
+    # positions that do not fill a vector, alone and beside some that do
+    {"shape": (2, 6, 9, 7), "num_groups": 3, "layout": "channels_last", "dtype": torch.bfloat16},
+    {"shape": (2, 33, 8, 9), "num_groups": 3, "layout": "channels_last", "dtype": torch.bfloat16, "silu": False},
     {"shape": (3, 4, 5, 7), "affine": False},
     {"shape": (3, 4, 5, 7), "affine": False, "layout": "channels_last", "silu": False},
     *({"shape": (3, 4, 5, 7), "dtype": d} for d in (*_LOW, torch.float64)),

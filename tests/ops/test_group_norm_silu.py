@@ -151,8 +151,9 @@ def test_silu_of_what_is_no_number(memory_format, dtype):
     values = torch.tensor([float("nan"), -float("nan"), float("inf"), -float("inf")])
     x = torch.randn(1, 4, 2, 2).to(dtype).contiguous(memory_format=memory_format)
     y = ops.group_norm_silu(x, 1, torch.zeros(4), values)[0, :, 0, 0]
-    assert torch.equal(y.isnan(), torch.tensor([True, True, False, True]))
+    assert torch.equal(y.isnan()[:3], torch.tensor([True, True, False]))
     assert y[2] == float("inf")
+    assert y[3] == 0 if dtype is torch.bfloat16 else y[3].isnan()  # the limit, or what -inf / inf is
 
 
 @pytest.mark.parametrize("positions", [(3, 5), (64, 65)])
