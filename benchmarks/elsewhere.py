@@ -27,17 +27,18 @@ class Elsewhere:
         try:
             return self._pool.submit(function, *arguments).result(seconds)
         except FutureTimeout:
-            self.end()
+            self.end(kill=True)
             raise RuntimeError(f"it took longer than {seconds:g} s") from None
         except BrokenExecutor:
             self.end()
             raise RuntimeError("its process died") from None
 
-    def end(self) -> None:
+    def end(self, kill: bool = False) -> None:
         if self._pool is None:
             return
-        for process in list((self._pool._processes or {}).values()):
-            process.kill()
+        if kill:
+            for process in list((self._pool._processes or {}).values()):
+                process.kill()
         self._pool.shutdown(cancel_futures=True)
         self._pool = None
 

@@ -1,9 +1,9 @@
 """What the kernels over tokens (B, T, D) share: one token's channels lie in the registers of one program.
 
 How many threads share a token (num_warps) decides the order of its sums, so it follows from D alone and is no matter
-for tuning. The backward kernels take SPAN tokens of one sample, one after the other, and keep the sums over them of
-each channel in registers; `add_up` adds the sums of a sample's programs in their order. No atomics: the same bits in
-every run.
+for tuning. The backward kernels take a span of tokens of one sample, one after the other, and keep the sums over them
+of each channel in registers; `add_up` adds the sums of a sample's programs in their order. No atomics: the same bits in
+every run, of a batch of this size.
 """
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lfm_fast.kernels.triton._tuning import Configuration, Tuned, bucket
 
-SPAN = 16
+SPANS = (64, 32, 16)
+PROGRAMS = 2048  # about five times as many as run at once on a GPU of 132 multiprocessors
 
 
 @triton.jit
@@ -43,6 +44,17 @@ def warps(width: int, channels_per_thread: int) -> int:
     return min(max(block_of(width) // (32 * channels_per_thread), 1), 16)
 
 
+def registers(width: int, channels_per_thread: int, most: int, *tensors: Tensor) -> int | None:
+    """A limit to the registers of a thread, which lets more programs run at once, and so more loads be on their way.
+
+    None where these would not do: where numbers have 32 bits, half as many tokens are enough, and a thread that has to
+    hold more channels than it should would spill them.
+    """
+    held = block_of(width) // (32 * warps(width, channels_per_thread))
+    low = all(x is None or x.element_size() <= 2 for x in tensors)
+    return most if low and held <= channels_per_thread else None
+
+
 def strided_tokens(x: Tensor | None) -> tuple[Tensor | None, int, int]:
     """x and the strides between its samples and between its tokens. Copied only where its channels are strided."""
     if x is None:
@@ -58,15 +70,18 @@ def strided_vectors(*vectors: Tensor) -> list:
     return [*found, *(v.stride(0) for v in found)]
 
 
-def spans(length: int) -> int:
-    """How many programs one sample's tokens take in a backward kernel."""
-    return triton.cdiv(length, SPAN)
+def span_of(batch: int, length: int) -> int:
+    """How many tokens a program of a backward kernel takes: the more, the fewer sums are written and read again (at 16
+    tokens a sixth of all bytes in bfloat16, at 64 a 24th), but not so many that programs are few."""
+    return next((span for span in SPANS if batch * triton.cdiv(length, span) >= PROGRAMS), SPANS[-1])
 
 
-def partial_sums(x: Tensor, count: int) -> Tensor:
-    """Where a backward kernel leaves `count` sums over each span of tokens, (B, spans, count, D) float32."""
+def partial_sums(x: Tensor, count: int) -> tuple[Tensor, int]:
+    """Where a backward kernel leaves `count` sums over each span of tokens, (B, spans, count, D) float32; the span."""
     batch, length, width = x.shape
-    return torch.empty((batch, spans(length), count, width), dtype=torch.float32, device=x.device)
+    span = span_of(batch, length)
+    shape = (batch, triton.cdiv(length, span), count, width)
+    return torch.empty(shape, dtype=torch.float32, device=x.device), span
 
 
 @triton.jit(do_not_specialize=("per_sample",))

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm_fast.kernels.triton._tokens import block_of, statistics, strided_tokens, strided_vectors, warps
+from lfm_fast.kernels.triton._tokens import block_of, registers, statistics, strided_tokens, strided_vectors, warps
 from lfm_fast.kernels.triton._tuning import Configuration, Tuned, bucket
 
 
@@ -25,9 +25,17 @@ def _kernel(
     x += sample * x_sample + first * x_token + lane
     branch += sample * branch_sample + first * branch_token + lane
     row = sample * length + first
-    for _ in range(tl.minimum(length - first, TOKENS)):
-        value = tl.load(x, mask=inside, other=0.0).to(tl.float32)
-        change = tl.load(branch, mask=inside, other=0.0).to(tl.float32)
+    count = tl.minimum(length - first, TOKENS)
+    next_x = tl.load(x, mask=inside, other=0.0)
+    next_branch = tl.load(branch, mask=inside, other=0.0)
+    for k in range(count):
+        value, change = next_x.to(tl.float32), next_branch.to(tl.float32)
+        # the next token is on its way while this one's sums wait for all threads
+        ahead = inside & (k + 1 < count)
+        x += x_token
+        branch += branch_token
+        next_x = tl.load(x, mask=ahead, other=0.0)
+        next_branch = tl.load(branch, mask=ahead, other=0.0)
         stored = (value + opened * change).to(x_new.dtype.element_ty)
         tl.store(x_new + row * width + lane, stored, mask=inside)
         value = stored.to(tl.float32)
@@ -36,8 +44,6 @@ def _kernel(
         tl.store(y + row * width + lane, result.to(y.dtype.element_ty), mask=inside)
         tl.store(mean + row, average)
         tl.store(rstd + row, inverse)
-        x += x_token
-        branch += branch_token
         row += 1
 
 
@@ -59,5 +65,6 @@ def kernel(x, branch, gate, shift, scale, eps=1e-6):
         (bucket(batch * length), bucket(width), x.dtype, y.dtype),
         x, branch, gate, shift, scale, x_new, y, mean, rstd, x_sample, x_token, branch_sample, branch_token, *strides,
         length, width, eps, BLOCK=block_of(width), num_warps=warps(width, 16),
+        maxnreg=registers(width, 16, 96, x, branch),
     )  # fmt: skip
     return x_new, y, mean, rstd

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from lfm_fast.kernels.triton import _tokens
 from lfm_fast.kernels.triton._tokens import norm_gradient, strided_tokens, strided_vectors
-from lfm_fast.kernels.triton._tuning import Configuration, Tuned
+from lfm_fast.kernels.triton._tuning import Tuned
 
 
 @triton.jit(do_not_specialize=("length",))
@@ -62,7 +62,7 @@ def _kernel(
     tl.store(part + 2 * width, sum_gn, mask=inside)
 
 
-_launch = Tuned(_kernel, Configuration({"SPAN": _tokens.SPAN}), enable_fp_fusion=True)
+_launch = Tuned(_kernel, enable_fp_fusion=True)
 
 
 def kernel(x_new, branch, gate, scale, mean, rstd, grad_x_new=None, grad_y=None):
@@ -70,15 +70,16 @@ def kernel(x_new, branch, gate, scale, mean, rstd, grad_x_new=None, grad_y=None)
     grad_x = torch.empty(x_new.shape, dtype=x_new.dtype, device=x_new.device)
     grad_branch = torch.empty(x_new.shape, dtype=branch.dtype, device=x_new.device)
     vectors = [torch.empty(scale.shape, dtype=scale.dtype, device=x_new.device) for _ in range(3)]
-    parts = _tokens.partial_sums(x_new, 3)
+    parts, span = _tokens.partial_sums(x_new, 3)
     if width:
         found = [strided_tokens(t) for t in (x_new, branch, grad_x_new, grad_y)]
         tensors, strides = [t for t, *_ in found], [s for _, *both in found for s in both]
         gate, scale, *vector_strides = strided_vectors(gate, scale)
         _launch(
-            lambda c: batch * _tokens.spans(length), (),
+            lambda c: batch * triton.cdiv(length, span), (),
             *tensors, gate, scale, mean.contiguous(), rstd.contiguous(), grad_x, grad_branch, parts, *strides,
-            *vector_strides, length, width, BLOCK=_tokens.block_of(width), num_warps=_tokens.warps(width, 8),
+            *vector_strides, length, width, BLOCK=_tokens.block_of(width), SPAN=span, num_warps=_tokens.warps(width, 8),
+            maxnreg=_tokens.registers(width, 8, 80, x_new, branch, grad_x_new, grad_y),
         )  # fmt: skip
     _tokens.add_up(parts, *vectors)
     return grad_x, grad_branch, *vectors

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm_fast.kernels.triton._tokens import block_of, statistics, strided_tokens, strided_vectors, warps
+from lfm_fast.kernels.triton._tokens import block_of, registers, statistics, strided_tokens, strided_vectors, warps
 from lfm_fast.kernels.triton._tuning import Configuration, Tuned, bucket
 
 
@@ -23,14 +23,18 @@ def _kernel(
     added = tl.load(shift + sample * shift_stride + lane, mask=inside, other=0.0).to(tl.float32)
     x += sample * x_sample + first * x_token + lane
     row = sample * length + first
-    for _ in range(tl.minimum(length - first, TOKENS)):
-        value = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+    count = tl.minimum(length - first, TOKENS)
+    next_x = tl.load(x, mask=inside, other=0.0)
+    for k in range(count):
+        value = next_x.to(tl.float32)
+        # the next token is on its way while this one's sums wait for all threads
+        x += x_token
+        next_x = tl.load(x, mask=inside & (k + 1 < count), other=0.0)
         average, inverse = statistics(value, inside, width, eps)
         result = (value - average) * inverse * factor + added
         tl.store(y + row * width + lane, result.to(y.dtype.element_ty), mask=inside)
         tl.store(mean + row, average)
         tl.store(rstd + row, inverse)
-        x += x_token
         row += 1
 
 
@@ -50,5 +54,6 @@ def kernel(x, shift, scale, eps=1e-6):
         (bucket(batch * length), bucket(width), x.dtype, y.dtype),
         x, shift, scale, y, mean, rstd, x_sample, x_token, shift_stride, scale_stride, length, width, eps,
         BLOCK=block_of(width), num_warps=warps(width, 16),
+        maxnreg=registers(width, 16, 72, x, y),
     )  # fmt: skip
     return y, mean, rstd

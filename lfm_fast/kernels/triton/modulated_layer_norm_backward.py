@@ -6,7 +6,7 @@ import triton.language as tl
 
 from lfm_fast.kernels.triton import _tokens
 from lfm_fast.kernels.triton._tokens import norm_gradient, strided_tokens, strided_vectors
-from lfm_fast.kernels.triton._tuning import Configuration, Tuned
+from lfm_fast.kernels.triton._tuning import Tuned
 
 
 @triton.jit(do_not_specialize=("length",))
@@ -47,22 +47,23 @@ def _kernel(
     tl.store(part + width, sum_gn, mask=inside)
 
 
-_launch = Tuned(_kernel, Configuration({"SPAN": _tokens.SPAN}), enable_fp_fusion=True)
+_launch = Tuned(_kernel, enable_fp_fusion=True)
 
 
 def kernel(grad_y, x, scale, mean, rstd):
     batch, length, width = x.shape
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_shift, grad_scale = (torch.empty(scale.shape, dtype=scale.dtype, device=x.device) for _ in range(2))
-    parts = _tokens.partial_sums(x, 2)
+    parts, span = _tokens.partial_sums(x, 2)
     if width:
         x, x_sample, x_token = strided_tokens(x)
         grad_y, g_sample, g_token = strided_tokens(grad_y)
         scale, scale_stride = strided_vectors(scale)
         _launch(
-            lambda c: batch * _tokens.spans(length), (),
+            lambda c: batch * triton.cdiv(length, span), (),
             grad_y, x, scale, mean.contiguous(), rstd.contiguous(), grad_x, parts, g_sample, g_token, x_sample, x_token,
-            scale_stride, length, width, BLOCK=_tokens.block_of(width), num_warps=_tokens.warps(width, 8),
+            scale_stride, length, width, BLOCK=_tokens.block_of(width), SPAN=span, num_warps=_tokens.warps(width, 8),
+            maxnreg=_tokens.registers(width, 8, 64, x, grad_y),
         )  # fmt: skip
     _tokens.add_up(parts, grad_shift, grad_scale)
     return grad_x, grad_shift, grad_scale

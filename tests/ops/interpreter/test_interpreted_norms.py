@@ -12,7 +12,20 @@ from lfm_fast.kernels.triton import _tokens
 
 PUBLIC = ["modulated_layer_norm", "gated_residual_norm"]
 NORMS = [*PUBLIC, *(f"{name}_backward" for name in PUBLIC)]
-SPAN = _tokens.SPAN
+SPAN = min(_tokens.SPANS)
+
+
+@pytest.mark.parametrize("name", [f"{name}_backward" for name in PUBLIC])
+@pytest.mark.parametrize("span", _tokens.SPANS)
+def test_every_span_gives_the_same_sums(name, span, monkeypatch):
+    """As many programs as there are would choose it; the last one of a sample has fewer tokens."""
+    monkeypatch.setattr(_tokens, "SPANS", (span,))
+    args = arguments_of(ROWS[name], {"shape": (2, 70, 9)})
+    with ops.use_backend("triton", ops=name):
+        got = outputs(ROWS[name](*args))
+    tolerance = ROWS[name].tolerance
+    for g, w in zip(got, ROWS[name].reference(*in_float64(args)), strict=True):
+        assert_close(g, w, absolute=tolerance.absolute, relative=tolerance.relative, what=f"{name} {span}")
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -62,8 +75,32 @@ def test_the_norm_is_that_of_the_sum_as_stored():
 
 
 def test_sums_over_tokens_take_no_room_of_their_size():
-    """One row of sums for SPAN tokens."""
-    assert _tokens.partial_sums(torch.empty(3, 256, 40), 2).shape == (3, 256 // SPAN, 2, 40)
+    """One row of sums for a span of tokens: few tokens where programs would be few, more in a large batch."""
+    parts, span = _tokens.partial_sums(torch.empty(3, 256, 40), 2)
+    assert (parts.shape, span) == ((3, 256 // 16, 2, 40), 16)
+    assert [_tokens.span_of(batch, 256) for batch in (1, 128, 255, 256, 511, 512, 10_000)] == [
+        16,
+        16,
+        16,
+        32,
+        32,
+        64,
+        64,
+    ]
+    assert [_tokens.span_of(batch, length) for batch, length in ((0, 5), (5, 0), (2048, 1), (2047, 1))] == [
+        16,
+        16,
+        64,
+        16,
+    ]
+
+
+def test_registers_are_limited_where_nothing_spills():
+    low, wide = torch.empty(0, dtype=torch.bfloat16), torch.empty(0)
+    assert _tokens.registers(1152, 8, 64, low, low, None) == 64
+    assert _tokens.registers(384, 16, 72, low) == 72
+    assert _tokens.registers(1152, 8, 64, low, wide) is None
+    assert _tokens.registers(8192, 8, 64, low) is None  # 16 channels to a thread, of which there are no more
 
 
 def test_sums_are_added_in_the_order_of_the_tokens():
