@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm_fast.kernels.triton._tokens import block_of, registers, statistics, strided_tokens, strided_vectors, warps
+from lfm_fast.kernels.triton._tokens import block_of, statistics, strided_tokens, strided_vectors, warps
 from lfm_fast.kernels.triton._tuning import Configuration, Tuned, bucket
 
 
@@ -65,6 +65,5 @@ def kernel(x, branch, gate, shift, scale, eps=1e-6):
         (bucket(batch * length), bucket(width), x.dtype, y.dtype),
         x, branch, gate, shift, scale, x_new, y, mean, rstd, x_sample, x_token, branch_sample, branch_token, *strides,
         length, width, eps, BLOCK=block_of(width), num_warps=warps(width, 16),
-        maxnreg=registers(width, 16, 96, x, branch),
     )  # fmt: skip
     return x_new, y, mean, rstd

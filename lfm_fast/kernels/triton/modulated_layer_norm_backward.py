@@ -63,7 +63,7 @@ def kernel(grad_y, x, scale, mean, rstd):
             lambda c: batch * triton.cdiv(length, span), (),
             grad_y, x, scale, mean.contiguous(), rstd.contiguous(), grad_x, parts, g_sample, g_token, x_sample, x_token,
             scale_stride, length, width, BLOCK=_tokens.block_of(width), SPAN=span, num_warps=_tokens.warps(width, 8),
-            maxnreg=_tokens.registers(width, 8, 64, x, grad_y),
+            maxnreg=_tokens.registers(width, 8, 72, x, grad_y),
         )  # fmt: skip
     _tokens.add_up(parts, grad_shift, grad_scale)
     return grad_x, grad_shift, grad_scale
