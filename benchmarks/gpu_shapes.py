@@ -31,6 +31,8 @@ class Case:
 def cases(smoke: bool) -> list[Case]:
     """The most telling first."""
     found = [case for dtype in (BF16, F32) for width in WIDTHS for case in tokens(width, dtype, smoke)]
+    # in training under bf16 the residual stream is float32
+    found[3:3] = [case for width in ("DiT-XL", "DiT-S") for case in tokens(width, BF16, smoke, F32)]
     found += latents(smoke) + [case for dtype in (BF16, F32) for case in feature_maps(dtype, smoke)]
     return found[:3] + latents(smoke)[:2] if smoke else found
 
@@ -44,16 +46,16 @@ def samples(elements: int, dtype: torch.dtype, smoke: bool) -> int:
     return 2 if smoke else -(-TENSOR // (elements * dtype.itemsize) // 64) * 64 or 64
 
 
-def tokens(network: str, dtype: torch.dtype, smoke: bool) -> list[Case]:
+def tokens(network: str, dtype: torch.dtype, smoke: bool, state: torch.dtype | None = None) -> list[Case]:
+    """state: of the residual stream, where it is not the others' dtype; the norms alone have one."""
     width = 64 if smoke else WIDTHS[network]
     shape = (samples(TOKENS * width, dtype, smoke), TOKENS, width)
     wide = (samples(TOKENS * 4 * width, dtype, smoke), TOKENS, 4 * width)
-    norm, title = {"shape": shape, "dtype": dtype, "state": dtype}, f"{network} {name(dtype)}"
-    return [
-        Case("modulated_layer_norm", title, norm, 0.9, 0.8),
-        Case("gated_residual_norm", title, norm, 0.9, 0.8),
-        Case("gelu_tanh", title, {"shape": wide, "dtype": dtype}, 0.9, 0.9),
-    ]
+    norm, title = {"shape": shape, "dtype": dtype, "state": state or dtype}, f"{network} {name(dtype)}"
+    title += "" if state is None else f", {name(state)} state"
+    norms = [Case(row, title, norm, 0.9, 0.8) for row in ("modulated_layer_norm", "gated_residual_norm")]
+    gelu = Case("gelu_tanh", title, {"shape": wide, "dtype": dtype}, 0.9, 0.9)
+    return [*norms, gelu] if state is None else norms
 
 
 def latents(smoke: bool) -> list[Case]:
