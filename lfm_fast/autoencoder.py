@@ -253,7 +253,7 @@ def load_autoencoder(name_or_folder="embedded", device=None, precision=None):
 def _found(name_or_folder):
     if str(name_or_folder) == "embedded":
         return Autoencoder(SmallVAE.from_pretrained(EMBEDDED_FOLDER / "vae"), "embedded")
-    folder = Path(name_or_folder)
+    folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
         return Autoencoder(_from_folder(folder), str(name_or_folder))
     if folder.is_absolute() or str(name_or_folder).startswith(".") or str(name_or_folder).count("/") != 1:

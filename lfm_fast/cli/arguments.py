@@ -28,4 +28,4 @@ def folder(text):
     """A folder to write to."""
     if not text:  # it would be the current folder
         raise argparse.ArgumentTypeError("it is empty; give a folder")
-    return Path(text)
+    return Path(text).expanduser()

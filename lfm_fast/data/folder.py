@@ -97,14 +97,21 @@ def _name(entry):
     return entry.name
 
 
+def _raise(error):
+    raise error
+
+
 def _is_image_name(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def _walk(folder: Path, class_name: str):
-    """Paths (relative to `folder`) of the image files below a class, following links but never in a circle."""
+    """Paths (relative to `folder`) of the image files below a class, following links but never in a circle.
+
+    Raises OSError for a folder that cannot be listed: without its images the classes after it would have other numbers.
+    """
     seen = set()
-    for here, directories, names in os.walk(folder / class_name, followlinks=True):
+    for here, directories, names in os.walk(folder / class_name, onerror=_raise, followlinks=True):
         real = os.path.realpath(here)
         if real in seen:
             directories.clear()

@@ -29,8 +29,19 @@ _THREADS = min(16, 2 * (os.cpu_count() or 1))
 
 
 def latent_layout(folder) -> str | None:
-    """Whose latents lie in a folder: "lfm_fast", "lightningdit", "fast-dit", or None where there are none."""
+    """Whose latents lie in a folder: "lfm_fast", "lightningdit", "fast-dit", or None where there are none.
+
+    Raises:
+        ValueError: it may not be looked into.
+    """
     folder = Path(folder).expanduser()
+    try:
+        return _layout_of(folder)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be read ({error.strerror}).") from error
+
+
+def _layout_of(folder: Path) -> str | None:
     if (folder / STATS_FILE).is_file():
         return OURS
     if not folder.is_dir():

@@ -148,7 +148,7 @@ def newest_whole(paths, say):
 
 def new_run(output, model):
     """Make and return `output/NNN-model`. mkdir is atomic, so two runs starting together never share a folder."""
-    output = Path(output)
+    output = Path(output).expanduser()
     output.mkdir(parents=True, exist_ok=True)
     while True:
         numbers = [int(path.name[:3]) for path in output.iterdir() if re.match(r"\d{3}-", path.name)]
@@ -159,10 +159,14 @@ def new_run(output, model):
 
 
 def lock(folder):
-    """Hold the run folder for this process until it ends, however it ends. False if another process holds it."""
+    """Hold the run folder for this process until it ends, however it ends. False if another process holds it, or this
+    one may not write there."""
     if fcntl is None:
         return True
-    file = os.open(Path(folder) / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        file = os.open(Path(folder) / ".lock", os.O_CREAT | os.O_RDWR)
+    except OSError:  # somebody else's, or on a disk that is read only
+        return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -191,7 +195,7 @@ def choose_run(config, total_steps, origin=None):
         return _named_run(config, total_steps, origin)
     if config.resume == "auto":
         pattern = re.compile(r"\d{3}-" + re.escape(config.model.replace("/", "-")))
-        runs = [path for path in Path(config.output).glob("*") if pattern.fullmatch(path.name)]
+        runs = [path for path in Path(config.output).expanduser().glob("*") if pattern.fullmatch(path.name)]
         for folder in sorted(runs, reverse=True):
             settings = _read_config(folder)
             if settings is None or config.different_curve(settings) or _is_finished(folder, total_steps):
@@ -256,6 +260,8 @@ def _named_run(config, total_steps, origin):
         raise ValueError(f"--resume {config.resume}: there is no such checkpoint or run folder")
     if not paths:
         raise ValueError(f"--resume {config.resume}: the folder holds no checkpoint; start anew with --resume never")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--resume {config.resume}: {folder} cannot be written; copy it elsewhere, and give the copy")
     if not lock(folder):
         raise ValueError(f"--resume {config.resume}: another process is training in that folder")
     _clean(folder)
@@ -266,7 +272,7 @@ def _given(path):
     """An empty text, a shell variable that is not set, would be the current folder."""
     if not str(path):
         raise ValueError("--resume is empty; give auto, never, a run folder or a checkpoint")
-    return Path(path)
+    return Path(path).expanduser()
 
 
 def _refuse_fewer_steps(config, path, total_steps):

@@ -102,7 +102,7 @@ def facts(config, world):
         if layout == OURS:
             cache = open_latents(config.data, image_size=config.image_size)
         else:
-            known = config.autoencoder == "embedded" or Path(config.autoencoder).is_dir()  # one on the hub may be any
+            known = _is_here(config.autoencoder)  # one on the hub may be any
             shape = SimpleNamespace(name=config.autoencoder, latent_channels=channels, downsampling=downsampling)
             fits = {"autoencoder": shape, "image_size": config.image_size} if known else {}
             cache = open_latents(config.data, scaling=1.0, **fits)  # in whatever unit: no latent is looked at
@@ -150,9 +150,13 @@ def _shape(config, channels, downsampling):
     return channels, config.image_size // downsampling, config.image_size // downsampling
 
 
+def _is_here(autoencoder):
+    return autoencoder == "embedded" or Path(autoencoder).expanduser().is_dir()
+
+
 def _require_network(config):
     """Raise ValueError for a network that does not take the latents, before hours may go into reading images."""
-    if config.task in CONDITIONED or not (config.autoencoder == "embedded" or Path(config.autoencoder).is_dir()):
+    if config.task in CONDITIONED or not _is_here(config.autoencoder):
         return  # these look at the images first; and an autoencoder on the hub may be of any shape
     shape = _shape(config, *latent_format(config.autoencoder))
     with torch.device("meta"):  # no memory, whatever the size
@@ -188,7 +192,7 @@ def latent_format(autoencoder):
     if autoencoder == "embedded":
         network = load_autoencoder("embedded")
         return network.latent_channels, network.downsampling
-    folder = Path(autoencoder)
+    folder = Path(autoencoder).expanduser()
     if not folder.is_dir():
         if folder.is_absolute() or autoencoder.startswith(".") or autoencoder.count("/") != 1:
             raise ValueError(f"autoencoder folder {autoencoder!r} does not exist")

@@ -1,0 +1,88 @@
+"""Where a run's folders lie: in one's home, or where this process may not read or write."""
+
+import errno
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_resume import StoppingSource, curve, settings
+from tiny_run import TinySource
+
+from lfm_fast.autoencoder import load_autoencoder
+from lfm_fast.data.foreign_latents import latent_layout
+from lfm_fast.data.opening import open_store
+from lfm_fast.train import resume
+from lfm_fast.train.config import parse_args
+from lfm_fast.train.loop import train
+from lfm_fast.train.source import latent_format
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """The user's home, which is another folder than the current one."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "home"
+
+
+def test_a_tilde_is_ones_home(home):
+    """Shells leave it as it is in --output=~/runs."""
+    first = train(settings("~/runs"), StoppingSource(3))
+    assert first == home / "runs" / "000-DiT-Tiny"
+    assert train(settings("~/runs"), StoppingSource(6)) == first, "the run is found again"
+    assert parse_args(["--resume", "~/runs/000-DiT-Tiny"]).steps == 12
+    assert train(settings("~/runs", resume="~/runs/000-DiT-Tiny"), TinySource()) == first
+    assert curve(first)[-1]["step"] == 12
+    assert list(Path().iterdir()) == []
+
+
+def test_a_tilde_before_an_autoencoder_is_ones_home(home):
+    load_autoencoder("embedded").save_pretrained(home / "vae")
+    assert latent_format("~/vae") == latent_format("embedded")
+    assert load_autoencoder("~/vae").fingerprint == load_autoencoder("embedded").fingerprint
+    with pytest.raises(ValueError, match="'~/other' does not exist"):
+        latent_format("~/other")
+
+
+def test_a_run_that_may_not_be_written_to_is_not_gone_on_with(tmp_path, monkeypatch):
+    first = train(settings(tmp_path), StoppingSource(3))
+    (first / ".lock").unlink()
+    (first / ".lock").mkdir()  # it can no more be opened than somebody else's, by root neither
+    before = (first / "metrics.jsonl").read_bytes()
+    assert train(settings(tmp_path), TinySource()).name == "001-DiT-Tiny"
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != first)
+    sentence = f"--resume {first}: {first} cannot be written; copy it elsewhere, and give the copy"
+    for path in (first, resume.run_checkpoints(first)[0]):
+        with pytest.raises(ValueError, match=re.escape(sentence.partition(": ")[2])):
+            train(settings(tmp_path, resume=str(path)), TinySource())
+    assert (first / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_class_that_cannot_be_listed_is_refused_and_shifts_no_label(tmp_path, monkeypatch):
+    for name in "abc":
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "photos" / name / "1.png")
+    assert open_store(tmp_path / "photos").class_names == ["a", "b", "c"]
+    closed, scandir = tmp_path / "photos" / "b", os.scandir
+
+    def forbidden(path="."):
+        if os.fspath(path) == str(closed):
+            raise PermissionError(errno.EACCES, "Permission denied", str(closed))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with pytest.raises(ValueError, match=rf"cannot be read as folder \(Permission denied: {closed}\)"):
+        open_store(tmp_path / "photos")
+
+
+def test_a_folder_that_may_not_be_looked_into_is_a_sentence(tmp_path, monkeypatch):
+    def forbidden(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", forbidden)
+    with pytest.raises(ValueError, match=rf"^{tmp_path} cannot be read \(Permission denied\)\.$"):
+        latent_layout(tmp_path)
