@@ -27,6 +27,11 @@ def write_note(kind: str, subject, note: dict) -> None:
         return
 
 
+def note_file(kind: str, subject) -> Path:
+    """Where a note of `subject` (a path) may be kept that is no JSON, as a safetensors file."""
+    return _note_path(kind, subject).with_suffix(".safetensors")
+
+
 def note_folder(kind: str, subject) -> Path:
     """Where pictures made of `subject` (a path) may be kept; it need not exist."""
     return cache_folder() / kind / _digest(subject)

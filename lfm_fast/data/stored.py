@@ -1,22 +1,24 @@
 """Training pictures from any `Store`: every picture checked once before training counts on it, then cut to size."""
 
+import contextlib
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 
 import PIL
 import torch
 from tqdm import tqdm
 
-from lfm_fast.data.cache import read_note, write_note
+from lfm_fast.data.cache import note_file
 from lfm_fast.data.decoders import THREADS, PillowDecoder, UndecodableImage, decoder_named
+from lfm_fast.data.findings import Findings, found_before, marks_of
 from lfm_fast.data.reading import Checked, UnusableImage, check_image
 from lfm_fast.data.source import ImageSource, Report
 from lfm_fast.data.store import Store
 
 CHECKS = ("decode", "headers")
-_NOTE_FORMAT = f"2, Pillow {PIL.__version__}"  # another Pillow may read other files
+_NOTE_FORM = f"3, Pillow {PIL.__version__}"  # another Pillow may read other files
+_AT_ONCE = 4096  # pictures that wait for a thread to look at them
 
 
 class StoredImages(ImageSource):
@@ -58,14 +60,14 @@ class StoredImages(ImageSource):
         report = Report(skipped=[(printable(name), reason) for name, reason in store.skipped])
         names = [printable(name) for name in store.names]
         checked = _check_all(store, check)
-        usable = [_usable(name, found, image_size, small, report) for name, found in zip(names, checked)]
+        usable = [_usable(name, checked[k], image_size, small, report) for k, name in enumerate(names)]
         kept = [position for position, use in enumerate(usable) if use]
         if not kept:
             raise ValueError(f"None of the {len(store)} images in {store.path} can be used. {report.summary(3)}")
         labels = [store.labels[position] for position in kept]
         super().__init__(image_size, labels, store.class_names, [names[position] for position in kept], report)
         self.name, self.store, self.flip = store.name, store, flip
-        self.sizes = [(checked[position].width, checked[position].height) for position in kept]
+        self.sizes = [(width, height) for width, height in checked.sizes[kept].tolist()]
         self._kept = kept
         self.decoder = decode if store.raw_shape is None else PillowDecoder(raw_shape=store.raw_shape)
 
@@ -102,23 +104,30 @@ class _Contents:
         return self.store.read(self.positions[place])
 
 
-def _check_all(store: Store, check: str) -> list[Checked]:
+def _check_all(store: Store, check: str) -> Findings:
     """Look at every picture that has changed since the last time; remembers the outcome in the cache folder."""
     subject = os.path.join(store.path, f"{store.name}, {store.raw_shape or 'encoded'}")  # a split, a list of several
-    note = read_note(f"checked-{check}", subject)
-    known = note.get("pictures", {}) if note.get("format") == _NOTE_FORMAT else {}
+    path = note_file(f"checked-{check}", subject)
     keys = [store.key(position) for position in range(len(store))]
-    new = [k for k, name in enumerate(store.names) if keys[k] is None or known.get(name, [None])[0] != keys[k]]
+    found = found_before(path, _NOTE_FORM, marks_of(store.names, keys))
+    new = [k for k, known in enumerate(found.known.tolist()) if keys[k] is None or not known]
     if new:
-        with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
-            warnings.simplefilter("ignore")  # large or odd files are reported by us, in one place
-            fresh = pool.map(lambda position: _look(store, position, check), new)
-            bar = tqdm(fresh, total=len(new), desc="checking images", unit="image", leave=False, disable=None)
-            for k, found in zip(new, bar):
-                known[store.names[k]] = [keys[k], asdict(found)]
-        pictures = {name: known[name] for name in store.names}
-        write_note(f"checked-{check}", subject, {"format": _NOTE_FORMAT, "pictures": pictures})
-    return [Checked(**known[name][1]) for name in store.names]
+        try:
+            with warnings.catch_warnings(), contextlib.closing(_looked_at(store, new, check)) as fresh:
+                warnings.simplefilter("ignore")  # large or odd files are reported by us, in one place
+                bar = tqdm(fresh, total=len(new), desc="checking images", unit="image", leave=False, disable=None)
+                for k, one in zip(new, bar):
+                    found[k] = one
+        finally:  # of millions, what was looked at until an interruption
+            found.save(path, _NOTE_FORM)
+    return found
+
+
+def _looked_at(store: Store, positions: list[int], check: str):
+    """What each of them is; closed early, it leaves the others alone."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        for first in range(0, len(positions), _AT_ONCE):
+            yield from pool.map(lambda k: _look(store, k, check), positions[first : first + _AT_ONCE])
 
 
 def _look(store: Store, position: int, check: str) -> Checked:
