@@ -166,7 +166,7 @@ def _runs(members):
     some, pixels = [], 0
     for member in members:
         height, width, _ = member[2]
-        if some and pixels + width * height > MOST_PIXELS:
+        if pixels + width * height > MOST_PIXELS:
             yield some
             some, pixels = [], 0
         some.append(member)

@@ -16,8 +16,7 @@ _HEADER = re.compile(
     r"(?:(?:'descr'\s*:\s*'(?P<dtype>[<>|=]?[a-zA-Z]\d+)'"
     r"|'fortran_order'\s*:\s*(?P<fortran>True|False)"
     r"|'shape'\s*:\s*\((?P<shape>[\d,\s]*)\))\s*(?:,\s*)?)+"
-    r"\}\s*",
-    re.ASCII,
+    r"\}\s*"
 )
 _LENGTH_BYTES = {b"\x01\x00": 2, b"\x02\x00": 4, b"\x03\x00": 4}
 _LONGEST_HEADER = 10_000  # NumPy's own limit

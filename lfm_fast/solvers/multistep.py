@@ -140,7 +140,7 @@ class _Grid:
     def order(self, i, most):
         """How many data predictions the step from time i may use: not across a jump of the signal-to-noise ratio, of
         which the steps to sigma = 0 and from alpha = 0 are infinite ones."""
-        steps = [abs(after - before) for before, after in pairwise(self.lambdas[max(0, i + 1 - most) : i + 2])]
+        steps = [after - before for before, after in pairwise(self.lambdas[max(0, i + 1 - most) : i + 2])]
         order, longer = 1, steps.pop()
         while steps and steps[-1] < math.inf and longer <= _FARTHEST * steps[-1]:
             order, longer = order + 1, steps.pop()

@@ -118,6 +118,25 @@ def test_files_of_features_and_labels(tmp_path, per_file, flat):
     assert torch.equal(y, LABELS[order])
 
 
+def test_labels_of_any_whole_numbers_and_the_shadows_of_a_file_manager(tmp_path):
+    folder = fast_dit(tmp_path / "a")
+    for path in (folder / "imagenet256_labels").glob("*.npy"):
+        np.save(path, np.load(path).astype(np.uint8))
+        (path.parent / f"._{path.name}").write_bytes(b"a shadow")
+    assert torch.equal(open_latents(folder, autoencoder=Scaled(), image_size=8).labels, LABELS)
+
+
+def test_a_unit_that_only_shifts(tmp_path):
+    class Shifted(Scaled):
+        def unit(self):
+            return 0.25, 1.0
+
+    rows = torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    save_file({"latents": rows, "labels": torch.zeros(64, dtype=torch.int64)}, tmp_path / "a.safetensors")
+    cache = open_latents(tmp_path, autoencoder=Shifted(), image_size=8)
+    assert torch.equal(cache.read(ITEMS)[0], rows[ITEMS] - 0.25)
+
+
 def test_whose_latents_lie_in_a_folder(tmp_path):
     assert latent_layout(lightningdit(tmp_path / "a")) == "lightningdit"
     assert latent_layout(fast_dit(tmp_path / "b")) == "fast-dit"
@@ -174,7 +193,8 @@ def test_another_autoencoder_or_size(tmp_path):
     refused(
         a, r"times the scaling_factor 0\.18215 of pooling, have a standard deviation of 0\.0", autoencoder=autoencoder
     )
-    refused(a, r"scaling=0 is not known", scaling=0)
+    for scaling in (0, -1.0, float("inf"), float("nan"), True):
+        refused(a, f"scaling={scaling} is not known", scaling=scaling)
     refused(a, r"scaling='all' is not known", scaling="all")
     for path in (b / "imagenet256_features").iterdir():
         np.save(path, np.load(path) / 0.18215)  # not scaled
@@ -260,6 +280,11 @@ def test_files_that_do_not_pair_or_are_damaged(tmp_path):
         (labels / "7.npy").write_bytes(whole.replace(b"1,", more).replace(b" " * (len(more) - 2) + b"\n", b"\n"))
         refused(folder, "7.npy is damaged or gone")
     (labels / "7.npy").write_bytes(whole)
+    np.save(labels / "0.npy", np.zeros(3, np.int64))  # three labels, and one latent that is no row of several
+    np.save(features / "0.npy", np.zeros((3, 4, 4)))
+    refused(folder, r"0\.npy holds float64 of shape \(3, 4, 4\); expected latents")
+    np.save(labels / "0.npy", np.zeros(1, np.int64))
+    np.save(features / "0.npy", (3.5 * LATENTS[:1]).numpy())
     cache = open_latents(folder)
     (features / "5.npy").unlink()  # while it is in use
     with pytest.raises(ValueError, match=r"5\.npy is damaged or gone \(FileNotFoundError\)"):

@@ -184,3 +184,20 @@ def test_a_missing_folder_is_a_sentence(imagenet):
         open_store(imagenet, split="all")
     with pytest.raises(ValueError, match="has no folder train"):
         open_store(imagenet / "train", "imagenet")
+
+
+def test_labels_above_the_folder_and_which_list_counts(tmp_path):
+    """val.txt is asked for first, in the folder, above it, and then the other names."""
+    for number, name in enumerate(WNIDS):
+        draw(tmp_path / "set" / "train" / name / "1.JPEG", 0)
+        draw(tmp_path / "set" / "val" / f"{number}.JPEG", 0)
+    for path, order in (("val.txt", (2, 0, 1)), ("set/val_map.txt", (1, 1, 1))):
+        (tmp_path / path).write_text("".join(f"{k}.JPEG {label}\n" for k, label in enumerate(order)))
+    assert open_store(tmp_path / "set", "imagenet", "held_out").labels == [2, 0, 1]
+
+
+def test_a_class_may_be_called_all(tmp_path):
+    for name in ("train/all", "train/n01440764", "val/all"):
+        draw(tmp_path / name / "1.JPEG", 0)
+    store = open_store(tmp_path, "imagenet", "held_out")
+    assert (store.names, store.labels, store.class_names) == (["val/all/1.JPEG"], [0], ["all", "n01440764"])

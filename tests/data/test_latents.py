@@ -1,11 +1,12 @@
 import pytest
 import torch
+from ops.philox_oracle import words
 from small_images import Pixels, Pooling, expected_mean
 
 from lfm_fast.autoencoder import Posterior, load_autoencoder
 from lfm_fast.data.encoding import encode_images
 from lfm_fast.data.latent_cache import LatentCache
-from lfm_fast.data.latents import CachedLatents, EncodedImages, flips_of
+from lfm_fast.data.latents import CachedLatents, EncodedImages, ReadAhead, flips_of
 from lfm_fast.data.order import item_of
 
 
@@ -177,6 +178,49 @@ def test_reading_ahead_changes_nothing_and_guesses_cycles(source):
     latents._ahead._pool.shutdown()
     assert guesses.count(firsts[-1]) == 1  # once the cycle is known every batch is read once, ahead
     assert len(guesses) <= len(firsts) + 4
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [(5 * k + first, size) for k in range(8) for first, size in ((0, 3), (3, 2))],
+        [(3 * k, (3, 1)[k % 2]) for k in range(16)],  # the same step, other sizes
+        [(100 - 4 * k, 2) for k in range(12)],
+    ],
+    ids=["sizes by turns", "one step", "downwards"],
+)
+def test_batches_that_come_in_turn_are_read_ahead_in_turn(batches):
+    read = []
+    ahead = ReadAhead(lambda numbers, seed: read.append((numbers.tolist(), seed)) or (numbers + seed))
+    for first, size in batches:
+        numbers = torch.arange(first, first + size)
+        assert torch.equal(ahead.get(numbers, 7), numbers + 7)
+    ahead._pool.shutdown()
+    wrong = [numbers for numbers, _ in read if numbers not in [[*range(f, f + size)] for f, size in batches]]
+    assert len(wrong) <= 3  # until the turn is known, and at the end
+    assert read.count(([*range(batches[-1][0], sum(batches[-1]))], 7)) == 1
+
+
+def test_what_was_read_ahead_for_another_seed_is_not_given_out():
+    ahead = ReadAhead(lambda numbers, seed: numbers + seed)
+    for first, seed in ((0, 10), (3, 10), (6, 20), (9, 20), (12, 10)):
+        numbers = torch.arange(first, first + 3)
+        assert torch.equal(ahead.get(numbers, seed), numbers + seed)
+    ahead._pool.shutdown()
+
+
+def test_which_samples_are_mirrored_is_pinned():
+    """A run resumed with a later release goes on with the same ones: half of the first words of stream 4."""
+    numbers, seed = [0, 1, 2, 3, 2**33 + 1, 5, 6, 7], 2**40 + 3
+    first_words = [words(number, 0, seed, 4)[0] for number in numbers]
+    assert flips_of(torch.tensor(numbers), seed).tolist() == [word < 2**31 for word in first_words]
+
+
+def test_the_shape_of_latents_is_the_autoencoders():
+    autoencoder = load_autoencoder("embedded")
+    latents = EncodedImages(Pixels(image_size=32), autoencoder)
+    z_0, _ = latents.batch(torch.arange(2), 0)
+    assert latents.latent_shape == tuple(z_0.shape[1:]) == (autoencoder.latent_channels, 8, 8)
 
 
 def test_an_error_while_reading_ahead_arrives_at_the_batch_that_has_it(source):

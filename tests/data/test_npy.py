@@ -48,6 +48,8 @@ def test_headers_that_others_write(tmp_path, header):
         "",
         "{}",
         "{'descr': '<i8', 'fortran_order': False}",
+        "{'descr': '<i8', 'shape': (1,)}",
+        "{'fortran_order': False, 'shape': (1,)}",
         "{'descr': '<i8', 'fortran_order': False, 'shape': (1,)",
         "{'descr': '<i8', 'fortran_order': False, 'shape': (1,), 'more': 1}",
         "{'descr': '<i8', 'fortran_order': False, 'shape': (9**9,)}",
@@ -65,13 +67,14 @@ def test_damaged_headers(tmp_path, header):
         read_npy(written(tmp_path / "a.npy", header))
 
 
-def test_every_shortened_file_is_refused(tmp_path):
-    np.save(tmp_path / "whole.npy", np.array([5, 6]))
-    whole = (tmp_path / "whole.npy").read_bytes()
-    for length in range(len(whole)):
-        (tmp_path / "a.npy").write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="damaged or gone"):
-            read_npy(tmp_path / "a.npy")
+def test_every_shortened_file_and_a_longer_one_are_refused(tmp_path):
+    for values in (np.array([5, 6]), np.empty(0)):
+        np.save(tmp_path / "whole.npy", values)
+        whole = (tmp_path / "whole.npy").read_bytes()
+        for other in (*(whole[:length] for length in range(len(whole))), whole + b"\0"):
+            (tmp_path / "a.npy").write_bytes(other)
+            with pytest.raises(ValueError, match="damaged or gone"):
+                read_npy(tmp_path / "a.npy")
 
 
 def test_nothing_that_threads_disturb(tmp_path, monkeypatch):

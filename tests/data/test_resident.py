@@ -119,6 +119,16 @@ def test_the_cache_is_let_go(tmp_path):
     assert table.posteriors(NUMBERS, 0)[0].shape == (7,)
 
 
+def test_a_table_takes_a_quarter_of_a_gpu_and_an_eighth_of_a_machine(monkeypatch):
+    monkeypatch.setattr(resident, "_free_bytes", lambda device, sharing: 800 // sharing)
+    for device, most in (("cuda", 200), ("cpu", 100)):
+        for sharing in (1, 2):
+            fits = [
+                resident.is_table(most // sharing + k, device=torch.device(device), sharing=sharing) for k in (0, 1)
+            ]
+            assert fits == [True, False]
+
+
 def test_where_a_cache_is_kept(tmp_path, monkeypatch):
     cache = next(caches(tmp_path))
     needed = resident.bytes_of(cache, True)

@@ -149,6 +149,26 @@ def test_diffusers_schedulers_on_flow_sigmas_make_the_same_steps(grid, formula, 
     torch.testing.assert_close(found, x, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 9])
+def test_the_first_steps_of_adams_and_bashforth_are_heuns(order, num_steps):
+    formula, times = AdamsBashforth(order), time_grid(None, num_steps, 0.9, 0.1)
+    found, nfe = solve(formula, times, Linear())
+    assert nfe == formula.evaluations(num_steps) == num_steps + min(order - 1, num_steps)
+    if num_steps < order:
+        assert torch.equal(found, solve("heun", times, Linear())[0])
+
+
+@pytest.mark.parametrize("formula", [DPMSolverPP2M(), UniPC(3)], ids=repr)
+def test_what_is_before_an_infinite_step_is_not_drawn_on(formula):
+    """At alpha = 0 a velocity says nothing of the data; the step after it is of first order, and the next ones not."""
+    moves = [move.target.weights for move in formula.schedule(time_grid(None, 6), Linear())]
+    data_at_0 = ("velocity", 0)
+    if isinstance(formula, DPMSolverPP2M):
+        assert [sorted(k for kind, k in move if kind == "velocity") for move in moves[:4]] == [[0], [1], [1, 2], [2, 3]]
+    assert all(data_at_0 not in move for move in moves[2:])
+
+
 @lru_cache
 def fine(start, end):
     """Many small steps of RK4 in float64, by torchdiffeq (its 3/8 rule)."""
