@@ -17,7 +17,7 @@ from lfm_fast.data.source import ImageSource, Report
 from lfm_fast.data.store import Store
 
 CHECKS = ("decode", "headers")
-_NOTE_FORM = f"3, Pillow {PIL.__version__}"  # another Pillow may read other files
+_NOTE_FORMAT = f"3, Pillow {PIL.__version__}"  # another Pillow may read other files
 _AT_ONCE = 4096  # pictures that wait for a thread to look at them
 
 
@@ -109,7 +109,7 @@ def _check_all(store: Store, check: str) -> Findings:
     subject = os.path.join(store.path, f"{store.name}, {store.raw_shape or 'encoded'}")  # a split, a list of several
     path = note_file(f"checked-{check}", subject)
     keys = [store.key(position) for position in range(len(store))]
-    found = found_before(path, _NOTE_FORM, marks_of(store.names, keys))
+    found = found_before(path, _NOTE_FORMAT, marks_of(store.names, keys))
     new = [k for k, known in enumerate(found.known.tolist()) if keys[k] is None or not known]
     if new:
         try:
@@ -119,7 +119,7 @@ def _check_all(store: Store, check: str) -> Findings:
                 for k, one in zip(new, bar):
                     found[k] = one
         finally:  # of millions, what was looked at until an interruption
-            found.save(path, _NOTE_FORM)
+            found.save(path, _NOTE_FORMAT)
     return found
 
 
