@@ -1,5 +1,6 @@
 """ImageNet's folders, with val in every form it is found in."""
 
+import os
 import shutil
 
 import numpy as np
@@ -158,6 +159,31 @@ def test_labels_that_do_not_fit_are_refused(imagenet):
     (imagenet / "LOC_val_solution.csv").write_text("Image,Prediction\na,b\n")
     with pytest.raises(ValueError, match="no columns ImageId and PredictionString"):
         open_store(imagenet, split="held_out")
+
+
+@pytest.mark.parametrize("place", ["devkit/data", "data", "."])
+def test_where_the_devkit_may_lie(imagenet, place):
+    devkit(imagenet)
+    whole = imagenet / "ILSVRC2012_devkit_t12" / "data"
+    (imagenet / place).mkdir(parents=True, exist_ok=True)
+    for path in list(whole.iterdir()):
+        path.rename(imagenet / place / path.name)
+    assert open_store(imagenet, split="held_out").labels == OF_VAL
+
+
+def test_a_table_of_the_devkit_that_is_far_too_large_is_not_read(imagenet):
+    devkit(imagenet)
+    os.truncate(imagenet / "ILSVRC2012_devkit_t12" / "data" / "meta.mat", (8 << 20) + 1)
+    with pytest.raises(ValueError, match=r"meta\.mat is not .* \(it has 8388609 bytes\)"):
+        open_store(imagenet, split="held_out")
+
+
+def test_a_name_with_spaces(imagenet):
+    for path in sorted((imagenet / "val").iterdir()):
+        path.rename(path.with_name(path.name.replace("_", " ")))
+    listed_by_number(imagenet)
+    (imagenet / "val.txt").write_text((imagenet / "val.txt").read_text().replace("_", " "))
+    assert open_store(imagenet, split="held_out").labels == OF_VAL
 
 
 @pytest.mark.parametrize("content", [b"", b"MATLAB 5.0 MAT-file" + bytes(2000), b"\xff" * 300, None])

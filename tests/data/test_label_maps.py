@@ -253,3 +253,31 @@ def test_maps_in_any_form():
     ):
         with pytest.raises(ValueError, match=says):
             label_maps.as_label_maps(wrong, "coco-stuff")
+
+
+def test_ids_that_are_not_stored_are_named_whatever_their_sign():
+    for value in (-1, -(2**40), 19, 2**40):
+        with pytest.raises(ValueError, match=f"the value {value} at row 1, column 0 is no id of celebamask-hq"):
+            label_maps.from_stored(torch.tensor([[0], [value]]), "celebamask-hq")
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.JPE", "a.jfif"])
+def test_files_with_loss_are_refused_by_name(tmp_path, name):
+    Image.new("L", (4, 4)).save(tmp_path / name, "PNG")
+    with pytest.raises(ValueError, match="is a JPEG, whose loss invents ids"):
+        label_maps.read_label_map(tmp_path / name, "celebamask-hq")
+
+
+def test_colours_of_which_some_are_transparent_are_refused():
+    picture = Image.new("RGBA", (2, 1), (204, 0, 0, 255))
+    assert label_maps.from_picture(picture, "celebamask-hq").tolist() == [[1, 1]]
+    picture.putpixel((1, 0), (204, 0, 0, 254))
+    with pytest.raises(ValueError, match="it has transparent pixels"):
+        label_maps.from_picture(picture, "celebamask-hq")
+
+
+def test_a_batch_of_maps_is_told_from_pixels_with_channels():
+    assert label_maps.as_label_maps(torch.zeros(2, 4, 5, dtype=torch.int64), "celebamask-hq").shape == (2, 4, 5)
+    for channels in (1, 2, 3, 4):
+        with pytest.raises(ValueError, match=rf"label_map has shape \(5, 5, {channels}\)"):
+            label_maps.as_label_maps(torch.zeros(5, 5, channels, dtype=torch.int64), "celebamask-hq")

@@ -44,6 +44,17 @@ def test_a_folder_of_images_and_maps(photos, monkeypatch, in_memory):
     assert torch.equal(images.load(2), images.batch([2])[0])
 
 
+def test_an_image_without_a_map_shifts_no_label_and_maps_are_kept_where_they_fit(photos, monkeypatch):
+    (photos / "maps" / "b" / "1.png").unlink()
+    (photos / "maps" / "a" / "0.png").unlink()
+    for most, kept in ((2 * 16 * 16, True), (2 * 16 * 16 - 1, False)):
+        monkeypatch.setattr(mapped_images, "_IN_MEMORY", most)
+        images = MappedImages(open_images(photos / "images", 16, flip=True), "celebamask-hq", photos / "maps")
+        assert (images.names, images.labels.tolist(), images.flip) == (["a/1.png", "b/2.png"], [0, 1], True)
+        images.label_maps([0])
+        assert (images._maps is not None) is kept
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_an_unknown_id_is_refused_before_training(photos, monkeypatch, in_memory):
     if not in_memory:

@@ -71,6 +71,21 @@ def test_the_exponential_over_all_of_its_range(backend):
     assert (bool(above.isinf().all()), bool((below.abs() < 1e-36).all()), bool(bad.isnan())) == (True, True, True)
 
 
+def test_the_exponential_at_both_of_its_bounds(library, emulated):
+    """In the compiled kernels the deviation is 2^-126 at the least, and goes up to the largest there is."""
+    x = torch.cat((torch.linspace(-178, -173, 101), torch.linspace(174, 177.4, 101), torch.tensor([-400.0])))[None]
+    zeros, row, index = torch.zeros_like(x), torch.tensor([0]), torch.tensor([5])
+    noise = ops.philox_normal(index, x.numel(), seed=3, stream=STREAM_POSTERIOR)[0].double()
+    want = (x[0].double() / (2 * math.log(2))).clamp(min=-126).exp2() * noise
+    held = want.abs() < torch.finfo(torch.float32).max
+    assert held.sum() > 170
+    for kernel in (ROW.kernels["cpp"], emulated.kernel_of(ROW)):
+        got = kernel(zeros, row, index, torch.tensor([[1.0], [0.0], [0.0], [0.0]]), x, 3)[0][0].double()
+        # |x| + 3 units of 2^-24 of it, and a rounding among the numbers below 2^-126
+        bound = (x[0].double().abs() + 3) * 2.0**-24 * want.abs() + 2.0**-149
+        assert bool(((got - want).abs() <= bound)[held].all())
+
+
 def test_a_nan_of_any_bits_stays_a_nan(library):
     bits = torch.tensor([0x7FC00001, 0x7F800001, -1, 0x7FFFFFFF, -0x3FFE00], dtype=torch.int32)
     bad = bits.view(torch.float32)[None]
