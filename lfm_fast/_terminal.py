@@ -1,12 +1,14 @@
-"""What the programs take from a terminal and say to it: flags, and warnings as sentences."""
+"""What the programs take from a terminal and say to it: flags; warnings and what is missing as sentences."""
 
 import argparse
 import contextlib
 import difflib
+import os
 import sys
 import warnings
 
 _FITS_A_LINE = 60  # letters of a list of choices
+_TO_INSTALL = {"PIL": "pillow"}  # packages that pip knows by another name than Python
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,3 +62,41 @@ def plain_warnings(program):
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"{program}: {message}", file=sys.stderr)
         yield
+
+
+def start(program, run):
+    """The exit status of the program `run()`. Warnings are sentences, and so is a package that this Python has not got.
+
+    Letters that the terminal cannot show are spelt out. Where who reads has gone, as with `| head`, no more is said.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        with plain_warnings(program):
+            status = run()
+            sys.stdout.flush()  # Python would do so at its exit, and complain there
+        return status
+    except BrokenPipeError:
+        stop_printing()
+        return 141
+    except ModuleNotFoundError as error:
+        name = (error.name or "lfm_fast").partition(".")[0]
+        if name == "lfm_fast":
+            raise
+        says = f"the package {_TO_INSTALL.get(name, name)} is not installed in this Python, {sys.executable}"
+        print(f"{program}: {says}; install it there, or use the Python that has it", file=sys.stderr)
+        return 1
+    except OSError as error:  # of the output itself: a full disk
+        stop_printing()
+        print(f"{program}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # while modules are imported, too: that takes seconds
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
+
+
+def stop_printing():
+    """What is printed from here on goes nowhere."""
+    with contextlib.suppress(OSError):  # no file of the system's, as in a notebook
+        output = sys.stdout.fileno()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)

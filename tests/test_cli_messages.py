@@ -1,6 +1,8 @@
-"""What the programs say: warnings as sentences."""
+"""What the programs say, to whom, and where nobody listens."""
 
+import os
 import runpy
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -8,14 +10,16 @@ from pathlib import Path
 import pytest
 
 from lfm_fast import LatentFlow
+from lfm_fast._terminal import start
 from lfm_fast.cli import main
 from lfm_fast.train import loop
+from lfm_fast.train.journal import Journal
 
-TRAIN_FAST = str(Path(__file__).resolve().parents[1] / "train_fast.py")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def by_script():
-    return runpy.run_path(TRAIN_FAST)["main"]()
+    return runpy.run_path(str(ROOT / "train_fast.py"))["main"]()
 
 
 @pytest.mark.parametrize(
@@ -80,3 +84,61 @@ def test_help_fits_a_terminal_of_80_columns(command, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main([command, "--help"])
     assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 80] == []
+
+
+def fails_with(error):
+    def run():
+        raise error
+
+    return run
+
+
+def test_a_package_that_is_missing_is_one_sentence_with_the_python_that_lacks_it(capsys):
+    assert start("draw", fails_with(ModuleNotFoundError("No module named 'PIL'", name="PIL.Image"))) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"draw: the package pillow is not installed in this Python, {sys.executable}; install it")
+    assert said.count("\n") == 1
+
+
+def test_a_module_of_ours_that_is_missing_is_a_mistake_of_ours():
+    with pytest.raises(ModuleNotFoundError):
+        start("draw", fails_with(ModuleNotFoundError("No module named 'lfm_fast.paint'", name="lfm_fast.paint")))
+
+
+def started(run, **how):
+    """A process that starts `run`, the text of a function; without torch, in no time."""
+    code = f"import sys; from lfm_fast._terminal import start; sys.exit(start('draw', {run}))"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    how = {"stderr": subprocess.PIPE, "text": True, "cwd": ROOT, **how, "env": {**buffered, **how.get("env", {})}}
+    return subprocess.run([sys.executable, "-c", code], **how)
+
+
+def test_a_reader_who_has_gone_is_no_complaint():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = started("lambda: print('a picture') or 0", stdout=writing)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_output_to_a_full_disk_is_one_sentence():
+    with open("/dev/full", "w") as full:
+        done = started("lambda: print('a picture') or 0", stdout=full)
+    assert (done.returncode, done.stderr) == (1, "draw: No space left on device\n")
+
+
+def test_letters_that_the_terminal_lacks_are_spelt_out():
+    ascii_only = {"PYTHONIOENCODING": "ascii"}
+    done = started("lambda: print('wrote \\u00fc.png') or 0", stdout=subprocess.PIPE, env=ascii_only)
+    assert (done.returncode, done.stdout) == (0, "wrote \\xfc.png\n")
+
+
+def test_a_run_goes_on_and_keeps_its_log_when_nobody_reads_what_it_prints(tmp_path, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as unread, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", unread)
+        for line in ("the first line", "the second line"):
+            Journal(tmp_path).say(line)
+    assert (tmp_path / "log.txt").read_text() == "the first line\nthe second line\n"

@@ -3,13 +3,12 @@
 import sys
 
 from lfm_fast import __version__
-from lfm_fast._terminal import Parser, plain_warnings
+from lfm_fast._terminal import Parser, start
 from lfm_fast.cli import bench, convert, encode, evaluate, info, sample, tune_grid
 
 # modules with add(commands), which makes the sub-command's parser and sets `run`, a function of its arguments that
 # returns the exit status or None; in the order of the help
 COMMANDS = (sample, evaluate, tune_grid, encode, convert, bench, info)
-
 
 _DESCRIPTION = "Latent flow matching, fast. lfm-fast COMMAND --help says what a command takes."
 
@@ -18,8 +17,7 @@ def main(argv=None):
     """Run one sub-command; returns the exit status. The user's mistakes end in one sentence and status 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = " ".join(["lfm-fast", *arguments[:1]])
-    with plain_warnings(command):
-        return _run(command, arguments)
+    return start(command, lambda: _run(command, arguments))
 
 
 def _run(command, arguments):
@@ -31,15 +29,14 @@ def _run(command, arguments):
             return 2
         args = _parser().parse_args(arguments)
         return args.run(args) or 0
+    except BrokenPipeError:  # nobody reads any more
+        raise
     except (ValueError, OSError) as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:  # a solver that cannot go on, a device that runs out of memory
         print(f"{command}: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # while modules are imported, too: that takes seconds
-        print(f"{command}: interrupted", file=sys.stderr)
-        return 130
 
 
 def _parser():

@@ -238,7 +238,8 @@ def _with_labels(config: dict, shapes: Shapes, hints: dict) -> nn.Module:
         if rows not in _KNOWN_LABELS:
             raise ValueError(
                 f"the label table of these weights has {rows} rows, maybe {rows - 1} classes and a null label or "
-                f"{rows} classes without; build the network with create_model and give it as `model`."
+                f"{rows} classes without; build the network with create_model and give it as `model`, or convert "
+                "the file by `lfm-fast convert --network`."
             )
         num_classes, label_dropout = _KNOWN_LABELS[rows]
     with torch.device("meta"):

@@ -6,6 +6,8 @@ import sys
 
 from tqdm import tqdm
 
+from lfm_fast._terminal import stop_printing
+
 
 class Journal:
     """The run's record on rank 0; on other ranks every method does nothing.
@@ -55,8 +57,7 @@ class Journal:
         if not self.active:
             return
         if show:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            _show(line)
         self.attempt("log.txt", lambda: _append(self.folder / "log.txt", line + "\n"), quiet=True)
 
     def metrics(self, **values):
@@ -77,9 +78,18 @@ class Journal:
             write()
         except OSError as error:
             if not quiet:
-                tqdm.write(f"Could not write {what}: {error.strerror or error}. Training goes on.", file=sys.stdout)
+                _show(f"Could not write {what}: {error.strerror or error}. Training goes on.")
             return False
         return True
+
+
+def _show(line):
+    """Print a line; a reader who has gone (`| head`) or a full disk behind `> file` is not the end of the run."""
+    try:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError:
+        stop_printing()
 
 
 def _append(path, text):
