@@ -159,8 +159,10 @@ def use_best_attention(network: str, batch_size: int, tokens: int, training: boo
         "flash": torch.backends.cuda.enable_flash_sdp,
         "cudnn": torch.backends.cuda.enable_cudnn_sdp,
         "efficient": torch.backends.cuda.enable_mem_efficient_sdp,
-        "math": torch.backends.cuda.enable_math_sdp,
     }
-    for name, switch in switches.items():
+    for (
+        name,
+        switch,
+    ) in switches.items():  # the products stay, for float64: PyTorch takes them where nothing else serves
         switch(name == best)
     return best

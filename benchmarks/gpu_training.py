@@ -186,7 +186,7 @@ def gate(results: gpu.Results) -> None:
     """Correct first: loss curves of 500 steps beside those of the reference path from two seeds."""
     smoke, device = results.smoke, gpu.device()
     network, steps = (_SMALL, 4) if smoke else ("DiT-S/2", 500)
-    settings = {"data": "memory", "model": network, "batch_size": _SMOKE_BATCH if smoke else 64, "steps": steps}
+    settings = {"data": "memory", "model": network, "batch_size": _SMOKE_BATCH if smoke else 32, "steps": steps}
     settings |= {"learning_rate": 5e-4, "warmup_steps": steps // 10, "num_classes": networks.NUM_CLASSES}
     settings |= {"label_dropout": networks.LABEL_DROPOUT, "device": device.type, "precision": "bf16", "compile": "off"}
     source = Latents(64, device)
@@ -197,7 +197,7 @@ def gate(results: gpu.Results) -> None:
     seeds, parts = (curves.difference(first, found[name]) for name in ("seed 1", "seed 0 in 2 parts"))
     results.add("two seeds of the reference path", seeds, "of loss", curve=first, other=found["seed 1"])
     results.add("one seed, the batch in 2 parts", parts, "of loss")
-    ways = {FAST: "bf16", PURE: "bf16-pure", **({FP8: "fp8"} if device.type == "cuda" else {})}
+    ways = {FAST: "bf16", **({FP8: "fp8"} if device.type == "cuda" else {}), PURE: "bf16-pure"}
     with taking("all"):
         for name, precision in ways.items():
             how = "off" if smoke else "block"
@@ -236,14 +236,14 @@ def batches(results: gpu.Results) -> None:
 
 
 PARTS = {
-    "gate": Part(gate, 150),
+    "gate": Part(gate, 300),
     "xl": Part(xl, 480),
     "small": Part(small, 300),
     "base": Part(base, 300),
+    "latents": Part(gpu_feeding.latents, 150),
     "large": Part(large, 420),
-    "batches": Part(batches, 560, usual=False),
-    "latents": Part(gpu_feeding.latents, 120),
     "images": Part(gpu_feeding.images, 150),
+    "batches": Part(batches, 560, usual=False),
 }
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Training on a GPU beside what else one would train with: images/s, share of the products' ceiling, memory.
-#   bash scripts/gpu_bench_train.sh [gate] [xl] [small] [base] [large] [latents] [images] [--output FILE.json]
-# in this order where none is named, each part at most 8 minutes; what matters most comes first in a part, so that time
-# that runs out leaves out the rest:
+#   bash scripts/gpu_bench_train.sh [gate] [xl] [small] [base] [latents] [large] [images] [--output FILE.json]
+# in this order where none is named, each part at most 8 minutes (35 in all); what matters most comes first in a part, so
+# that time that runs out leaves out the rest:
 #     gate     loss curves of 500 steps of DiT-S/2 in bf16, bf16-pure and fp8, within those of two seeds in PyTorch
 #     xl       DiT-XL/2, 128 images a step: the library in bf16, with a CUDA graph, in fp8 and bf16-pure; PyTorch through
 #              torch.compile (max-autotune-no-cudagraphs, its fastest attention, fused AdamW, foreach average), eager in
