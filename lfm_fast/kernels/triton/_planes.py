@@ -10,6 +10,9 @@ from torch import Tensor
 from lfm_fast.kernels.triton._rows import rows
 
 TILE = 2048  # elements; a part of the order of sums, so no timing chooses it
+# Where channels lie innermost, a tile has many channels and few positions: with 16 of them their sums were a fifth of
+# all bytes.
+TILE_CHANNELS_LAST = 8192
 _MOST_CHANNELS = 128
 
 
@@ -44,12 +47,26 @@ class Planes:
 
     @property
     def tile(self) -> dict:
+        """Of kernels that sum over it."""
+        return self._cut(TILE_CHANNELS_LAST if self.channels_last else TILE)
+
+    @property
+    def piece(self) -> dict:
+        """Of kernels that sum nothing: a smaller one leaves more registers."""
+        return self._cut(TILE)
+
+    @property
+    def num_warps(self) -> int:
+        """Of kernels that sum over a tile: no thread has more than 32 elements."""
+        return 8 if self.tile["P"] * self.tile["C"] > 4096 else 4
+
+    def _cut(self, elements: int) -> dict:
         positions, channels = (triton.next_power_of_2(max(n, 1)) for n in (self.positions, self.channels))
         if self.channels_last:
             channels = min(channels, _MOST_CHANNELS)
-            return {"P": min(positions, TILE // channels), "C": channels}
-        positions = min(positions, TILE)
-        return {"P": positions, "C": min(channels, TILE // positions)}
+            return {"P": min(positions, elements // channels), "C": channels}
+        positions = min(positions, elements)
+        return {"P": positions, "C": min(channels, elements // positions)}
 
     @property
     def chunks(self) -> int:
@@ -57,7 +74,14 @@ class Planes:
 
     @property
     def tiles(self) -> int:
-        return self.samples * self.chunks * triton.cdiv(self.channels, self.tile["C"])
+        return self.programs(self.tile)
+
+    @property
+    def pieces(self) -> int:
+        return self.programs(self.piece)
+
+    def programs(self, cut: dict) -> int:
+        return self.samples * triton.cdiv(self.positions, cut["P"]) * triton.cdiv(self.channels, cut["C"])
 
 
 @triton.jit

@@ -140,14 +140,17 @@ def kernel(x, num_groups, weight=None, bias=None, eps=1e-5, silu=True):
         return y, mean, rstd
     means = torch.empty(cut.samples, cut.chunks, cut.channels, dtype=torch.float32, device=x.device)
     squares = torch.empty_like(means)
-    _statistics(lambda c: cut.tiles, (), source, means, squares, *strides, cut.channels, cut.positions, **cut.tile)
+    _statistics(
+        lambda c: cut.tiles, (),
+        source, means, squares, *strides, cut.channels, cut.positions, num_warps=cut.num_warps, **cut.tile,
+    )  # fmt: skip
     _merge(
         lambda c: mean.numel(), (),
         means, squares, mean, rstd, num_groups, per_group, cut.channels, cut.positions, eps, P=cut.tile["P"],
     )  # fmt: skip
     _apply(
-        lambda c: cut.tiles, (bucket(x.numel()), cut.channels_last, x.dtype),
+        lambda c: cut.pieces, (bucket(x.numel()), cut.channels_last, x.dtype),
         source, y, mean, rstd, weight, bias, *strides, y_strides[0], cut.channels, cut.positions, num_groups,
-        per_group, SILU=silu, **cut.tile,
+        per_group, SILU=silu, **cut.piece,
     )  # fmt: skip
     return y, mean, rstd

@@ -10,6 +10,8 @@ import triton.language as tl
 from lfm_fast.kernels.triton._planes import Planes, place, pointers
 from lfm_fast.kernels.triton._tuning import Configuration, Tuned, bucket
 
+SPAN = 256  # rows of sums that a program adds up: one for all rows would keep a few programs busy for long
+
 
 @triton.jit
 def _gradient(
@@ -86,20 +88,25 @@ def _group_kernel(
 
 @triton.jit
 def _channel_kernel(
-    sums, products, grad_weight, grad_bias, count, channels, ROWS: tl.constexpr, C: tl.constexpr,
+    sums, products, out_sums, out_products, count, channels, SPAN: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    channel = tl.program_id(0) * C + tl.arange(0, C)[None, :]
+    """Each channel's SPAN rows of sums into one."""
+    blocks = tl.cdiv(channels, C)
+    first = tl.program_id(0) % blocks * C
+    span = tl.program_id(0) // blocks
+    channel = first + tl.arange(0, C)[None, :]
     row = tl.arange(0, ROWS)[:, None]
     total = tl.zeros((ROWS, C), dtype=tl.float32)
     total_products = tl.zeros((ROWS, C), dtype=tl.float32)
-    for start in range(0, count, ROWS):
+    for start in range(span * SPAN, tl.minimum(count, span * SPAN + SPAN), ROWS):
         inside = (start + row < count) & (channel < channels)
         place = (start + row).to(tl.int64) * channels + channel
         total += tl.load(sums + place, mask=inside, other=0.0)
         total_products += tl.load(products + place, mask=inside, other=0.0)
-    out = tl.program_id(0) * C + tl.arange(0, C)
-    tl.store(grad_bias + out, tl.sum(total, 0).to(grad_bias.dtype.element_ty), mask=out < channels)
-    tl.store(grad_weight + out, tl.sum(total_products, 0).to(grad_weight.dtype.element_ty), mask=out < channels)
+    own = first + tl.arange(0, C)
+    out = span * channels + own
+    tl.store(out_sums + out, tl.sum(total, 0).to(out_sums.dtype.element_ty), mask=own < channels)
+    tl.store(out_products + out, tl.sum(total_products, 0).to(out_products.dtype.element_ty), mask=own < channels)
 
 
 @triton.jit
@@ -127,7 +134,7 @@ def _apply_kernel(
 
 _sums = Tuned(_sums_kernel, enable_fp_fusion=True)
 _group = Tuned(_group_kernel, Configuration({"BLOCK": 256}), enable_fp_fusion=True)
-_channel = Tuned(_channel_kernel, Configuration({"ROWS": 64, "C": 16}), enable_fp_fusion=True)
+_channel = Tuned(_channel_kernel, Configuration({"SPAN": SPAN, "ROWS": 64, "C": 16}), enable_fp_fusion=True)
 _apply = Tuned(
     _apply_kernel, Configuration(), Configuration(num_warps=8), Configuration(num_warps=2), enable_fp_fusion=True
 )
@@ -147,11 +154,11 @@ def kernel(grad_y, x, mean, rstd, weight, bias, num_groups, silu):
     products, mean_sums, mean_products = torch.empty_like(sums), torch.empty_like(mean), torch.empty_like(mean)
     sizes = cut.channels, cut.positions, num_groups, cut.channels // num_groups
     common = g, source, mean, rstd, weight, bias
-    _sums(lambda c: cut.tiles, (), *common, sums, products, g_stride, x_stride, *strides, *sizes, SILU=silu, **cut.tile)
-    _channel(
-        lambda c: triton.cdiv(cut.channels, c["C"]), (),
-        sums, products, grad_weight, grad_bias, cut.samples * cut.chunks, cut.channels,
+    _sums(
+        lambda c: cut.tiles, (),
+        *common, sums, products, g_stride, x_stride, *strides, *sizes, SILU=silu, num_warps=cut.num_warps, **cut.tile,
     )  # fmt: skip
+    _add_up(sums, products, grad_bias, grad_weight, cut.samples * cut.chunks)
     if x.numel():
         _group(
             lambda c: mean.numel(), (),
@@ -159,8 +166,24 @@ def kernel(grad_y, x, mean, rstd, weight, bias, num_groups, silu):
             P=cut.tile["P"],
         )  # fmt: skip
     _apply(
-        lambda c: cut.tiles, (bucket(x.numel()), cut.channels_last, x.dtype),
+        lambda c: cut.pieces, (bucket(x.numel()), cut.channels_last, x.dtype),
         *common, mean_sums, mean_products, grad_x, g_stride, x_stride, out_stride, *strides, *sizes,
-        SILU=silu, **cut.tile,
+        SILU=silu, **cut.piece,
     )  # fmt: skip
     return grad_x, grad_weight, grad_bias
+
+
+def _add_up(sums, products, grad_bias, grad_weight, count: int) -> None:
+    """Each channel's sums over `count` rows, SPAN of them at a time until one is left."""
+    channels = grad_bias.numel()
+    while True:
+        spans = triton.cdiv(count, SPAN)
+        last = spans <= 1
+        results = (grad_bias, grad_weight) if last else [sums.new_empty(spans, channels) for _ in range(2)]
+        _channel(
+            lambda c, spans=spans: max(spans, 1) * triton.cdiv(channels, c["C"]), (),
+            sums, products, *results, count, channels,
+        )  # fmt: skip
+        if last:
+            return
+        sums, products, count = *results, spans
