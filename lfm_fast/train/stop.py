@@ -4,7 +4,7 @@ import contextlib
 import signal
 import time
 
-from lfm_fast.distributed import PeerLost
+from lfm_fast.distributed import PeerLost, is_of_lost_peer
 
 
 class StopSignals:
@@ -21,7 +21,10 @@ class StopSignals:
         self._before = {sign: signal.signal(sign, self._handle) for sign in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, error, *_):
+    def __exit__(self, kind, error, _):
+        if isinstance(error, RuntimeError) and is_of_lost_peer(error):
+            # torchrun ends the ranks that are left by SIGTERM, and they have something to say first
+            self._before.pop(signal.SIGTERM)
         for sign, handler in self._before.items():
             signal.signal(sign, handler)
         # what ended the run is what is said of it, not that this vote, too, has lost a rank

@@ -36,6 +36,20 @@ def test_a_second_interrupt_counts_when_it_comes_a_second_later(clock, first):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_rank_that_has_lost_another_is_not_ended_before_it_says_so(clock):
+    """torchrun sends SIGTERM to the ranks that are left, some within a tenth of a second."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(RuntimeError, match="Connection closed"), StopSignals(World()):
+            raise RuntimeError("[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+        signal.raise_signal(signal.SIGTERM)  # this process is still here
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(ValueError, match="another"), StopSignals(World()):
+        raise ValueError("another error")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_second_sigterm_still_waits_for_the_step(clock):
     """A scheduler repeats it until the process is gone."""
     with StopSignals(World()) as stop:
