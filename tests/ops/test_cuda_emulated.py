@@ -8,6 +8,7 @@ import torch
 from compare import assert_close, assert_same_bits
 from emulated import ROOT, WITH_CUDA
 from row_cases import (
+    ROWS,
     all_cases,
     arguments_of,
     in_float64,
@@ -213,6 +214,39 @@ def test_what_would_read_out_of_bounds_is_refused(emulated):
         for wrong in (good[k][:1], [x[:1] for x in good[k]], map_tensors(torch.Tensor.double, (good[k],))[0]):
             with pytest.raises(RuntimeError, match=r"must|cannot|holds"):
                 kernel(*good[:k], wrong, *good[k + 1 :])
+
+
+def test_arguments_that_do_not_go_together_are_refused(emulated, library):
+    """By the kernels themselves, on the CPU as on a GPU: with neither of two there would be nothing to read."""
+    z, table, index = torch.ones(2, 5), torch.ones(4, 2), torch.tensor([3, 4])
+    calls = [
+        ("interpolate", "pass exactly one of z_1 and index", (z, table, z, index, 0, 0), (z, table, None, None, 0, 0)),
+        (
+            "velocity_loss",
+            "pass either target, or z_0, coefficients and index|without target, pass all of",
+            *((z, z, None, *more, 0, 0) for more in ((z, None, None), (None, table, None), (None, None, index))),
+            *((z, None, None, *more, 0, 0) for more in ((z, table, None), (z, None, index), (None, table, index))),
+        ),
+    ]
+    for name, words, *wrong in calls:
+        for kernel in (emulated.kernel_of(ROWS[name]), ROWS[name].kernels["cpp"]):
+            for args in wrong:
+                with pytest.raises(RuntimeError, match=words):
+                    kernel(*args)
+
+
+def test_noise_that_would_begin_again_is_refused(emulated, library):
+    """There are 2^32 blocks of four normals: the last one may be used, and no element behind it."""
+    z, weights, index = torch.ones(2, 9), torch.ones(2, 2), torch.tensor([3, 4])
+    for offset, fits in ((2**32 - 3, True), (2**32 - 2, False)):
+        step = (z, z, None, None, [], weights, None, 0.0, 0.0, torch.ones(2), index, 0, offset, False)
+        for name, args in (("guided_step", step), ("philox_normal", (index, 9, 0, 5, offset))):
+            for kernel in (emulated.kernel_of(ROWS[name]), ROWS[name].kernels["cpp"]):
+                if fits:
+                    kernel(*args)
+                else:
+                    with pytest.raises(RuntimeError, match="offset"):
+                        kernel(*args)
 
 
 def test_all_cuda_sources_are_emulated():

@@ -73,7 +73,8 @@ def test_the_exponential_over_all_of_its_range(backend):
 
 def test_the_exponential_at_both_of_its_bounds(library, emulated):
     """In the compiled kernels the deviation is 2^-126 at the least, and goes up to the largest there is."""
-    x = torch.cat((torch.linspace(-178, -173, 101), torch.linspace(174, 177.4, 101), torch.tensor([-400.0])))[None]
+    beyond = torch.tensor([-400.0, -math.inf, 400.0, math.inf])
+    x = torch.cat((torch.linspace(-178, -173, 101), torch.linspace(174, 177.4, 101), beyond))[None]
     zeros, row, index = torch.zeros_like(x), torch.tensor([0]), torch.tensor([5])
     noise = ops.philox_normal(index, x.numel(), seed=3, stream=STREAM_POSTERIOR)[0].double()
     want = (x[0].double() / (2 * math.log(2))).clamp(min=-126).exp2() * noise
@@ -84,6 +85,7 @@ def test_the_exponential_at_both_of_its_bounds(library, emulated):
         # |x| + 3 units of 2^-24 of it, and a rounding among the numbers below 2^-126
         bound = (x[0].double().abs() + 3) * 2.0**-24 * want.abs() + 2.0**-149
         assert bool(((got - want).abs() <= bound)[held].all())
+        assert torch.equal(got[-2:], math.inf * noise[-2:])
 
 
 def test_a_nan_of_any_bits_stays_a_nan(library):
