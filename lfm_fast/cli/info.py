@@ -31,7 +31,8 @@ def _latents(folder, verify):
     print(f"layout: {layout}, {made['store']} in {str(cache.dtype).removeprefix('torch.')}")
     if made.get("fingerprint"):
         print(f"autoencoder: {made['autoencoder']}, fingerprint {made['fingerprint']}")
-        print(f"images: {made['source']}, {made['image_size']} pixels, list {made['images_digest']}")
+        decoded = f", decoder {made['decoder']}" if "decoder" in made else ""
+        print(f"images: {made['source']}, {made['image_size']} pixels, list {made['images_digest']}{decoded}")
     for name, values in (("mean", cache.mean), ("standard deviation", cache.std)):
         print(f"{name}: {', '.join(f'{value:.4g}' for value in values.tolist())}")
     if cache.variance_note() and layout == OURS:

@@ -209,7 +209,8 @@ def images_digest(source) -> str:
 
 
 def _provenance(source, autoencoder, flip, store, dtype, shard_size) -> dict:
-    return {
+    decoded = {} if source.decoded_by is None else {"decoder": source.decoded_by}
+    return decoded | {
         "format": FORMAT,
         "autoencoder": autoencoder.name,
         "fingerprint": autoencoder.fingerprint,

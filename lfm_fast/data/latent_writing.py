@@ -33,6 +33,7 @@ from lfm_fast.distributed import PeerLost, World
 
 _SECONDS_TO_SHOW = 30  # a network's file system remembers for seconds that a file was not there
 _BEFORE = {"crop": "centre", "precision": "fp32"}  # what shards are that do not say it
+_UNTOLD = ("decoder",)  # what they may be any of
 
 
 @dataclass
@@ -166,7 +167,7 @@ class LatentWriter:
     def _require_same(self, found: dict, **more) -> None:
         for key, value in (self.provenance | more).items():
             other = found.get(key, _BEFORE.get(key))
-            if other != value:
+            if other != value and not (other is None and key in _UNTOLD):
                 raise ValueError(
                     f"{self.folder} holds latents with {key}={other!r}, but {key}={value!r} is asked for: "
                     "choose another folder, or delete this one."

@@ -45,7 +45,7 @@ class MappedImages(ImageSource):
             self._maps_of = [found[i] for i in kept]
         names = [images.names[i] for i in kept]
         super().__init__(images.image_size, images.labels[list(kept)], images.class_names, names, images.report)
-        self.name, self.flip = images.name, images.flip
+        self.name, self.flip, self.decoded_by = images.name, images.flip, images.decoded_by
         self._images, self._kept, self._maps = images, list(kept), None
         self._fit = len(self) * self.image_size**2 <= _IN_MEMORY
 

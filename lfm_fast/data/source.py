@@ -35,12 +35,15 @@ class ImageSource:
 
     Attributes: labels (N,) int64; class_names and names, lists of str; image_size, the side in pixels; flip, whether
     a horizontal mirror is a fair augmentation; report, a `Report`; name, what provenance calls this source; crop, how
-    pictures are cut to size ("centre": box halvings, bicubic, the middle square). Subclasses implement `load`.
+    pictures are cut to size ("centre": box halvings, bicubic, the middle square); decoded_by, who makes pixels of files
+    (a name of `lfm_fast.data.decoders`; each rounds otherwise), or None where there are none. Subclasses implement
+    `load`.
     """
 
     name = "images"
     flip = False
     crop = "centre"
+    decoded_by = None
 
     def __init__(self, image_size, labels, class_names, names, report=None):
         self.image_size = int(image_size)

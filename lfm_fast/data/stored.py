@@ -70,6 +70,9 @@ class StoredImages(ImageSource):
         self.sizes = [(width, height) for width, height in checked.sizes[kept].tolist()]
         self._kept = kept
         self.decoder = decode if store.raw_shape is None else PillowDecoder(raw_shape=store.raw_shape)
+        if store.raw_shape is None:
+            on_gpu = getattr(decode, "device", torch.device("cpu")).type == "cuda"
+            self.decoded_by = f"{decoder} on cuda" if on_gpu else decoder
 
     def load(self, position: int) -> torch.Tensor:
         """The centre crop of picture number `position`, (3, H, W) uint8.

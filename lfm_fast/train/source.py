@@ -226,7 +226,7 @@ class FirstImages(ImageSource):
             source.image_size, source.labels[:count], source.class_names, source.names[:count], source.report
         )
         self.name, self._source = f"{source.name}, first {count}", source
-        self.flip, self.crop = source.flip, source.crop
+        self.flip, self.crop, self.decoded_by = source.flip, source.crop, source.decoded_by
 
     def load(self, position):
         return self._source.load(position)

@@ -6,16 +6,20 @@ import os
 import resource
 import signal
 
+import numpy as np
 import pytest
 import torch
 from encoding_ranks import context
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from small_images import Pixels, Pooling, files_of
 
 from lfm_fast.cli import main
-from lfm_fast.data import shards
+from lfm_fast.data import open_images, shards
 from lfm_fast.data.encoding import encode_images
 from lfm_fast.data.latent_cache import LatentCache
 from lfm_fast.data.shards import is_whole
+from lfm_fast.train.source import FirstImages
 
 
 def encode_within(limit, folder, said, notes):
@@ -244,14 +248,42 @@ def test_an_interrupted_repair_is_no_cache(tmp_path, source):
     assert encode_images(source, Pooling(), tmp_path, shard_size=4, progress=False).num_items == 13
 
 
-def test_old_headers_without_crop_and_precision_are_of_the_ones_there_were(tmp_path, source):
-    from safetensors.torch import load_file, save_file
+def test_pictures_of_another_decoder_are_refused_and_older_shards_are_of_any(tmp_path, capsys):
+    """They differ by rounding; a cache is of one of them."""
+    (tmp_path / "a").mkdir()
+    for k in range(5):
+        Image.fromarray(np.full((16, 16, 3), 40 * k, np.uint8)).save(tmp_path / "a" / f"{k}.png")
 
-    encode_images(source, Pooling(), tmp_path, shard_size=4, progress=False)
-    (tmp_path / "stats.json").unlink()
-    for path in tmp_path.iterdir():
-        header = {name: value for name, value in shards.read_header(path).items() if name not in ("crop", "precision")}
+    def encode(decoder):
+        images = open_images(tmp_path / "a", 8, decoder=decoder)
+        assert FirstImages(images, 3).decoded_by == decoder
+        return encode_images(images, Pooling(), tmp_path / "cache", shard_size=2, progress=False)
+
+    assert encode("pil").provenance["decoder"] == "pil"
+    for whole in (True, False):
+        with pytest.raises(ValueError, match="holds latents with decoder='pil', but decoder='auto' is asked for"):
+            encode("auto")
+        if whole:
+            assert main(["info", str(tmp_path / "cache")]) == 0
+            assert capsys.readouterr().out.splitlines()[3].endswith(", decoder pil")
+            (tmp_path / "cache" / "latents-00001.safetensors").unlink()
+    assert encode("pil").num_items == 5
+    without_headers_of(tmp_path / "cache", "decoder")
+    assert encode("auto").provenance["decoder"] == "auto"
+    assert "decoder" not in encode_images(Pixels(), Pooling(), tmp_path / "b", progress=False).provenance
+
+
+def without_headers_of(folder, *names):
+    """Make the shards, and no statistics, as they were before headers said these."""
+    (folder / "stats.json").unlink()
+    for path in folder.iterdir():
+        header = {name: value for name, value in shards.read_header(path).items() if name not in names}
         save_file(load_file(path), path, metadata={"lfm_fast": json.dumps(header)})
+
+
+def test_old_headers_without_crop_and_precision_are_of_the_ones_there_were(tmp_path, source):
+    encode_images(source, Pooling(), tmp_path, shard_size=4, progress=False)
+    without_headers_of(tmp_path, "crop", "precision")
     autoencoder = Pooling()
     cache = encode_images(source, autoencoder, tmp_path, shard_size=4, progress=False)
     assert (autoencoder.calls, cache.num_items) == (0, 13)

@@ -197,7 +197,7 @@ def test_batches_that_come_in_turn_are_read_ahead_in_turn(batches):
         assert torch.equal(ahead.get(numbers, 7), numbers + 7)
     ahead._pool.shutdown()
     wrong = [numbers for numbers, _ in read if numbers not in [[*range(f, f + size)] for f, size in batches]]
-    assert len(wrong) <= 3  # until the turn is known, and at the end
+    assert len(wrong) <= 4  # until the turn is known, and at the end; fewer, where one is called off in time
     assert read.count(([*range(batches[-1][0], sum(batches[-1]))], 7)) == 1
 
 

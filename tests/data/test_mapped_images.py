@@ -33,6 +33,7 @@ def test_a_folder_of_images_and_maps(photos, monkeypatch, in_memory):
     assert images.names == ["a/0.png", "a/1.png", "b/1.png", "b/2.png"]
     assert images.report.skipped == [("b/0.png", "it has no label map")]
     assert images.labels.tolist() == [0, 0, 1, 1]
+    assert images.decoded_by == "auto"
     images.check_maps()
     maps = images.label_maps([2, 0, 2])
     assert maps.shape == (3, 16, 16)
