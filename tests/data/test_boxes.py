@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lfm_fast.data.boxes import as_boxes, cropped, draw_boxes, folder_boxes, mirrored, read_layouts
+from lfm_fast.data.boxes import as_boxes, cropped, draw_boxes, folder_boxes, folder_classes, mirrored, read_layouts
 from lfm_fast.data.folder import FolderImages
 
 NAMES = ["dog", "cat", "polar bear"]
@@ -30,6 +30,10 @@ def test_a_list_of_boxes_becomes_rows():
         ([{"class": -1, "box": CAT["box"]}], "box class -1 is not known"),
         ([{"class": 0.5, "box": CAT["box"]}], r"box class 0\.5 is not known"),
         ([{"class": None, "box": CAT["box"]}], "box class None is not known"),
+        ([{"class": True, "box": CAT["box"]}], "box class True is not known"),
+        ([{"class": 2**60, "box": CAT["box"]}], "box class 1152921504606846976 is not known: choose one of"),
+        ([{"class": "cat", "box": [0, 0, True, 1]}], "expected four numbers"),
+        ([{"class": "cat", "box": [0, 0, 1 + 1e-9, 1]}], "leaves the image"),
         ([{"class": "cat", "box": [0.5, 0, 0.25, 0.75]}], r"\(0.5, 0, 0.25, 0.75\) has no area"),
         ([{"class": "cat", "box": [0, 0.5, 0.25, 0.5]}], "has no area"),
         ([{"class": "cat", "box": [0, 0, 64, 64]}], r"\(0, 0, 64, 64\) leaves the image; coordinates go from 0 to 1"),
@@ -108,6 +112,31 @@ def test_what_the_crop_leaves_next_to_nothing_of_is_left_out():
     boxes = torch.tensor([[0, 0.2, 0, 0.3, 1], [1, 0.0, 0, 0.3, 1], [2, 0.1, 0, 0.2, 1], [-1, 0, 0, 0, 0]])
     kept = cropped(boxes, 200, 100)
     torch.testing.assert_close(kept, torch.tensor([[0, 0.0, 0, 0.1, 1]]))
+
+
+def test_a_quarter_of_a_box_is_enough_to_keep_it():
+    """The middle of 200 x 100 begins at 0.25: of these a quarter, a little less, and a little more lies in it."""
+    boxes = torch.tensor([[0, 0.0625, 0, 0.3125, 1], [1, 0.0625, 0, 0.3105, 1], [2, 0.0625, 0, 0.3205, 1]])
+    assert cropped(boxes, 200, 100)[:, 0].tolist() == [0, 2]
+    turned = boxes[:, [0, 2, 1, 4, 3]]
+    assert cropped(turned, 100, 200)[:, 0].tolist() == [0, 2]
+
+
+def test_layouts_without_a_box(tmp_path):
+    for text, shape in (("[]", (1, 1, 5)), ("[[], []]", (2, 1, 5))):
+        (tmp_path / "a.json").write_text(text)
+        boxes = read_layouts(tmp_path / "a.json", NAMES)
+        assert (tuple(boxes.shape), boxes[..., 0].unique().tolist()) == (shape, [-1])
+    (tmp_path / "a.json").write_text("[]")
+    (tmp_path / "classes.json").write_text(json.dumps(NAMES))  # a list too, but of no boxes
+    assert folder_classes(tmp_path) == (NAMES, 1)
+
+
+def test_classes_share_colours_where_there_are_many(tmp_path):
+    names = [f"class {k}" for k in range(25)]
+    sheets = [draw_boxes(torch.tensor([[k, 0.1, 0.1, 0.9, 0.9]]), [""] * 25, 100) for k in (3, 13)]
+    assert sheets[0].getpixel((10, 50)) == sheets[1].getpixel((10, 50))
+    assert draw_boxes(torch.tensor([[24, 0, 0, 1, 1.0]]), names, 64).size == (64, 64)
 
 
 def test_classes_are_those_listed_or_those_in_use(tmp_path):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from lfm_fast.data import open_images
+from lfm_fast.data import layouts, open_images
 from lfm_fast.data.embedded import CATEGORIES, EmbeddedImages
 from lfm_fast.data.layouts import MAX_BOXES, EmbeddedLayouts
 from lfm_fast.models.box_encoder import check_boxes
@@ -51,6 +51,15 @@ def test_two_boxes_cover_at_most_a_tenth_of_the_smaller(scenes):
                 areas = [(r[2] - r[0]) * (r[3] - r[1]) for r in (rows[i], rows[j])]
                 worst = max(worst, float((high - low).clamp(min=0).prod() / min(areas)))
     assert 0 < worst <= 0.1 + 1e-12
+
+
+def test_boxes_reach_every_edge_and_those_apart_cover_nothing(scenes):
+    there = scenes.boxes[scenes.boxes[..., 0] >= 0]
+    assert there[:, 1:3].amin(0).tolist() == [0, 0]
+    assert there[:, 3:].amax(0).tolist() == [1, 1]
+    for other in ((5, 5, 7, 7), (5, 0, 7, 2), (0, 5, 2, 7), (2, 2, 4, 4)):
+        assert layouts._overlap((0, 0, 2, 2), other) == layouts._overlap(other, (0, 0, 2, 2)) == 0
+    assert layouts._overlap((0, 0, 2, 2), (1, 1, 5, 5)) == 0.25
 
 
 def test_ink_fills_each_box_to_its_edges_and_nothing_is_outside(scenes):

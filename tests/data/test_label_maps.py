@@ -281,3 +281,48 @@ def test_a_batch_of_maps_is_told_from_pixels_with_channels():
     for channels in (1, 2, 3, 4):
         with pytest.raises(ValueError, match=rf"label_map has shape \(5, 5, {channels}\)"):
             label_maps.as_label_maps(torch.zeros(5, 5, channels, dtype=torch.int64), "celebamask-hq")
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "scaled"),
+    [
+        ((131, 257), 32, (32, 64)),  # halved to 65 x 128 and 32 x 64
+        ((64, 131), 32, (32, 65)),  # halved once, to just the size
+        ((63, 130), 32, (32, 66)),  # not at all: 130 * 32 / 63
+    ],
+)
+def test_a_map_is_halved_as_its_image_is(shape, size, scaled):
+    """With the roundings of odd sides, which move the middle by a pixel."""
+    ids = torch.arange(shape[0] * shape[1]).view(shape)
+    top, left = (scaled[0] - size) // 2, (scaled[1] - size) // 2
+    expected = label_maps.resize(ids, *scaled)[top : top + size, left : left + size]
+    assert torch.equal(label_maps.centre_square(ids, size), expected)
+
+
+def test_a_long_map_is_never_enlarged_whole(monkeypatch):
+    asked, resize = [], label_maps.resize
+    monkeypatch.setattr(label_maps, "resize", lambda ids, *sides: asked.append(sides) or resize(ids, *sides))
+    assert label_maps.centre_square(torch.zeros(20, 4000), 64).shape == (64, 64)
+    assert asked == [(64, 8 * 64)]
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_a_colour_above_all_of_a_palette_is_refused(name):
+    colours = get_palette(name).table()
+    if (255, 255, 255) in map(tuple, colours.tolist()):
+        return
+    pixels = torch.stack((colours[0], torch.full((3,), 255, dtype=torch.uint8)))[None]
+    with pytest.raises(ValueError, match=r"the colour \(255, 255, 255\) at row 0, column 1 is no colour of"):
+        label_maps.from_colours(pixels, name)
+
+
+def test_runs_of_numbers_in_words():
+    assert label_maps._ranges((255, 0, 1, 4, 3, 9)) == "0 to 1 and 3 to 4 and 9 and 255"
+
+
+def test_maps_are_paired_whatever_the_case_of_a_suffix_and_without_hidden_ones(tmp_path):
+    for name in ("1.PNG", "._1.png", ".2.png"):
+        Image.new("L", (4, 4)).save(tmp_path / name, "PNG")
+    found, report = label_maps.pair_by_stem(["1.JPG", "2.jpg"], tmp_path)
+    assert found == [tmp_path / "1.PNG", None]
+    assert report.skipped == [("2.jpg", "it has no label map")]
