@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from benchmarks.names import AGAIN, DATA_LOADER, FAST
+from benchmarks.settings import QUICK
 from benchmarks.workloads import Contender, Workload
 from lfm_fast.data.dali import DaliDecoder
 from lfm_fast.data.decoders import PillowDecoder, decoder_named
@@ -16,7 +17,7 @@ from lfm_fast.data.folder import FolderImages
 from lfm_fast.data.reading import centre_crop
 
 PILLOW, DALI, DALI_GPU = "Pillow, threads", "DALI, CPU", "DALI, GPU"
-WORKERS = (0, 1, 2, 4, 8, 16)  # of a DataLoader, as far as there are cores, and once beyond
+WORKERS = (0, 1) if QUICK else (0, 1, 2, 4, 8, 16)  # of a DataLoader, as far as there are cores, and once beyond
 LARGEST_DIFFERENCE = 2.0  # of 255, on the average: what a crop may differ by from Pillow's whole one
 
 

@@ -1,5 +1,6 @@
 """What training waits for before each step: batches from cached latents, and from images on disk."""
 
+import functools
 import time
 from pathlib import Path
 
@@ -26,6 +27,7 @@ SEED = 0
 IMAGE_SIZE = 64  # what the embedded VAE was trained on
 
 
+@functools.cache
 def step_seconds(batch_size: int, precision: str = "bfloat16") -> float:
     """Of a training step by the fast path: the faster of two, after one to warm up."""
     ours = Ours(TrainingStep(batch_size, precision), "off")

@@ -17,6 +17,7 @@ from benchmarks.feeding import SEED, step_seconds
 from benchmarks.names import COPY, EAGER
 from benchmarks.networks import LATENT_SHAPE
 from benchmarks.plain import WITHOUT_OPS
+from benchmarks.settings import QUICK
 from benchmarks.workloads import Contender, Workload, exact_normals
 from lfm_fast import ops
 from lfm_fast.data.latent_cache import LatentCache
@@ -26,7 +27,7 @@ from lfm_fast.flow.paths import Linear
 from lfm_fast.ops import _registry
 from lfm_fast.ops.streams import STREAM_NOISE, STREAM_POSTERIOR
 
-STEP_BATCH = 16  # of the training step whose share is told
+STEP_BATCH = 2 if QUICK else 16  # of the training step whose share is told
 PATH = Linear(sigma_min=1e-5)
 
 

@@ -64,7 +64,7 @@ def test_op_and_gradient(benchmark, request, row, size):
 
 
 @pytest.mark.benchmark(group="ops")
-@pytest.mark.parametrize("network", ["DiT-S/2"] if not FULL else ["DiT-S/2", "DiT-B/2"])
+@pytest.mark.parametrize("network", ["DiT-S/2", "DiT-B/2"] if FULL else ["DiT-Emoji/2"] if QUICK else ["DiT-S/2"])
 def test_optimizer_step(benchmark, network):
     specification = ("optimizer", {"network": network})
     compare(
