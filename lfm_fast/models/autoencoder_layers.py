@@ -88,7 +88,12 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        batch, channels, height, width = x.shape
+        padded = x.new_empty(batch, height + 1, width + 1, channels).permute(0, 3, 1, 2)
+        padded[:, :, height] = 0  # F.pad writes zeros everywhere first
+        padded[:, :, :, width] = 0
+        padded[:, :, :height, :width] = x
+        return self.conv(padded)
 
 
 class Upsample(nn.Module):
@@ -108,31 +113,35 @@ class Subpixel(nn.Module):
 
     Each pixel of the result sees three rows, of which two are the same row of x: an even one sees row i - 1 by the
     weight's first row and row i by the sum of the others, an odd one row i by the sum of the first two and i + 1 by the
-    last; columns likewise. So the four pixels that one of x becomes are four 2x2 convolutions of x, which are done as
-    one, of four times as many channels, with a row and a column more than needed.
+    last; columns likewise. So the four pixels that one of x becomes are four 2x2 convolutions of x. Two are done as
+    one, of twice as many channels, with a row and a column more than needed: all four as one would need a block of
+    memory that the system hands out anew each time, which takes longer than to fill it.
     """
 
     def __init__(self, conv: nn.Conv2d, weight: Tensor):
         """weight: the convolution's before it was rounded, for it is sums of it that are rounded here."""
         super().__init__()
-        rows = torch.stack([_halves(weight, dim=2, odd=odd) for odd in (False, True)])  # (2, N, C, 2, 3)
-        phases = torch.stack([_halves(rows, dim=4, odd=odd) for odd in (False, True)], dim=1)  # (2, 2, N, C, 2, 2)
         self.out_channels = conv.out_channels
-        self.conv = nn.Conv2d(conv.in_channels, 4 * self.out_channels, 2, padding=1, device="meta")
-        phases = phases.flatten(0, 2).to(conv.weight.dtype).contiguous(memory_format=torch.channels_last)
-        self.conv.weight = nn.Parameter(phases, requires_grad=False)
-        self.conv.bias = nn.Parameter(conv.bias.detach().repeat(4), requires_grad=False)
+        self.rows = nn.ModuleList(self._of_rows(conv, _halves(weight, dim=2, odd=odd)) for odd in (False, True))
+
+    def _of_rows(self, conv: nn.Conv2d, weight: Tensor) -> nn.Conv2d:
+        """What makes the two pixels side by side; weight: (N, C, 2, 3)."""
+        phases = torch.cat([_halves(weight, dim=3, odd=odd) for odd in (False, True)]).to(conv.weight.dtype)
+        both = nn.Conv2d(conv.in_channels, 2 * self.out_channels, 2, padding=1, device="meta")
+        both.weight = nn.Parameter(phases.contiguous(memory_format=torch.channels_last), requires_grad=False)
+        both.bias = nn.Parameter(conv.bias.detach().repeat(2), requires_grad=False)
+        return both
 
     def forward(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
-        phases = self.conv(x).unflatten(1, (2, 2, self.out_channels))
-        shape = batch, self.out_channels, 2 * height, 2 * width
-        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        for row in range(2):
-            for column in range(2):
-                part = phases[:, row, column, :, row : row + height, column : column + width]
-                y[:, :, row::2, column::2].copy_(part)
-        return y
+        y = torch.empty(batch, height, 2, width, 2, self.out_channels, dtype=x.dtype, device=x.device)
+        for row, conv in enumerate(self.rows):
+            phases = conv(x).permute(0, 2, 3, 1).contiguous()[:, row:]  # (B, H or H + 1, W + 1, 2 N)
+            sample, down, right, _ = phases.stride()
+            # an odd column is the second half of the channels, seen from one pixel further to the right
+            strides = sample, down, right, right + self.out_channels, 1
+            y[:, :, row] = phases.as_strided((batch, height, width, 2, self.out_channels), strides)
+        return y.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 def _halves(weight: Tensor, dim: int, odd: bool) -> Tensor:
