@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "common/macros.h"
+#include "common/power_of_two.h"
 
 namespace lfm_fast {
 
@@ -17,21 +18,9 @@ namespace lfm_fast {
 // a subnormal number). For NaN the result is any number: what it is multiplied by must be NaN too.
 LFM_HD float exp2_of_negative(float x) {
   constexpr float kLowest = -125.0f;
-  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-  const float shifted = x + kRound;
-  const float f = x - (shifted - kRound);  // exact
-  // 2^f on [-1/2, 1/2], a minimax fit: 2^-27
-  float p = 0x1.41fb2ep-13f;
-  p = p * f + 0x1.5f3f30p-10f;
-  p = p * f + 0x1.3b2e38p-7f;
-  p = p * f + 0x1.c6af2ap-5f;
-  p = p * f + 0x1.ebfbdap-3f;
-  p = p * f + 0x1.62e430p-1f;
-  p = p * f + 1.0f;
-  const uint32_t bits = std::bit_cast<uint32_t>(p) + (std::bit_cast<uint32_t>(shifted) << 23);
   // a mask of bits and not a choice between numbers, of which compilers make two ways through all that follows
   const uint32_t large_enough = 0u - static_cast<uint32_t>(!(x < kLowest));
-  return std::bit_cast<float>(bits & large_enough);
+  return std::bit_cast<float>(bits_of_power_of_two(x) & large_enough);
 }
 
 LFM_HD float minus_magnitude(float x) { return std::bit_cast<float>(std::bit_cast<uint32_t>(x) | 0x80000000u); }

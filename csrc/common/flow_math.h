@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/macros.h"
+#include "common/power_of_two.h"
 
 namespace lfm_fast {
 
@@ -23,18 +24,7 @@ LFM_HD float exponent_of_half(float x) {
 LFM_HD float at_most_128(float y) { return y > 128.0f ? 128.0f : y; }
 
 LFM_HD float power_of_two(float y) {
-  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-  const float shifted = y + kRound;
-  const float f = y - (shifted - kRound);  // exact
-  // 2^f on [-1/2, 1/2], the fit of common/activations.h
-  float p = 0x1.41fb2ep-13f;
-  p = p * f + 0x1.5f3f30p-10f;
-  p = p * f + 0x1.3b2e38p-7f;
-  p = p * f + 0x1.c6af2ap-5f;
-  p = p * f + 0x1.ebfbdap-3f;
-  p = p * f + 0x1.62e430p-1f;
-  p = p * f + 1.0f;
-  const float power = std::bit_cast<float>(std::bit_cast<uint32_t>(p) + (std::bit_cast<uint32_t>(shifted) << 23));
+  const float power = std::bit_cast<float>(bits_of_power_of_two(y));
   return power + (y - y);  // the bits of a NaN are no number's, and adding to them may make them one
 }
 

@@ -6,6 +6,9 @@
 
 namespace lfm_fast {
 
+// Bytes by which memory is asked for ahead: the processor asks for too little by itself, and anew in each page.
+constexpr int64_t kAhead = 2048;
+
 // Sum of a chunk and of the squared distances from its own mean.
 struct ChunkMoments {
   double sum, squares;

@@ -70,7 +70,6 @@ LFM_HD void normalise_run(const uint16_t* from, uint16_t* to, int64_t n, const S
 // period, as make pairs of the widest vectors. Tables are of a period, pairs as they lie in registers.
 template <bool silu_follows>
 struct PairsOfChannels : GroupNorm {
-  static constexpr int64_t kAhead = 2048;  // bytes: the processor asks for too little on its own, and anew in each page
   static constexpr int64_t kWidest = 2 * Vectors<Level::avx512>::width;
   static int64_t positions_of_period(const GroupShape& shape) { return kWidest / std::gcd(kWidest, shape.channels); }
 
