@@ -134,9 +134,11 @@ def test_the_compiled_backward_refuses_what_does_not_fit(name, library):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_silu_in_16_bits_is_silu_rounded_once_for_every_number(memory_format, dtype):
-    """With weights of 0 the bias alone is what SiLU is taken of. Half a unit in the last place and 2^-8 of that, or the
-    distance of the smallest numbers, and 0 where e^-x is 2^128 and more."""
-    values = torch.cat([torch.linspace(-130, 130, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, -3e38, -6e4, 6e4])])
+    """With weights of 0 the bias alone is what SiLU is taken of: all numbers of 16 bits, of which the compiled kernel
+    makes infinity from 2.3e38 on, and others. Half a unit in the last place and 2^-8 of that, or the distance of the
+    smallest numbers, and 0 where e^-x is 2^128 and more."""
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float()
+    values = torch.cat([values[values.abs() <= 2.3e38], torch.linspace(-130, 130, 4001), torch.tensor([-3e38, -6e4])])
     x = torch.randn(1, len(values), 2, 2).to(dtype).contiguous(memory_format=memory_format)
     y = ops.group_norm_silu(x, 1, torch.zeros(len(values)), values)
     want = F.silu(values.double())[:, None].expand(-1, 4)
