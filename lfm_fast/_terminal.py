@@ -5,10 +5,16 @@ import contextlib
 import difflib
 import os
 import sys
+import textwrap
 import warnings
 
 _FITS_A_LINE = 60  # letters of a list of choices
 _TO_INSTALL = {"PIL": "pillow"}  # packages that pip knows by another name than Python
+
+
+class _Formatter(argparse.HelpFormatter):
+    def _split_lines(self, text, width):
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)  # names are copied from here
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,7 +27,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *, usage="%(prog)s [--help] [--FLAG VALUE ...]", **settings):
-        super().__init__(usage=usage, allow_abbrev=False, **settings)
+        super().__init__(usage=usage, allow_abbrev=False, formatter_class=_Formatter, **settings)
 
     def parse_known_args(self, args=None, namespace=None):
         """What the parent of sub-commands calls for each of them: here they complain of their flags by themselves."""

@@ -12,8 +12,12 @@ import pytest
 from lfm_fast import LatentFlow
 from lfm_fast._terminal import start
 from lfm_fast.cli import main
+from lfm_fast.data.opening import LAYOUTS
+from lfm_fast.data.palettes import PALETTES
+from lfm_fast.models import NETWORKS
 from lfm_fast.train import loop
 from lfm_fast.train.journal import Journal
+from lfm_fast.train.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -142,3 +146,13 @@ def test_a_run_goes_on_and_keeps_its_log_when_nobody_reads_what_it_prints(tmp_pa
         for line in ("the first line", "the second line"):
             Journal(tmp_path).say(line)
     assert (tmp_path / "log.txt").read_text() == "the first line\nthe second line\n"
+
+
+def test_help_names_what_there_is_to_choose_from(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())  # each name whole on its line, to be copied
+    assert [name for name in (*NETWORKS, *PALETTES, *PRESETS, *LAYOUTS) if name not in said] == []
+    assert "--model STR the network; one of DiT-S/2, DiT-S/4" in said
+    assert "--palette STR of label maps; one of embedded, celebamask-hq" in said

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from lfm_fast._terminal import Parser, one_of
 from lfm_fast.data.decoders import DECODERS
 from lfm_fast.data.opening import LAYOUTS
+from lfm_fast.data.palettes import PALETTES
 from lfm_fast.data.stored import CHECKS
 from lfm_fast.flow.paths import PATHS
 from lfm_fast.flow.time_samplers import TIME_SAMPLERS
+from lfm_fast.models import NETWORKS
 from lfm_fast.models.checkpointing import MODES
 from lfm_fast.tasks import TASKS
 from lfm_fast.train.presets import PRESETS
@@ -55,7 +57,7 @@ class TrainConfig:
         KEEP_LATENTS,
     )
     flip: bool = _curve(False, bool, "mirror half of the images at random")
-    model: str = _curve("DiT-B/2", str, "the network, a name create_model knows")
+    model: str = _curve("DiT-B/2", str, f"the network; one of {', '.join(NETWORKS)}")
     start_from: str | None = _curve(
         None,
         str,
@@ -64,7 +66,7 @@ class TrainConfig:
     image_size: int = _curve(256, int, "side of the images in pixels")
     task: str | None = _curve(None, str, "default: labelled when the data has two or more classes", tuple(TASKS))
     conditions: str | None = _curve(None, str, "folder of what the task conditions on, a file for each image by name")
-    palette: str | None = _curve(None, str, "of label maps: names and colours of their ids")
+    palette: str | None = _curve(None, str, f"of label maps; one of {', '.join(PALETTES)}")
     compat: str | None = _curve(None, str, "lfm: train as the reference does where we would not", ("lfm",))
     num_classes: int | None = _curve(None, int, "number of labels, at least the data's; default: the data's")
     autoencoder: str = _curve(
