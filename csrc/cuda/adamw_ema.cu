@@ -77,11 +77,16 @@ struct AdamWEma {
     constexpr Element full = Element::float32;
     const bool vector = entry.vector != 0;
     float p[kQuad], g[kQuad], m[kQuad], v[kQuad], average[kQuad];
-    load_quad(entry.gradient, at, count, static_cast<Element>(entry.gradient_element), vector, g);
-    load_quad(entry.parameter, at, count, full, vector, p);
-    load_quad(entry.exp_avg, at, count, full, vector, m);
-    load_quad(entry.exp_avg_sq, at, count, full, vector, v);
-    if (entry.averaged != nullptr) load_quad(entry.averaged, at, count, full, vector, average);
+    const Element of_gradient = static_cast<Element>(entry.gradient_element);
+    const Packed gradient = fetch_quad(entry.gradient, at, count, of_gradient, vector);
+    const Packed parameter = fetch_quad(entry.parameter, at, count, full, vector);
+    const Packed exp_avg = fetch_quad(entry.exp_avg, at, count, full, vector);
+    const Packed exp_avg_sq = fetch_quad(entry.exp_avg_sq, at, count, full, vector);
+    if (entry.averaged != nullptr) unpack(fetch_quad(entry.averaged, at, count, full, vector), full, average);
+    unpack(gradient, of_gradient, g);
+    unpack(parameter, full, p);
+    unpack(exp_avg, full, m);
+    unpack(exp_avg_sq, full, v);
     LFM_UNROLL
     for (int j = 0; j < kQuad; ++j) adamw_element(step, g[j], p[j], m[j], v[j]);
     store_quad(entry.parameter, at, count, full, vector, p);

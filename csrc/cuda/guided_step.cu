@@ -65,22 +65,26 @@ struct GuidedStep {
   }
 
   LFM_DEVICE void state_and_velocity(int64_t sample, int64_t begin, int n, int thread, int i, StepQuads& quads) const {
-    float other[kInFlight][kQuad];
+    Packed state[kInFlight], slope[kInFlight], without[kInFlight] = {};
     LFM_UNROLL
     for (int u = 0; u < kInFlight; ++u) {
       const int start = quad_start(thread, i + u), count = quad_size(start, n);
-      z.load(sample, begin + start, count, quads.z[u]);
-      velocity.load(sample, begin + start, count, quads.v[u]);
-      if (unconditional.given()) unconditional.load(sample, begin + start, count, other[u]);
+      state[u] = z.fetch(sample, begin + start, count);
+      slope[u] = velocity.fetch(sample, begin + start, count);
+      if (unconditional.given()) without[u] = unconditional.fetch(sample, begin + start, count);
     }
     const float w_0 = weights.at(sample, 0), w_1 = weights.at(sample, 1);
     const float e_0 = with_error ? error_weights.at(sample, 0) : 0.0f;
     const float s = unconditional.given() ? scale.at(sample) : 1.0f, one_minus_s = 1.0f - s;
     LFM_UNROLL
     for (int u = 0; u < kInFlight; ++u) {
+      float other[kQuad];
+      z.unpack(state[u], quads.z[u]);
+      velocity.unpack(slope[u], quads.v[u]);
+      unconditional.unpack(without[u], other);
       LFM_UNROLL
       for (int j = 0; j < kQuad; ++j) {
-        if (unconditional.given()) quads.v[u][j] = blend(s, one_minus_s, quads.v[u][j], other[u][j]);
+        if (unconditional.given()) quads.v[u][j] = blend(s, one_minus_s, quads.v[u][j], other[j]);
         quads.next[u][j] = combine(w_0, quads.z[u][j], w_1, quads.v[u][j]);
         quads.error[u][j] = e_0 * quads.v[u][j];
       }
@@ -90,11 +94,16 @@ struct GuidedStep {
   LFM_DEVICE void stages(int64_t sample, int64_t begin, int n, int thread, int i, StepQuads& quads) const {
     for (int k = 0; k < terms; ++k) {
       const float w = weights.at(sample, 2 + k), e = with_error ? error_weights.at(sample, 1 + k) : 0.0f;
+      Packed packed[kInFlight];
       LFM_UNROLL
       for (int u = 0; u < kInFlight; ++u) {
         const int start = quad_start(thread, i + u), count = quad_size(start, n);
+        packed[u] = stored[k].fetch(sample, begin + start, count);
+      }
+      LFM_UNROLL
+      for (int u = 0; u < kInFlight; ++u) {
         float stage[kQuad];
-        stored[k].load(sample, begin + start, count, stage);
+        stored[k].unpack(packed[u], stage);
         LFM_UNROLL
         for (int j = 0; j < kQuad; ++j) {
           quads.next[u][j] = add_term(quads.next[u][j], w, stage[j]);

@@ -27,24 +27,26 @@ struct Interpolate {
       const float d_alpha = coefficients.at(2, sample), d_sigma = coefficients.at(3, sample);
       const PhiloxKey key = noise.given() ? noise.key(sample) : PhiloxKey{};
       for (int i = 0; i < kQuadsPerThread; i += kInFlight) {
-        float data[kInFlight][kQuad], normal[kInFlight][kQuad];
+        Packed data[kInFlight], given[kInFlight] = {};
         LFM_UNROLL
         for (int u = 0; u < kInFlight; ++u) {
           const int start = quad_start(thread, i + u), count = quad_size(start, n);
-          z_0.load(sample, begin + start, count, data[u]);
-          if (noise.given())
-            noise.quad(key, begin + start, normal[u]);
-          else
-            z_1.load(sample, begin + start, count, normal[u]);
+          data[u] = z_0.fetch(sample, begin + start, count);
+          if (!noise.given()) given[u] = z_1.fetch(sample, begin + start, count);
         }
         LFM_UNROLL
         for (int u = 0; u < kInFlight; ++u) {
           const int start = quad_start(thread, i + u), count = quad_size(start, n);
-          float point[kQuad], velocity[kQuad];
+          float point[kQuad], velocity[kQuad], image[kQuad], normal[kQuad];
+          if (noise.given())
+            noise.quad(key, begin + start, normal);
+          else
+            z_1.unpack(given[u], normal);
+          z_0.unpack(data[u], image);
           LFM_UNROLL
           for (int j = 0; j < kQuad; ++j) {
-            point[j] = combine(alpha, data[u][j], sigma, normal[u][j]);
-            velocity[j] = combine(d_alpha, data[u][j], d_sigma, normal[u][j]);
+            point[j] = combine(alpha, image[j], sigma, normal[j]);
+            velocity[j] = combine(d_alpha, image[j], d_sigma, normal[j]);
           }
           z_t.store(sample, begin + start, count, point);
           target.store(sample, begin + start, count, velocity);

@@ -31,12 +31,12 @@ struct PosteriorInterpolate {
       const bool exists = row >= 0 && row < items;  // else the sample is NaN: the host has not looked at the rows
       const PhiloxKey key = noise.key(sample), posterior_key = posterior.given() ? posterior.key(sample) : PhiloxKey{};
       for (int i = 0; i < kQuadsPerThread; i += kInFlight) {
-        float data[kInFlight][kQuad], variance[kInFlight][kQuad];
+        Packed data[kInFlight], variance[kInFlight] = {};
         LFM_UNROLL
         for (int u = 0; u < kInFlight; ++u) {
           const int start = quad_start(thread, i + u), count = exists ? quad_size(start, n) : 0;
-          mean.load(exists ? row : 0, begin + start, count, data[u]);
-          if (log_variance.given()) log_variance.load(exists ? row : 0, begin + start, count, variance[u]);
+          data[u] = mean.fetch(exists ? row : 0, begin + start, count);
+          if (log_variance.given()) variance[u] = log_variance.fetch(exists ? row : 0, begin + start, count);
         }
         LFM_UNROLL
         for (int u = 0; u < kInFlight; ++u) {
@@ -48,11 +48,14 @@ struct PosteriorInterpolate {
   }
 
   LFM_DEVICE void quad(int64_t sample, int64_t begin, int start, int64_t n, const PhiloxKey& key,
-                       const PhiloxKey& posterior_key, bool exists, float (&data)[kQuad],
-                       const float (&variance)[kQuad]) const {
+                       const PhiloxKey& posterior_key, bool exists, const Packed& packed,
+                       const Packed& packed_variance) const {
     const int count = quad_size(start, n);
-    float normal[kQuad], point[kQuad], velocity[kQuad];
+    float data[kQuad], normal[kQuad], point[kQuad], velocity[kQuad];
+    mean.unpack(packed, data);
     if (log_variance.given()) {
+      float variance[kQuad];
+      log_variance.unpack(packed_variance, variance);
       posterior.quad(posterior_key, begin + start, normal);
       LFM_UNROLL
       for (int j = 0; j < kQuad; ++j) data[j] = draw(data[j], at_most_128(exponent_of_half(variance[j])), normal[j]);

@@ -6,6 +6,7 @@
 // float32 access beside it (state, target, result) into two of which every second half is skipped.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <vector>
 
@@ -65,37 +66,59 @@ LFM_DEVICE void store_vector(uint16_t* target, const Quad16& quad) {
 #endif
 }
 
-LFM_DEVICE float element_to_float(uint16_t bits, Element element) {
-  return element == Element::bfloat16 ? bfloat16_to_float(bits) : float16_to_float(bits);
-}
 LFM_DEVICE uint16_t float_to_element(float value, Element element) {
   return element == Element::bfloat16 ? float_to_bfloat16(value) : float_to_float16(value);
 }
 
-// `count` elements at `data` as float32, zeros after them. `vector`: a full quad may be read in one access.
-LFM_DEVICE void load_quad(const void* data, int64_t at, int count, Element element, bool vector, float (&out)[kQuad]) {
+// Four elements as they lie in memory: a word each of float32, two to a word of a 16-bit type. A thread fetches all it
+// needs before it unpacks any: unpacking waits for the memory, and what is fetched after it would wait with it.
+struct Packed {
+  uint32_t words[kQuad];
+};
+struct alignas(8) Words16 {
+  uint32_t words[kQuad / 2];
+};
+
+// `count` elements at `data`, zeros after them. `vector`: a full quad may be read in one access.
+LFM_DEVICE Packed fetch_quad(const void* data, int64_t at, int count, Element element, bool vector) {
+  Packed packed = {};
   if (element == Element::float32) {
     const float* source = static_cast<const float*>(data) + at;
     if (vector && count == kQuad) {
       const Quad32 quad = quad_at<Quad32>(source);
       LFM_UNROLL
-      for (int j = 0; j < kQuad; ++j) out[j] = quad.values[j];
-    } else {
-      LFM_UNROLL
-      for (int j = 0; j < kQuad; ++j) out[j] = j < count ? source[j] : 0.0f;
-    }
-  } else {
-    const uint16_t* source = static_cast<const uint16_t*>(data) + at;
-    Quad16 quad = {};
-    if (vector && count == kQuad) {
-      quad = quad_at<Quad16>(source);
+      for (int j = 0; j < kQuad; ++j) packed.words[j] = std::bit_cast<uint32_t>(quad.values[j]);
     } else {
       LFM_UNROLL
       for (int j = 0; j < kQuad; ++j)
-        if (j < count) quad.values[j] = source[j];
+        if (j < count) packed.words[j] = std::bit_cast<uint32_t>(source[j]);
     }
+  } else {
+    const uint16_t* source = static_cast<const uint16_t*>(data) + at;
+    if (vector && count == kQuad) {
+      const Words16 pairs = quad_at<Words16>(source);
+      packed.words[0] = pairs.words[0];
+      packed.words[1] = pairs.words[1];
+    } else {
+      LFM_UNROLL
+      for (int j = 0; j < kQuad; ++j)
+        if (j < count) packed.words[j / 2] |= static_cast<uint32_t>(source[j]) << (16 * (j % 2));
+    }
+  }
+  return packed;
+}
+
+LFM_DEVICE void unpack(const Packed& packed, Element element, float (&out)[kQuad]) {
+  const auto half = [&](int j) { return static_cast<uint16_t>(packed.words[j / 2] >> (16 * (j % 2))); };
+  if (element == Element::float32) {
     LFM_UNROLL
-    for (int j = 0; j < kQuad; ++j) out[j] = element_to_float(quad.values[j], element);
+    for (int j = 0; j < kQuad; ++j) out[j] = std::bit_cast<float>(packed.words[j]);
+  } else if (element == Element::bfloat16) {
+    LFM_UNROLL
+    for (int j = 0; j < kQuad; ++j) out[j] = bfloat16_to_float(half(j));
+  } else {
+    LFM_UNROLL
+    for (int j = 0; j < kQuad; ++j) out[j] = float16_to_float(half(j));
   }
 }
 
@@ -142,9 +165,10 @@ struct Rows {
   bool vector = false;
 
   LFM_DEVICE bool given() const { return data != nullptr; }
-  LFM_DEVICE void load(int64_t sample, int64_t start, int count, float (&out)[kQuad]) const {
-    load_quad(data, sample * stride + start, count, element, vector, out);
+  LFM_DEVICE Packed fetch(int64_t sample, int64_t start, int count) const {
+    return fetch_quad(data, sample * stride + start, count, element, vector);
   }
+  LFM_DEVICE void unpack(const Packed& packed, float (&out)[kQuad]) const { lfm_fast::unpack(packed, element, out); }
 };
 
 struct OutputRows {

@@ -46,30 +46,31 @@ struct VelocityLoss {
     const float d_alpha = rebuild ? coefficients.at(2, sample) : 0.0f;
     const float d_sigma = rebuild ? coefficients.at(3, sample) : 0.0f;
     for (int i = 0; i < kQuadsPerThread; i += kInFlight) {
-      float v[kInFlight][kQuad], wanted[kInFlight][kQuad];
+      Packed found[kInFlight], other[kInFlight];
+      const Rows& rows = rebuild ? z_0 : target;
       LFM_UNROLL
       for (int u = 0; u < kInFlight; ++u) {
         const int start = quad_start(thread, i + u), count = quad_size(start, n);
-        velocity.load(sample, begin + start, count, v[u]);
-        if (rebuild)
-          z_0.load(sample, begin + start, count, wanted[u]);
-        else
-          target.load(sample, begin + start, count, wanted[u]);
+        found[u] = velocity.fetch(sample, begin + start, count);
+        other[u] = rows.fetch(sample, begin + start, count);
       }
       LFM_UNROLL
       for (int u = 0; u < kInFlight; ++u) {
         const int start = quad_start(thread, i + u), count = quad_size(start, n);
+        float v[kQuad], wanted[kQuad];
+        velocity.unpack(found[u], v);
+        rows.unpack(other[u], wanted);
         if (rebuild) {
           float normal[kQuad];
           noise.quad(key, begin + start, normal);
           LFM_UNROLL
-          for (int j = 0; j < kQuad; ++j) wanted[u][j] = combine(d_alpha, wanted[u][j], d_sigma, normal[j]);
+          for (int j = 0; j < kQuad; ++j) wanted[j] = combine(d_alpha, wanted[j], d_sigma, normal[j]);
         }
         Quad32 difference;
         float slopes[kQuad];
         LFM_UNROLL
         for (int j = 0; j < kQuad; ++j) {
-          difference.values[j] = v[u][j] - wanted[u][j];
+          difference.values[j] = v[j] - wanted[j];
           slopes[j] = slope * difference.values[j];
         }
         gradient.store(sample, begin + start, count, slopes);
