@@ -92,20 +92,20 @@ def _frame(encoded, body, length) -> tuple[int, int] | None:
 
 
 def _exif_orientation(tiff) -> int | None:
-    """1 to 8, 1 where the block does not say; None for a block that is not well formed."""
+    """1 to 8, 1 where the block does not say; None for a block that is not well formed or says it twice."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None:
         return None
     (first,) = struct.unpack_from(order + "I", tiff, 4)
     (count,) = struct.unpack_from(order + "H", tiff, first)
-    found = 1
+    found = 0
     for place in range(first + 2, first + 2 + 12 * count, 12):
         tag, kind, values, value = struct.unpack_from(order + "HHIH", tiff, place)
         if tag == EXIF_ORIENTATION:
-            if kind != 3 or values != 1 or not 1 <= value <= 8:
+            if found or kind != 3 or values != 1 or not 1 <= value <= 8:
                 return None
             found = value
-    return found
+    return found or 1
 
 
 def _png(encoded) -> Header | None:
@@ -136,7 +136,7 @@ def _webp(encoded) -> Header | None:
         (bits,) = struct.unpack_from("<I", encoded, 21)
         if bits >> 28:  # alpha, or a version there is not
             return None
-        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14) + 1
     else:
         return None
     return Header(width, height, "webp") if width and height else None

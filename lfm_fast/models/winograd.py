@@ -85,7 +85,7 @@ class Winograd(nn.Module):
         rows = height // TILE
         over_images, over_rows, over_columns, _ = x.stride()
         strides = over_rows, over_columns, over_images, TILE * over_rows, TILE * over_columns, 1
-        tiles = x.as_strided((6, 6, images, rows, across, channels), strides, x.storage_offset()).reshape(36, -1)
+        tiles = x.as_strided((6, 6, images, rows, across, channels), strides).reshape(36, -1)
         products = torch.bmm((to_products @ tiles).view(36, -1, channels), self.weight).view(36, -1)
         if self.conv.bias is None:
             pixels = to_pixels @ products

@@ -63,6 +63,15 @@ def test_sides_that_are_no_multiples_of_four_are_the_layers_own(sides):
     assert torch.equal(fast.added_to(skip, x), kept + conv(x))
 
 
+def test_no_maps_and_a_skip_in_another_order_are_the_layers_own():
+    conv, x = layer(128, 128), maps(2, 128, 8, 8)
+    fast, skip = Winograd(conv), maps(2, 128, 8, 8).contiguous()
+    assert error(fast.added_to(skip, x), skip.double() + conv.double()(x.double())) < 3e-6
+    conv.float()
+    assert skip.is_contiguous()
+    assert Winograd(conv)(x[:0]).shape == (0, 128, 8, 8)
+
+
 def test_layers_that_are_not_worth_it_or_of_another_kind_stay():
     kept = [
         nn.Conv2d(64, 256, 3, padding=1),
@@ -70,6 +79,9 @@ def test_layers_that_are_not_worth_it_or_of_another_kind_stay():
         nn.Conv2d(128, 128, 3, padding=1, stride=2),
         nn.Conv2d(128, 128, 3, padding=1, groups=2),
         nn.Conv2d(128, 128, 3, padding=2, dilation=2),
+        nn.Conv2d(128, 128, 3, padding=1, dilation=(2, 1)),
+        nn.Conv2d(128, 128, 3, padding=(1, 0)),
+        nn.Conv2d(128, 128, 3, padding=1, stride=(1, 2)),
         nn.Conv2d(128, 128, 1),
         nn.Conv2d(128, 128, 3, padding=1).bfloat16(),
     ]
