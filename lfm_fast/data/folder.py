@@ -70,7 +70,8 @@ def list_folder(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
     top = sorted(entry.name for entry in os.scandir(folder) if _is_image_name(entry.name) and not entry.is_dir())
     by_class = {}
     for entry in sorted((e for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")), key=_name):
-        below = list(_walk(folder, entry.name))
+        paths = [path for path in files_below(folder / entry.name) if _is_image_name(os.path.basename(path))]
+        below = [os.path.relpath(path, folder) for path in paths]
         if below:
             by_class[entry.name] = below
     if top and by_class:
@@ -105,19 +106,18 @@ def _is_image_name(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-def _walk(folder: Path, class_name: str):
-    """Paths (relative to `folder`) of the image files below a class, following links but never in a circle.
+def files_below(folder: Path):
+    """Paths of the files below a folder, in order of name, following links but never in a circle; none that is hidden.
 
-    Raises OSError for a folder that cannot be listed: without its images the classes after it would have other numbers.
+    Raises OSError for a folder that cannot be listed: what lies in it would be missing without a word, and without the
+    images of a class those after it would have other numbers.
     """
     seen = set()
-    for here, directories, names in os.walk(folder / class_name, onerror=_raise, followlinks=True):
+    for here, directories, names in os.walk(folder, onerror=_raise, followlinks=True):
         real = os.path.realpath(here)
         if real in seen:
             directories.clear()
             continue
         seen.add(real)
         directories[:] = sorted(d for d in directories if not d.startswith("."))
-        for name in sorted(names):
-            if _is_image_name(name):
-                yield os.path.relpath(os.path.join(here, name), folder)
+        yield from (os.path.join(here, name) for name in sorted(names) if not name.startswith("."))

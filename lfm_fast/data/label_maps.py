@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from lfm_fast.checkpoint import atomic_write
+from lfm_fast.data.folder import files_below
 from lfm_fast.data.palettes import get_palette
 from lfm_fast.data.reading import SUFFIXES, UnusableImage, open_unconverted, to_tensor
 from lfm_fast.data.source import Report
@@ -306,8 +307,12 @@ def pair_by_stem(names, folder) -> tuple[list[Path | None], Report]:
 def _maps_below(folder: Path) -> dict[str, list[Path]]:
     """Files that may be maps, by their path without suffix."""
     maps = {}
-    for path in sorted(folder.rglob("*")):
-        if not path.name.startswith(".") and path.suffix.lower() in MAP_SUFFIXES and path.is_file():
+    try:
+        paths = sorted(map(Path, files_below(folder)))
+    except OSError as error:
+        raise ValueError(f"The folder of label maps {error.filename} cannot be listed ({error.strerror}).") from error
+    for path in paths:
+        if path.suffix.lower() in MAP_SUFFIXES and path.is_file():
             maps.setdefault(_without_suffix(path.relative_to(folder).as_posix()), []).append(path)
     return maps
 

@@ -20,7 +20,7 @@ from lfm_fast.models.inherit import inherit
 from lfm_fast.models.precision import why_not
 from lfm_fast.pipeline.folders import read_network_of
 from lfm_fast.tasks import task_named
-from lfm_fast.train import report, resume
+from lfm_fast.train import memory, report, resume
 from lfm_fast.train.commands import command
 from lfm_fast.train.compiling import compile_network
 from lfm_fast.train.ema import EMA
@@ -45,6 +45,11 @@ def main(config):
     except (ValueError, OSError, FloatingPointError, distributed.PeerLost) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    except (RuntimeError, MemoryError) as error:
+        if memory.too_little(error) is None:
+            raise
+        print(f"error: {memory.too_little(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("error: interrupted; checkpoints written before are whole", file=sys.stderr)
         return 130
@@ -260,17 +265,14 @@ class Run:
             if state.step == 0:
                 self.make_grid()
             while state.step < self.steps:
-                try:
+                with self.steps_before_saved():
                     self.step()
-                except (ValueError, OSError):  # of the data: nothing of this step has been done
-                    self.save_steps_before()
-                    raise
-                stopping = stop.asked()
-                last = state.step == self.steps
-                if last or state.step % config.log_every == 0:
-                    self.write_metrics()
-                if (last or _due(state.step, config.sample_every)) and not stopping:
-                    self.make_grid()
+                    stopping = stop.asked()
+                    last = state.step == self.steps
+                    if last or state.step % config.log_every == 0:
+                        self.write_metrics()
+                    if (last or _due(state.step, config.sample_every)) and not stopping:
+                        self.make_grid()
                 if last or stopping or _due(state.step, config.checkpoint_every):
                     self.save(must=last or stopping)
                 if stopping and not last:
@@ -355,13 +357,18 @@ class Run:
                     raise
                 self.journal.say(f"Training goes on, but {error}")
 
-    def save_steps_before(self):
-        """Save, before the run ends by an error, what it has done since the last checkpoint; one rank alone cannot,
-        since the others wait for its gradients."""
-        if self.world.size == 1 and self.state.step > max(self.first_step, resume.newest_step(self.folder)):
-            with contextlib.suppress(OSError, FloatingPointError):  # the error itself is what has to be said
-                self.save(must=True)
-                self.journal.say(f"Saved {self.checkpoint}, the state before the step that fails.")
+    @contextlib.contextmanager
+    def steps_before_saved(self):
+        """Save what the run has done since the last checkpoint before it ends by an error of the data, of which a step
+        that cannot read it has done nothing; one rank of several cannot, since the others wait for its gradients."""
+        try:
+            yield
+        except (ValueError, OSError):
+            if self.world.size == 1 and self.state.step > max(self.first_step, resume.newest_step(self.folder)):
+                with contextlib.suppress(OSError, FloatingPointError):  # the error itself is what has to be said
+                    self.save(must=True)
+                    self.journal.say(f"Saved {self.checkpoint}, the state before what fails.")
+            raise
 
     def say_how_to_go_on(self):
         words = shlex.join([*_program(self.world), "--resume", str(self.folder)])

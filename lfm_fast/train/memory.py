@@ -99,3 +99,13 @@ def of_step(model, samples: int, latent_shape, precision: str, condition: Tensor
             hook.remove()
         model.zero_grad()
     return StepMemory(kept, live.peak, live.peak_of_all)
+
+
+def too_little(error: Exception) -> str | None:
+    """What to do about an error that is of memory that was not enough; None for another error."""
+    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        return None
+    return (
+        "there is not enough memory; a smaller --batch-size, more --accumulation-steps or --activation-checkpointing "
+        f"selective take less, and --dry-run says how much ({(str(error) or 'MemoryError').splitlines()[0]})"
+    )

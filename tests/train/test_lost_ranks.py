@@ -1,15 +1,17 @@
-"""A rank that is killed, or never comes: the others end with one sentence that says how to go on."""
+"""A rank that is killed, or never comes, and memory that is not enough: one sentence that says how to go on."""
 
 import signal
 import time
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
-from tiny_run import flags, two_ranks
+from tiny_run import SETTINGS, TinySource, flags, two_ranks
 
 from lfm_fast import distributed
-from lfm_fast.train import resume
+from lfm_fast.train import loop, resume
+from lfm_fast.train.config import from_preset
 
 LONG = {"steps": 100_000, "checkpoint_every": 3}
 
@@ -51,6 +53,27 @@ def test_a_rank_killed_before_the_first_checkpoint(tmp_path):
     assert runs[1].text() == (
         "error: another rank has ended before its part was done; no checkpoint had been written yet\n"
     )
+
+
+def test_too_little_memory_is_a_sentence_and_a_bug_is_none(tmp_path, monkeypatch, capsys):
+    class Large(TinySource):
+        size = 2**50  # bytes: more than any address
+
+        def batch(self, sample_numbers, seed):
+            if self.size == 0:
+                raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+            return torch.empty(self.size, dtype=torch.uint8), None
+
+    source, train = Large(), loop.train
+    monkeypatch.setattr(loop, "train", lambda config: train(config, source))
+    config = from_preset(**{**SETTINGS, "output": str(tmp_path)})
+    assert loop.main(config) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: there is not enough memory; a smaller --batch-size, more --accumulation-steps")
+    assert said.endswith("you tried to allocate 1125899906842624 bytes. Error code 12 (Cannot allocate memory))")
+    source.size = 0
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        loop.main(config)
 
 
 def test_what_only_a_bug_says_stays_as_it_is():

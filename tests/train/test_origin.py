@@ -5,14 +5,15 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_resume import StoppingSource, assert_same_checkpoint, curve, settings
-from tiny_run import SETTINGS, TinySource, flags, two_ranks
+from tiny_run import SETTINGS, TinyAutoencoder, TinySource, flags, two_ranks
 
 from lfm_fast.data.encoding import encode_images
 from lfm_fast.data.folder import FolderImages
 from lfm_fast.distributed import World
-from lfm_fast.train import resume
+from lfm_fast.train import loop, resume
 from lfm_fast.train.config import from_preset
 from lfm_fast.train.loop import train
 from lfm_fast.train.origin import difference, origin_of
@@ -142,7 +143,7 @@ def test_the_curve_before_a_fault_of_the_data_is_kept(tmp_path, capfd):
     folder = tmp_path / "000-DiT-Tiny"
     assert [path.stem for path in resume.run_checkpoints(folder)] == ["0000006", "0000004"]
     saved = resume.checkpoint_path(folder, 6)
-    assert f"Saved {saved}, the state before the step that fails." in capfd.readouterr().out
+    assert f"Saved {saved}, the state before what fails." in capfd.readouterr().out
     assert train(settings(tmp_path, **parts), TinySource()) == folder
     whole = train(settings(tmp_path / "whole", **parts), TinySource())
     assert curve(folder) == curve(whole)
@@ -150,6 +151,22 @@ def test_the_curve_before_a_fault_of_the_data_is_kept(tmp_path, capfd):
     with pytest.raises(ValueError, match=r"7\.png"):  # one that has made no step has nothing to save
         train(settings(tmp_path / "resumed", resume=str(resume.checkpoint_path(whole, 8)), steps=13), Nothing())
     assert not list((tmp_path / "resumed").glob("*/checkpoints/*"))
+
+
+def test_the_curve_before_a_grid_that_cannot_be_drawn_is_kept(tmp_path, monkeypatch, capfd):
+    """A picture that it should stand beside is gone."""
+
+    def gone(state, *_):
+        if state.step == 6:
+            raise ValueError("7.png cannot be read")
+        return torch.zeros(1, 3, 16, 16), None
+
+    monkeypatch.setattr(loop, "sample_grid", gone)
+    with pytest.raises(ValueError, match=r"7\.png cannot be read"):
+        train(settings(tmp_path, sample_every=6), TinySource(), TinyAutoencoder())
+    saved = resume.checkpoint_path(tmp_path / "000-DiT-Tiny", 6)
+    assert resume.run_checkpoints(tmp_path / "000-DiT-Tiny")[0] == saved
+    assert f"Saved {saved}, the state before what fails." in capfd.readouterr().out
 
 
 class Nothing(TinySource):

@@ -12,7 +12,9 @@ from test_resume import StoppingSource, curve, settings
 from tiny_run import TinySource
 
 from lfm_fast.autoencoder import load_autoencoder
+from lfm_fast.data import open_images
 from lfm_fast.data.foreign_latents import latent_layout
+from lfm_fast.data.mapped_images import MappedImages
 from lfm_fast.data.opening import open_store
 from lfm_fast.train import resume
 from lfm_fast.train.config import parse_args
@@ -77,6 +79,33 @@ def test_a_class_that_cannot_be_listed_is_refused_and_shifts_no_label(tmp_path, 
     monkeypatch.setattr(os, "scandir", forbidden)
     with pytest.raises(ValueError, match=rf"cannot be read as folder \(Permission denied: {closed}\)"):
         open_store(tmp_path / "photos")
+
+
+def picture(path, pixels=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8) if pixels is None else pixels).save(path)
+
+
+def test_the_current_folder_and_the_one_above_have_classes_too(tmp_path, monkeypatch):
+    for name in ("a/1.png", "b/deep/2.png", "b/.hidden.png"):
+        picture(tmp_path / name)
+    (tmp_path / ".hidden").mkdir()
+    for here, place in ((tmp_path, "."), (tmp_path / "a", "..")):
+        monkeypatch.chdir(here)
+        store = open_store(place)
+        assert (store.names, store.labels) == (["a/1.png", "b/deep/2.png"], [0, 1])
+
+
+def test_label_maps_behind_a_link_are_found(tmp_path):
+    """A data set whose parts lie on several disks."""
+    for k in range(3):
+        picture(tmp_path / "ade" / "images" / "training" / f"{k}.png")
+        picture(tmp_path / "other" / f"{k}.png", np.zeros((8, 8), np.uint8))
+    (tmp_path / "ade" / "annotations").mkdir()
+    (tmp_path / "ade" / "annotations" / "training").symlink_to(tmp_path / "other")
+    (tmp_path / "other" / "again").symlink_to(tmp_path / "other")  # in a circle
+    images = MappedImages(open_images(tmp_path / "ade", 8), "ade20k")
+    assert (len(images), images.report.skipped) == (3, [])
 
 
 def test_a_folder_that_may_not_be_looked_into_is_a_sentence(tmp_path, monkeypatch):
