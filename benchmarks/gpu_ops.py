@@ -221,14 +221,14 @@ def add_ratio(results, title, workload, kind, before, after, theirs) -> None:
 
 
 PARTS = {
-    "noise": Part(gpu_noise.noise, 60.0),
+    "noise": Part(gpu_noise.noise, 60.0, anywhere=True),
     "repeatable": Part(gpu_noise.repeatable, 60.0),
     "rows": Part(rows, 420.0),
     "optimizer": Part(optimizer, 90.0),
     "attention": Part(gpu_attention.attention, 300.0),
     "compiled": Part(compiled, 450.0),
     "counters": Part(gpu_counters.counters, 240.0, usual=False),
-    "code": Part(gpu_code.code, 120.0, usual=False),
+    "code": Part(gpu_code.code, 120.0, usual=False, anywhere=True),
 }
 
 if __name__ == "__main__":

@@ -27,11 +27,12 @@ _GRACE = 20.0  # seconds a part gets beyond its own before it is stopped
 @dataclass(frozen=True)
 class Part:
     """run adds its lines to the Results it is given and ends after about `seconds`; where no part is named, those run
-    that are `usual`."""
+    that are `usual`. anywhere: it is worth its time without a GPU."""
 
     run: Callable[[gpu.Results], None]
     seconds: float
     usual: bool = True
+    anywhere: bool = False
 
 
 def main(name: str, module: str, parts: dict[str, Part], arguments: list[str] | None = None) -> int:
@@ -48,6 +49,9 @@ def main(name: str, module: str, parts: dict[str, Part], arguments: list[str] | 
     unknown = [part for part in chosen if part not in parts]
     if unknown:
         print(f"There is no part {unknown[0]!r}; there are {', '.join(parts)}.", file=sys.stderr)
+        return 2
+    if gpu.device().type == "cpu" and not given.smoke and not all(parts[part].anywhere for part in chosen):
+        print("PyTorch sees no GPU here: --smoke runs as little as there is of each part without one.", file=sys.stderr)
         return 2
     for part in chosen:
         seconds = given.seconds or parts[part].seconds

@@ -77,14 +77,14 @@ def test_ceilings_are_of_this_device():
 
 
 PARTS = {
-    "good": gpu_parts.Part(lambda results: results.add("one", 1.0, "x", 2.0), 60.0),
+    "good": gpu_parts.Part(lambda results: results.add("one", 1.0, "x", 2.0), 60.0, anywhere=True),
     "bad": gpu_parts.Part(lambda results: results.add("two", 1 / 0, "x"), 60.0, usual=False),
 }
 for _part in PARTS.values():
     _part.run.__doc__ = "What it is."
 
 
-def test_the_command_line_runs_parts_and_prints_the_table(tmp_path, capsys):
+def test_the_command_line_runs_parts_and_prints_the_table(tmp_path, capsys, monkeypatch):
     told = ["--smoke", "--output", str(tmp_path / "out.json")]
     assert gpu_parts.main("some", "nothing", PARTS, told) == 0
     said = capsys.readouterr().out
@@ -98,6 +98,9 @@ def test_the_command_line_runs_parts_and_prints_the_table(tmp_path, capsys):
     assert gpu.read(tmp_path / "out.json")["parts"]["bad"]["status"] == "failed"
     assert gpu_parts.main("some", "nothing", PARTS, ["third", *told]) == 2
     assert "there are good, bad" in capsys.readouterr().err
+    monkeypatch.setattr(gpu, "device", lambda: CPU)
+    assert gpu_parts.main("some", "nothing", PARTS, ["bad", *told[1:]]) == 2
+    assert "PyTorch sees no GPU here: --smoke runs" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         gpu_parts.main("some", "nothing", PARTS, ["--help"])
     assert "bad (only where named)" in capsys.readouterr().out
