@@ -14,6 +14,12 @@ from benchmarks.elsewhere import elsewhere
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Where there is a GPU as well."""
+    monkeypatch.setattr(gpu, "device", lambda: CPU)
+
+
 @pytest.fixture
 def results(tmp_path):
     return gpu.Results(tmp_path / "some.json", "first", seconds=100.0)
@@ -84,7 +90,7 @@ for _part in PARTS.values():
     _part.run.__doc__ = "What it is."
 
 
-def test_the_command_line_runs_parts_and_prints_the_table(tmp_path, capsys, monkeypatch):
+def test_the_command_line_runs_parts_and_prints_the_table(tmp_path, capsys):
     told = ["--smoke", "--output", str(tmp_path / "out.json")]
     assert gpu_parts.main("some", "nothing", PARTS, told) == 0
     said = capsys.readouterr().out
@@ -98,7 +104,6 @@ def test_the_command_line_runs_parts_and_prints_the_table(tmp_path, capsys, monk
     assert gpu.read(tmp_path / "out.json")["parts"]["bad"]["status"] == "failed"
     assert gpu_parts.main("some", "nothing", PARTS, ["third", *told]) == 2
     assert "there are good, bad" in capsys.readouterr().err
-    monkeypatch.setattr(gpu, "device", lambda: CPU)
     assert gpu_parts.main("some", "nothing", PARTS, ["bad", *told[1:]]) == 2
     assert "PyTorch sees no GPU here: --smoke runs" in capsys.readouterr().err
     with pytest.raises(SystemExit):

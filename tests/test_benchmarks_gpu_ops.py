@@ -13,6 +13,12 @@ from lfm_fast.ops import _registry
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts/gpu_bench_ops.sh"
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Where there is a GPU as well."""
+    monkeypatch.setattr(gpu, "device", lambda: torch.device("cpu"))
+
+
 def lines_of(file):
     return {part: of["lines"] for part, of in gpu.read(file)["parts"].items()}
 
