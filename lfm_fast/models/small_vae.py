@@ -90,7 +90,7 @@ class SmallVAE(nn.Module):
         except SafetensorError as error:
             raise ValueError(f"{folder / WEIGHTS_FILE} is truncated or no safetensors file ({error})") from error
         try:
-            network.load_state_dict({key: value.float() for key, value in weights.items()})
+            network.load_state_dict(weights)
         except RuntimeError as error:
             raise ValueError(f"{folder / WEIGHTS_FILE} does not fit the config.json beside it") from error
         return network

@@ -193,3 +193,45 @@ def test_what_is_no_mask_is_said(mask, sentence):
         read_mask(mask)
     with pytest.raises(ValueError, match="hole is 1;"):
         read_mask(HALF, hole=1)
+
+
+def test_a_number_of_floats_is_not_taken_for_one_of_bytes():
+    for values, sentence in (([0.0, 200.0], "mask ranges from 0 to 200"), ([-1.0, 1.0], "mask ranges from -1 to 1")):
+        with pytest.raises(ValueError, match=sentence):
+            read_mask(np.array([values]))
+
+
+@pytest.mark.parametrize("hole", [True, False, 1, None])
+def test_what_is_no_colour_of_holes(hole):
+    with pytest.raises(ValueError, match=f"hole is {hole};"):
+        read_mask(np.array([[0, 255]], np.uint8), hole=hole)
+
+
+@pytest.mark.parametrize(("height", "width"), [(24, 40), (40, 24)])
+def test_strokes_by_the_distance_of_every_pixel(height, width):
+    """A pixel is in the hole where its middle is within the radius of a chain; corners are reflected one by one."""
+    u = torch.rand(6, masks._STROKES, masks._STROKE_WORDS, generator=torch.Generator().manual_seed(2)).double()
+    u[..., 4 : 4 + masks._SEGMENTS] = u[..., 4 : 4 + masks._SEGMENTS].sqrt()  # long ones, which leave the picture
+    count = torch.tensor([1, 2, 3, 1, 5, 1])
+    drawn = masks._fill(*masks._strokes(u, count, height, width), 6, width).numpy()
+    rows, columns = np.mgrid[:height, :width] + 0.5
+    side, reflected = min(height, width), 0
+    for mask, chains, number in zip(drawn, u.tolist(), count.tolist()):
+        expected, near = np.zeros((height, width), bool), np.zeros((height, width), bool)
+        for words in chains[:number]:
+            radius = max(1.0, side * (0.05 + 0.35 * words[0]) / 2)
+            x, y = words[2] * width, words[3] * height
+            for k in range(int(words[1] * masks._SEGMENTS) + 1):
+                length, angle = side * (0.05 + 0.75 * words[4 + k]), 2 * np.pi * words[4 + masks._SEGMENTS + k]
+                end = [x + np.cos(angle) * length, y + np.sin(angle) * length]
+                for axis, extent in enumerate((width, height)):
+                    if not 0 <= end[axis] <= extent:
+                        end[axis], reflected = (-end[axis] if end[axis] < 0 else 2 * extent - end[axis]), reflected + 1
+                dx, dy = end[0] - x, end[1] - y
+                along = np.clip(((columns - x) * dx + (rows - y) * dy) / (dx * dx + dy * dy), 0, 1)
+                distance = np.hypot(columns - x - along * dx, rows - y - along * dy)
+                expected |= distance <= radius
+                near |= np.abs(distance - radius) < 1e-6  # where rounding may decide
+                x, y = end
+        assert np.array_equal(mask | near, expected | near)
+    assert reflected > 5

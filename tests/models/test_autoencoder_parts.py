@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from lfm_fast.models.autoencoder_layers import ResidualBlock
 from lfm_fast.models.kl_autoencoder import KLAutoencoder, apart, unknown_part
-from lfm_fast.models.small_vae import Decoded, Encoded, Gaussian
+from lfm_fast.models.small_vae import Decoded, Encoded, Gaussian, SmallVAE
 
 CONFIG = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -69,3 +70,26 @@ def test_the_largest_of_the_errors_of_all_that_it_gives():
     for other, error in ((Constant(2, 2, 4), 0.5), (Constant(1, 8, 4), 0.75), (Constant(1, 2, 16), 0.75)):
         assert apart(ours, other, None) == pytest.approx(error, rel=1e-6)
     assert apart(ours, Constant(2, 8, 4), None) == pytest.approx(0.75, rel=1e-6)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_small_autoencoder_has_as_many_blocks_at_each_side(depth):
+    """So many where the map has each of the smaller sizes, and one more at either end of the decoder, one of the
+    encoder."""
+    network = SmallVAE(block_out_channels=(16, 32, 48), layers_per_block=depth)
+    blocks = [sum(isinstance(layer, ResidualBlock) for layer in part) for part in (network.encoder, network.decoder)]
+    assert blocks == [2 * depth + 1, 2 * depth + 2]
+
+
+def test_the_small_autoencoder_repeats_pixels():
+    (double,) = (layer for layer in SmallVAE(block_out_channels=(16, 16)).decoder if hasattr(layer, "scale_factor"))
+    assert double(torch.tensor([[[[1.0, 5.0]]]])).tolist() == [[[[1, 1, 5, 5], [1, 1, 5, 5]]]]
+
+
+def test_weights_read_back_are_float32(tmp_path):
+    network = SmallVAE(block_out_channels=(16, 16))
+    network.save_pretrained(tmp_path)
+    again = SmallVAE.from_pretrained(tmp_path)
+    for name, value in again.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, network.state_dict()[name].half().float())

@@ -28,6 +28,26 @@ from test_rows import (  # noqa: F401
 from lfm_fast import ops
 from lfm_fast.kernels.triton._tuning import Tuned, use_configuration
 
+
+def test_rows_of_tables_that_lie_apart_and_rows_that_are_not_there():
+    """Mean and log-variance with strides of their own, rows and numbers every second one; a row that is not there makes
+    its sample NaN, and no other."""
+    row = ROWS["posterior_interpolate"]
+    kernel = importlib.import_module("lfm_fast.kernels.triton.posterior_interpolate").kernel
+    generator = torch.Generator().manual_seed(0)
+    mean, log_variance = (torch.randn(5, 12 + wider, generator=generator)[:, :12] for wider in (3, 8))
+    rows, index = torch.tensor([4, 9, 0, 9, 2, 9])[::2], torch.tensor([7, 0, 2**40, 0, 7, 0])[::2]
+    coefficients = torch.randn(4, 3, generator=generator)
+    want = row.reference(mean, rows, index, coefficients, log_variance, 5)
+    for got, expected in zip(kernel(mean, rows, index, coefficients, log_variance, 5), want):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    for bad in (5, -1):
+        rows[1] = bad
+        for got, expected in zip(kernel(mean, rows, index, coefficients, log_variance, 5), want):
+            assert got[1].isnan().all()
+            torch.testing.assert_close(got[::2], expected[::2], rtol=1e-5, atol=1e-5)
+
+
 WITH_TRITON = {name: row for name, row in ROWS.items() if any(b.name == "triton" for b in row.backends)}
 
 
