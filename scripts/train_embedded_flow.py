@@ -14,6 +14,7 @@ is chosen: the last is kept.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 import tempfile
@@ -212,6 +213,8 @@ def check(args, parser):
     unknown = [task for task in args.tasks if task not in PRESETS]
     if unknown:
         parser.error(f"there is no task {unknown[0]!r}; there is {', '.join(PRESETS)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("drawing the curves needs matplotlib: pip install matplotlib")
     if args.checkpoints < 1:
         parser.error(f"--checkpoints is {args.checkpoints}; give 1 or more")
     try:
@@ -230,3 +233,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except (ValueError, OSError) as error:  # of the data, say: one sentence
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -108,6 +108,14 @@ def test_the_length_follows_from_the_time(script, monkeypatch, tmp_path):
     assert script["steps_within"](2.0, "embedded", {}) == 2 * 60 * 50
 
 
+def test_without_matplotlib_nothing_is_trained(script, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(script, "train", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else object())
+    with pytest.raises(SystemExit):
+        script["main"](["--output", str(tmp_path)])
+    assert "needs matplotlib" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
