@@ -134,7 +134,7 @@ def compile_plain(model: torch.nn.Module, smoke: bool, mode: str) -> None:
 
 def use_best_attention(network: str, batch_size: int, tokens: int, training: bool) -> str | None:
     """Leave PyTorch only the kernel of attention that is fastest for this network's bf16, for all of this process."""
-    if not torch.cuda.is_available():
+    if gpu.device().type != "cuda":
         return None
     settings = NETWORKS[network][1]
     heads, width = settings["num_heads"], settings["hidden_size"] // settings["num_heads"]

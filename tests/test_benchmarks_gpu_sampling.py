@@ -20,6 +20,12 @@ SCRIPT = Path(__file__).resolve().parents[1] / "scripts/gpu_bench_sample.sh"
 STEPS = 2  # of a smoke run
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Where there is a GPU as well."""
+    monkeypatch.setattr(gpu, "device", lambda: torch.device("cpu"))
+
+
 @pytest.fixture
 def little(monkeypatch):
     sizes = {"hidden_size": 32, "depth": 1, "num_heads": 2, "patch_size": 8}

@@ -21,6 +21,12 @@ CPU = torch.device("cpu")
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts/gpu_bench_train.sh"
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Where there is a GPU as well."""
+    monkeypatch.setattr(gpu, "device", lambda: torch.device("cpu"))
+
+
 @pytest.fixture
 def little(monkeypatch):
     sizes = {"hidden_size": 32, "depth": 1, "num_heads": 2, "patch_size": 8}
