@@ -47,7 +47,7 @@ def added_to(skip: Tensor, convolution: nn.Module, x: Tensor) -> Tensor:
 class ResidualBlock(nn.Module):
     """skip(x) + conv2(SiLU(norm2(conv1(SiLU(norm1(x)))))), where skip is a 1x1 convolution if the width changes.
 
-    A fresh one is the identity, or that convolution. In inference x is written over.
+    A fresh one adds conv2's bias alone to x, or to that convolution. In inference x is written over.
     """
 
     def __init__(self, channels: int, out_channels: int, num_groups: int, eps: float):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lfm_fast.models.autoencoder_layers import Subpixel
+from lfm_fast.models.autoencoder_layers import Attention, Downsample, ResidualBlock, Subpixel, Upsample
 from lfm_fast.models.packed_convolution import added_to, pack_convolutions, why_not
 
 with_onednn = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -64,3 +64,30 @@ def test_a_skip_that_may_not_be_written_over_is_kept():
         got = added_to(skip, layer[0], x)
         torch.testing.assert_close(got, before + layer[0](x))
         assert torch.equal(skip, before)
+
+
+@torch.no_grad()
+def test_a_fresh_block_passes_on_what_it_is_given():
+    x = torch.randn(2, 16, 5, 7)
+    for block in (ResidualBlock(16, 16, 4, 1e-5), ResidualBlock(16, 24, 4, 1e-5)):
+        given = block.conv_shortcut(x) if hasattr(block, "conv_shortcut") else x
+        assert error(block(x.clone()), given + block.conv2.bias[:, None, None]) < 1e-6
+
+
+@torch.no_grad()
+def test_attention_downsampling_and_upsampling_written_out():
+    """In float64, by the formulas: no SiLU before the attention; zeros after the last row and column alone."""
+    x = torch.randn(2, 8, 4, 6)
+    attention, down, up = Attention(8, 2, 1e-5), Downsample(8), Upsample(8)
+    tokens = F.group_norm(x.double(), 2, eps=1e-5).flatten(2).mT
+    q, k, v = (
+        F.linear(tokens, w.weight.double(), w.bias.double()) for w in (attention.to_q, attention.to_k, attention.to_v)
+    )
+    mixed = (q @ k.mT / 8**0.5).softmax(-1) @ v
+    out = F.linear(mixed, attention.to_out[0].weight.double(), attention.to_out[0].bias.double())
+    assert error(attention(x), x + out.mT.unflatten(2, (4, 6))) < 1e-6  # a few roundings of float32
+    wide = torch.zeros(2, 8, 5, 7, dtype=torch.float64)
+    wide[..., :4, :6] = x
+    assert error(down(x), F.conv2d(wide, down.conv.weight.double(), down.conv.bias.double(), stride=2)) < 1e-6
+    doubled = x.double().repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert error(up(x), F.conv2d(doubled, up.conv.weight.double(), up.conv.bias.double(), padding=1)) < 1e-6

@@ -48,6 +48,27 @@ def test_rows_of_tables_that_lie_apart_and_rows_that_are_not_there():
             torch.testing.assert_close(got[::2], expected[::2], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("size", "with_noise"), [(12, True), (8200, False), (0, False)])
+def test_steps_of_tensors_that_lie_apart(size, with_noise):
+    """Each with a stride of its own, tables every second column; samples of one program, of two, and of no element."""
+    row = ROWS["guided_step"]
+    kernel = importlib.import_module("lfm_fast.kernels.triton.guided_step").kernel
+    generator = torch.Generator().manual_seed(size)
+
+    def field(wider):
+        return torch.randn(3, size + wider, generator=generator)[:, :size]
+
+    def table(*shape):
+        return torch.randn(*shape[:-1], 2 * shape[-1], generator=generator)[..., ::2]
+
+    index = torch.tensor([5, 0, 2**40, 0, 7, 0])[::2]
+    noise = (table(3), index) if with_noise else (None, None)
+    stored = [field(4), field(12)]
+    args = (field(0), field(8), field(16), table(3), stored, table(3, 4), table(3, 3), 1e-2, 1e-2, *noise, 4, 7, True)
+    for got, want in zip(kernel(*args), row.reference(*args), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 WITH_TRITON = {name: row for name, row in ROWS.items() if any(b.name == "triton" for b in row.backends)}
 
 
