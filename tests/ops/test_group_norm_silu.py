@@ -158,6 +158,16 @@ def test_silu_of_what_is_no_number(memory_format, dtype):
     assert y[3] == 0 if dtype is torch.bfloat16 else y[3].isnan()  # the limit, or what -inf / inf is
 
 
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_no_nan_of_a_parameter_is_rounded_to_a_number(memory_format, silu):
+    """Rounding adds to the bits of a number, and these NaN have no room for more."""
+    full = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    x = torch.randn(1, 2, 5, 7).bfloat16().contiguous(memory_format=memory_format)
+    for weight, bias in ((full, torch.zeros(2)), (torch.ones(2), full)):
+        assert bool(ops.group_norm_silu(x, 1, weight, bias, silu=silu).isnan().all())
+
+
 @pytest.mark.parametrize("positions", [(3, 5), (64, 65)])
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 def test_channels_innermost_far_from_zero_and_with_numbers_that_stand_out(positions, offset):
