@@ -235,12 +235,17 @@ class Op:
     def _setup_context(self, ctx, inputs, output) -> None:
         self._refuse_gradient(inputs)
         ctx.set_materialize_grads(False)
+        ctx.forced = _FORCED.get()  # autograd's threads on a GPU have contexts of their own
         # by name, because PyTorch flattens lists and drops trailing defaults in ctx.needs_input_grad
         ctx.needed = {n for n, v in zip(self.argument_names, inputs) if isinstance(v, torch.Tensor) and v.requires_grad}
         self.setup_context(ctx, inputs, output)
 
     def _backward(self, ctx, *gradients):
-        by_name = self.backward(ctx, *gradients)
+        token = _FORCED.set(_FORCED.get() if ctx.forced is None else ctx.forced)
+        try:
+            by_name = self.backward(ctx, *gradients)
+        finally:
+            _FORCED.reset(token)
         return tuple(by_name.get(name) for name in self.argument_names[: len(ctx.needs_input_grad)])
 
 
@@ -320,7 +325,8 @@ def use_backend(name: str, ops=None) -> Iterator[None]:
         ops: None (every row that has the backend; where it is missing or refuses, the row keeps its default), or a name
             or a list of names: these rows must run on it, and a call it refuses raises with the reason.
 
-    Follows contextvars: it holds in this thread and task only (so also not in autograd's own threads on a GPU).
+    Follows contextvars: it holds in this thread and task only. A gradient runs where its forward pass was told to, in
+    whatever thread.
 
     Raises:
         ValueError: an unknown backend or op; a row in `ops` without that backend.

@@ -109,6 +109,25 @@ def test_another_thread_keeps_its_own_choice(toy):
     assert seen == [1002]
 
 
+def test_a_gradient_runs_where_its_forward_was_told_to_in_another_thread_too(monkeypatch):
+    """As autograd's own threads on a GPU, whose contexts know of no `use_backend`."""
+    ran, run = [], Op._run
+
+    def noted(row, name, args):
+        ran.append((row.name, name))
+        return run(row, name, args)
+
+    monkeypatch.setattr(Op, "_run", noted)
+    x = torch.randn(2, 8, requires_grad=True)
+    for backend in ("reference", "cpp"):
+        with ops.use_backend(backend, "gelu_tanh"), ops.use_backend(backend, "gelu_tanh_backward"):
+            y = ops.gelu_tanh(x)
+        thread = threading.Thread(target=y.sum().backward)
+        thread.start()
+        thread.join()
+        assert ran[-2:] == [("gelu_tanh", backend), ("gelu_tanh_backward", backend)]
+
+
 def test_wrong_names_are_refused():
     with pytest.raises(ValueError, match="no backend 'gpu'; there are reference, cpp, cuda, triton"):
         ops.use_backend("gpu").__enter__()
