@@ -20,6 +20,7 @@ from lfm_fast.train.journal import Journal
 from lfm_fast.train.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
+NAMES = (*NETWORKS, *PALETTES, *PRESETS, *LAYOUTS)  # before any test adds one
 
 
 def by_script():
@@ -153,6 +154,6 @@ def test_help_names_what_there_is_to_choose_from(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     said = " ".join(capsys.readouterr().out.split())  # each name whole on its line, to be copied
-    assert [name for name in (*NETWORKS, *PALETTES, *PRESETS, *LAYOUTS) if name not in said] == []
+    assert [name for name in NAMES if name not in said] == []
     assert "--model STR the network; one of DiT-S/2, DiT-S/4" in said
     assert "--palette STR of label maps; one of embedded, celebamask-hq" in said

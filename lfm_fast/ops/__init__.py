@@ -3,7 +3,8 @@
 A new op is one row file (see `_registry.Op`), its kernels, and one import line here.
 """
 
-from lfm_fast.ops._registry import explain, use_backend
+from lfm_fast.ops._explain import explain
+from lfm_fast.ops._registry import use_backend
 from lfm_fast.ops.adamw_ema import adamw_ema
 from lfm_fast.ops.attention import attention
 from lfm_fast.ops.gated_residual_norm import gated_residual_norm
