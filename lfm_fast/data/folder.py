@@ -98,26 +98,28 @@ def _name(entry):
     return entry.name
 
 
-def _raise(error):
-    raise error
-
-
 def _is_image_name(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-def files_below(folder: Path):
+def files_below(folder, every_name: bool = False):
     """Paths of the files below a folder, in order of name, following links but never in a circle; none that is hidden.
 
-    Raises OSError for a folder that cannot be listed: what lies in it would be missing without a word, and without the
-    images of a class those after it would have other numbers.
+    A folder that links give several names is gone through under the first of them, or under each (`every_name`). Raises
+    OSError for a folder that cannot be listed: what lies in it would be missing without a word, and without the images
+    of a class those after it would have other numbers.
     """
     seen = set()
-    for here, directories, names in os.walk(folder, onerror=_raise, followlinks=True):
+
+    def walk(here, above):
         real = os.path.realpath(here)
-        if real in seen:
-            directories.clear()
-            continue
+        if real in (above if every_name else seen):
+            return
         seen.add(real)
-        directories[:] = sorted(d for d in directories if not d.startswith("."))
-        yield from (os.path.join(here, name) for name in sorted(names) if not name.startswith("."))
+        entries = sorted((entry for entry in os.scandir(here) if not entry.name.startswith(".")), key=_name)
+        yield from (entry.path for entry in entries if not entry.is_dir())
+        for entry in entries:
+            if entry.is_dir():
+                yield from walk(entry.path, (*above, real))
+
+    yield from walk(folder, ())

@@ -222,11 +222,11 @@ class NpyRows:
 
     def __getitem__(self, rows) -> torch.Tensor:
         """(b, C, h, w) float32 of a slice or a tensor of row numbers."""
-        rows = torch.arange(len(self))[rows]
+        rows = torch.arange(len(self), device="cpu")[rows]
         files = torch.searchsorted(self._ends, rows, right=True)
         wanted = files.unique().tolist()
         self._pool = self._pool or ThreadPoolExecutor(_THREADS, thread_name_prefix="npy")
-        found = torch.empty(len(rows), *self.shape[1:])
+        found = torch.empty(len(rows), *self.shape[1:], device="cpu")
         for file, values in zip(wanted, self._pool.map(self._read, wanted)):
             here = files == file
             found[here] = values[rows[here] - (self._ends[file] - self._counts[file])]

@@ -308,7 +308,7 @@ def _maps_below(folder: Path) -> dict[str, list[Path]]:
     """Files that may be maps, by their path without suffix."""
     maps = {}
     try:
-        paths = sorted(map(Path, files_below(folder)))
+        paths = sorted(map(Path, files_below(folder, every_name=True)))
     except OSError as error:
         raise ValueError(f"The folder of label maps {error.filename} cannot be listed ({error.strerror}).") from error
     for path in paths:

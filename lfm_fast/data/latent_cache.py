@@ -51,7 +51,7 @@ class LatentCache:
         Returns:
             (mean, log_variance), each (B, C, h, w) float32; log_variance is None for a cache of fixed latents.
         """
-        outputs = [torch.empty(len(items), *self.latent_shape) for _ in self._names]
+        outputs = [torch.empty(len(items), *self.latent_shape, device="cpu") for _ in self._names]
         shard_of = torch.searchsorted(self._ends, items, right=True)
         for number in shard_of.unique().tolist():
             shard = self._shards[number]

@@ -8,6 +8,7 @@ is why it is put in place last.
 import contextlib
 import json
 import os
+import resource
 import sys
 import weakref
 import zlib
@@ -22,8 +23,10 @@ from lfm_fast.data.cache import file_state
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+_DTYPES |= {"U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64}  # labels that others have written
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _PIECE = 1 << 22  # bytes looked at in one go
+_ENDS = 1 << 12  # bytes at either end of a file that tell it from another: the first hold a header with checksums
 
 
 @contextlib.contextmanager
@@ -144,7 +147,7 @@ class ShardRows:
     def __getitem__(self, rows) -> Tensor:
         """(b, ...) of a slice or of row numbers (b,). Raises ValueError where the file no longer is what it was."""
         runs = _runs(range(len(self))[rows] if isinstance(rows, slice) else rows.tolist())
-        found = torch.empty(sum(map(len, runs)), *self.shape[1:], dtype=self.dtype)
+        found = torch.empty(sum(map(len, runs)), *self.shape[1:], dtype=self.dtype, device="cpu")
         self._file.read(_bytes_of(found), [(self._place(run[0]), len(run) * self._row_bytes) for run in runs])
         return found
 
@@ -179,28 +182,41 @@ class _File:
     def __init__(self, path):
         self.path, self._descriptor = path, None
         with self._opened() as descriptor:
-            self._state = file_state(os.fstat(descriptor))
+            self._state, self._ends = self._seen(descriptor)
 
     def __getstate__(self):
-        return {"path": self.path, "_state": self._state, "_descriptor": None}  # a descriptor is of one process
+        return {**vars(self), "_descriptor": None}  # a descriptor is of one process
 
     def read(self, data: memoryview, pieces: list[tuple[int, int]]) -> None:
         """Fill `data` with the pieces of the file (place, length), one behind the other."""
         try:
             with self._opened() as descriptor:
-                if file_state(os.fstat(descriptor)) != self._state:
-                    raise self._changed()
+                self._require_same(descriptor)
                 start = 0
                 for place, size in pieces:
-                    done = os.preadv(descriptor, [data[start : start + size]], place)
+                    done = _read_into(data[start : start + size], descriptor, place)
                     while done < size:  # a network file system may give less at once
-                        more = os.preadv(descriptor, [data[start + done : start + size]], place + done)
+                        more = _read_into(data[start + done : start + size], descriptor, place + done)
                         if not more:
                             raise self._changed()
                         done += more
                     start += size
         except OSError as error:
             raise ValueError(f"{self.path} cannot be read any more ({error.strerror}).") from error
+
+    def _require_same(self, descriptor):
+        """By its size and time; if that alone has changed it may have been touched, and its ends tell."""
+        if file_state(os.fstat(descriptor)) == self._state:
+            return
+        state, ends = self._seen(descriptor)
+        if (state[0], ends) != (self._state[0], self._ends):
+            raise self._changed()
+        self._state = state
+
+    @staticmethod
+    def _seen(descriptor):
+        state = file_state(os.fstat(descriptor))
+        return state, os.pread(descriptor, _ENDS, 0) + os.pread(descriptor, _ENDS, max(0, state[0] - _ENDS))
 
     def _changed(self):
         return ValueError(f"{self.path} was changed or cut short while it was in use: make or copy it again.")
@@ -223,11 +239,16 @@ class _File:
             os.close(descriptor)
 
 
+def _read_into(data: memoryview, descriptor: int, place: int) -> int:
+    """How many bytes came from there."""
+    if hasattr(os, "preadv"):  # not on every macOS
+        return os.preadv(descriptor, [data], place)
+    found = os.pread(descriptor, len(data), place)
+    data[: len(found)] = found
+    return len(found)
+
+
 def _most_held() -> int:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 256
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return sys.maxsize if allowed == resource.RLIM_INFINITY else allowed // 2
 

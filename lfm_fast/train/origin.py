@@ -4,9 +4,9 @@
 def origin_of(source) -> dict:
     """How many items a source of training has, which images they are of (names and labels in their order), and whose
     latents: None where the source does not say."""
-    provenance = getattr(source, "provenance", {})
+    provenance = getattr(source, "provenance", None) or {}
     return {
-        "items": source.num_items,
+        "items": int(source.num_items),
         "images": provenance.get("images_digest"),
         "autoencoder": provenance.get("fingerprint"),
     }

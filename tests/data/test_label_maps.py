@@ -50,6 +50,14 @@ def test_names_and_colours(name, label, word, colour):
     assert palette.colours[label] == colour
 
 
+def test_maps_are_found_under_every_name_of_their_folder(tmp_path):
+    (tmp_path / "real").mkdir()
+    Image.new("L", (2, 2)).save(tmp_path / "real" / "1.png")
+    for link, to in (("alias", "real"), ("real/back", ".")):
+        (tmp_path / link).symlink_to(tmp_path / to)
+    assert label_maps._maps_below(tmp_path).keys() == {"real/1", "alias/1"}
+
+
 def test_bit_colours_are_pascal_vocs():
     # PASCAL VOC's development kit: 15 is person, 20 the monitor, 255 the border
     assert [bit_colours(256)[k] for k in (15, 20, 255)] == [(192, 128, 128), (0, 64, 128), (224, 224, 192)]

@@ -92,12 +92,42 @@ def test_a_disk_that_fails_is_a_sentence(path, monkeypatch):
 
 def test_a_file_written_again_in_its_place_is_refused(path):
     """Of the same size: its rows would be another cache's."""
-    rows, content, before = open_shard(path)["latents"], path.read_bytes(), path.stat()
+    rows, before = open_shard(path)["latents"], path.stat()
+    save_file({"latents": ROWS.flip(0), "labels": torch.arange(9)}, path.with_name("b"))
+    other = path.with_name("b").read_bytes()
+    assert len(other) == before.st_size
     with open(path, "r+b") as file:
-        file.write(content)
+        file.write(other)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))  # the clock of a file system is coarse
     with pytest.raises(ValueError, match=CHANGED):
         rows[:]
+
+
+def test_a_file_that_is_touched_is_read_on(path):
+    """As those do who keep files from being tidied away."""
+    rows = open_shard(path)["latents"]
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1_000_000))
+    assert torch.equal(rows[:], ROWS)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=CHANGED):
+        rows[:]
+
+
+def test_rows_are_on_the_cpu_whatever_new_tensors_are_on(path):
+    rows = open_shard(path)["latents"]
+    with torch.device("meta"):
+        assert torch.equal(rows[:], ROWS)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_labels_without_sign(tmp_path, dtype):
+    save_file({"latents": ROWS, "labels": torch.arange(9).to(dtype)}, tmp_path / "a.safetensors")
+    assert open_shard(tmp_path / "a.safetensors")["labels"].long().tolist() == list(range(9))
+
+
+def test_where_no_read_fills_memory_that_is_there(path, monkeypatch):
+    monkeypatch.delattr(shards.os, "preadv")
+    assert torch.equal(open_shard(path)["latents"][:], ROWS)
 
 
 def test_one_that_is_replaced_or_deleted_is_read_on_where_it_is_open(path, monkeypatch):

@@ -1,7 +1,9 @@
 """What a run learned from: one that is resumed must find it again, and all ranks must see the same."""
 
+import json
 import re
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,6 +81,11 @@ def test_what_one_of_them_does_not_say_is_no_difference(tmp_path):
     config = from_preset(**SETTINGS)
     assert difference({}, OWN, config) is None
     assert difference(OWN, origin_of(TinySource()), config) is None
+
+
+def test_a_source_of_ones_own_may_count_in_numpys_numbers():
+    source = SimpleNamespace(num_items=np.int64(8), provenance=None)
+    assert json.loads(json.dumps(origin_of(source))) == {"items": 8, "images": None, "autoencoder": None}
 
 
 def test_images_and_their_cache_are_one_origin(tmp_path, photos):
