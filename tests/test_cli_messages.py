@@ -150,7 +150,7 @@ def test_a_run_goes_on_and_keeps_its_log_when_nobody_reads_what_it_prints(tmp_pa
 def test_help_names_what_there_is_to_choose_from():
     # in a process of its own: other tests add networks to this one's
     program = (
-        "from lfm_fast.models import NETWORKS as n; print(*n); from lfm_fast.cli import main; main(['train', '-h'])"
+        "from lfm_fast.models import NETWORKS; from lfm_fast.cli import main; print(*NETWORKS); main(['train', '-h'])"
     )
     done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"COLUMNS": "80"}, capture_output=True)
     networks, said = done.stdout.decode().split("\n", 1)
