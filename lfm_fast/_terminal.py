@@ -87,14 +87,15 @@ def start(program, run):
         return 141
     except ModuleNotFoundError as error:
         name = (error.name or "lfm_fast").partition(".")[0]
-        if name == "lfm_fast":
-            raise
+        if name == "lfm_fast" or sys.modules.get(name) is not None:
+            raise  # the package is there, and a part of it is not: a mistake of ours, or versions that do not fit
         says = f"the package {_TO_INSTALL.get(name, name)} is not installed in this Python, {sys.executable}"
         print(f"{program}: {says}; install it there, or use the Python that has it", file=sys.stderr)
         return 1
-    except OSError as error:  # of the output itself: a full disk
+    except OSError as error:  # of the output itself, a full disk, which has no name; or of a file
         stop_printing()
-        print(f"{program}: {error.strerror or error}", file=sys.stderr)
+        of = "" if error.filename is None else f": {error.filename}"
+        print(f"{program}: {error.strerror or error}{of}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # while modules are imported, too: that takes seconds
         print(f"{program}: interrupted", file=sys.stderr)
@@ -105,4 +106,7 @@ def stop_printing():
     """What is printed from here on goes nowhere."""
     with contextlib.suppress(OSError):  # no file of the system's, as in a notebook
         output = sys.stdout.fileno()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        if nowhere != output:  # as where the output had been closed
+            os.dup2(nowhere, output)
+            os.close(nowhere)

@@ -19,6 +19,10 @@ import torch.distributed as dist
 CONTROL_TIMEOUT = timedelta(days=7)  # rank 0 may encode a whole data set; torchrun ends everybody if it dies
 MEETING_TIMEOUT = timedelta(minutes=30)  # machines of a cluster start one by one
 
+# Of all that gloo, NCCL and PyTorch's store complain of, what says that nobody answers at the other end
+_GONE = ("Connection closed", "Connection reset", "Connection refused", "Connection was likely closed", "Broken pipe")
+_GONE += ("aborted", "Timed out", "timed out", "wait timeout", "timeout caused pair closure", "remote process exit")
+
 
 class PeerLost(RuntimeError):
     """Another rank has ended before its part was done: killed, or by an error of its own.
@@ -31,8 +35,15 @@ class PeerLost(RuntimeError):
 
 
 def is_of_lost_peer(error: RuntimeError) -> bool:
-    """Whether these are the transport's words for a rank that is not there any more: gloo's, NCCL's, or ours."""
-    return isinstance(error, PeerLost | dist.DistError) or "/gloo/" in str(error)
+    """Whether these are the transport's words for a rank that is not there any more: gloo's, NCCL's, or ours.
+
+    Its other complaints, as of two ranks on one GPU or of other sizes, are causes that must be seen.
+    """
+    return isinstance(error, PeerLost) or (_is_of_transport(error) and any(words in str(error) for words in _GONE))
+
+
+def _is_of_transport(error):
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 @dataclass
@@ -76,13 +87,15 @@ class World:
         """Every rank's (n_r, ...) joined along the first axis in rank order, (sum n_r, ...) on the CPU of each rank."""
         if self.size == 1:
             return tensor.detach().cpu()
+        own = tensor.detach().cpu()
         counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         with _exchange():
-            dist.all_gather(counts, torch.tensor([tensor.shape[0]]), group=self.control)
-            longest = max(int(count) for count in counts)
-            padded = torch.zeros(longest, *tensor.shape[1:], dtype=tensor.dtype)
-            padded[: tensor.shape[0]] = tensor.detach().cpu()
-            parts = [torch.empty_like(padded) for _ in range(self.size)]
+            dist.all_gather(counts, torch.tensor([own.shape[0]]), group=self.control)
+        longest = max(int(count) for count in counts)
+        padded = torch.zeros(longest, *own.shape[1:], dtype=own.dtype)
+        padded[: own.shape[0]] = own
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        with _exchange():
             dist.all_gather(parts, padded, group=self.control)
         return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])
 
@@ -155,10 +168,12 @@ class World:
 
 @contextlib.contextmanager
 def _exchange():
-    """The transport's words for a rank that is not there any more, in ours."""
+    """The transport's words for a rank that is not there any more, in ours; any other error stays as it is."""
     try:
         yield
     except RuntimeError as error:
+        if not is_of_lost_peer(error):
+            raise
         raise PeerLost() from error
 
 
@@ -210,23 +225,32 @@ def start(device="auto"):
     _set_threads(local_size)
     world = World(rank=rank, size=size, local_size=local_size, device=chosen)
     if size > 1:
-        if not dist.is_initialized():
-            _meet(size, gloo=chosen.type == "cpu")
+        meeting = None if dist.is_initialized() else _meet(size, gloo=chosen.type == "cpu")
         world.control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        if meeting is not None:  # all are past it, since all are in the other; a peer is a socket of each
+            dist.destroy_process_group(meeting)
     return world
 
 
 def _meet(size, gloo):
-    """Join the process group of all ranks. Raises OSError where they do not all come in time."""
+    """Join the process group of all ranks; returns the group made for that alone, None with gloo.
+
+    Raises OSError where they do not all come in time, and leaves no group behind.
+    """
     try:
         dist.init_process_group("gloo" if gloo else "nccl", timeout=MEETING_TIMEOUT if gloo else None)
         # NCCL meets at its first use; this wait is for all who come to be there for the group that waits for days
-        dist.barrier(group=dist.group.WORLD if gloo else dist.new_group(backend="gloo", timeout=MEETING_TIMEOUT))
+        meeting = None if gloo else dist.new_group(backend="gloo", timeout=MEETING_TIMEOUT)
+        dist.barrier(group=meeting or dist.group.WORLD)
     except RuntimeError as error:
-        if not is_of_lost_peer(error):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if not _is_of_transport(error):
             raise
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise OSError(f"the {size} ranks have not all met at {place}; start all of them again") from error
+        said = str(error).partition("\n")[0]
+        raise OSError(f"the {size} ranks have not all met at {place}; start all of them again ({said})") from error
+    return meeting
 
 
 def _set_threads(local_size):

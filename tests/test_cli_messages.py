@@ -96,16 +96,33 @@ def fails_with(error):
     return run
 
 
-def test_a_package_that_is_missing_is_one_sentence_with_the_python_that_lacks_it(capsys):
+def test_a_package_that_is_missing_is_one_sentence_with_the_python_that_lacks_it(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "PIL", raising=False)
     assert start("draw", fails_with(ModuleNotFoundError("No module named 'PIL'", name="PIL.Image"))) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"draw: the package pillow is not installed in this Python, {sys.executable}; install it")
     assert said.count("\n") == 1
 
 
-def test_a_module_of_ours_that_is_missing_is_a_mistake_of_ours():
+@pytest.mark.parametrize("name", ["lfm_fast.paint", "torch.no_such_part"])
+def test_a_part_that_a_package_lacks_is_a_mistake_and_no_missing_package(name):
     with pytest.raises(ModuleNotFoundError):
-        start("draw", fails_with(ModuleNotFoundError("No module named 'lfm_fast.paint'", name="lfm_fast.paint")))
+        start("draw", fails_with(ModuleNotFoundError(f"No module named {name!r}", name=name)))
+
+
+def test_a_file_that_cannot_be_opened_is_named():
+    done = started("lambda: open('/no/such.png')", stdout=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (1, "draw: No such file or directory: /no/such.png\n")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no list of open files here")
+def test_printing_is_stopped_without_an_open_file_left():
+    stop = "[__import__('lfm_fast._terminal', fromlist=['x']).stop_printing() for _ in range(3)]"
+    count = "len(__import__('os').listdir('/proc/self/fd'))"
+    done = started(
+        f"lambda: -(lambda before, _, after: after - before)({count}, {stop}, {count})", stdout=subprocess.PIPE
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def started(run, **how):

@@ -32,9 +32,10 @@ from lfm_fast.train.samples import SAMPLING, columns, sample_grid, save_grid
 from lfm_fast.train.schedule import learning_rate, total_steps
 from lfm_fast.train.source import check_settings, check_source, facts, open_source, resolve_labels
 from lfm_fast.train.step import TrainState, gradients_on, train_step
-from lfm_fast.train.stop import StopSignals
+from lfm_fast.train.stop import StopSignals, sigterm_put_back
 
 
+@sigterm_put_back()
 def main(config):
     """Run the command line's configuration; returns the exit status: 2 for the user's mistakes, 1 for other failures.
 
@@ -56,6 +57,7 @@ def main(config):
     return 0
 
 
+@sigterm_put_back()
 def train(config, source=None, autoencoder=None):
     """Train as `config` says and return the run folder (None after a dry run).
 
@@ -206,6 +208,8 @@ def _run(config, source, autoencoder, world):
         checkpoint = world.from_main(lambda: resume.newest_whole(candidates, journal.say))
         if checkpoint is not None:
             resume.restore(checkpoint, state, world)
+            if world.is_main:
+                resume.warn_of_another_unit(checkpoint, autoencoder)
         elif config.resume not in ("auto", "never"):
             raise ValueError(f"--resume {config.resume}: none of its checkpoints can be read")
         elif candidates:

@@ -5,9 +5,11 @@ A checkpoint is one safetensors file, `checkpoints/0050000.safetensors`, with th
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -92,6 +94,16 @@ def restore(path, state, world):
     state.loss_steps = metadata["loss_steps"]
 
 
+def warn_of_another_unit(path, autoencoder):
+    """A checkpoint of a version that did not say what a run learns from is of one that did not look at latents_std."""
+    if read_metadata(path).get("origin") is None and getattr(autoencoder, "latents_std", None) is not None:
+        warnings.warn(
+            f"{path} is of an older version, which ignored the latents_mean and latents_std of {autoencoder.name}: "
+            "the latents have another unit now, and the curve may leap; to begin anew, give --resume never",
+            stacklevel=2,
+        )
+
+
 def read_verified(path):
     """(tensors, metadata) of a training checkpoint. Raises one of UNREADABLE if a byte of it is wrong."""
     tensors, metadata = read_weights(path, verify=True)
@@ -159,14 +171,20 @@ def new_run(output, model):
 
 
 def lock(folder):
-    """Hold the run folder for this process until it ends, however it ends. False if another process holds it, or this
-    one may not write there."""
+    """Hold the run folder for this process until it ends, however it ends. False if another process holds it.
+
+    Raises PermissionError, a sentence, if this process may not write there."""
+    refused = f"{folder} cannot be written"  # somebody else's, or on a disk that is read only
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(refused)
     if fcntl is None:
         return True
     try:
         file = os.open(Path(folder) / ".lock", os.O_CREAT | os.O_RDWR)
-    except OSError:  # somebody else's, or on a disk that is read only
-        return False
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise  # a full disk will have room again: no reason to begin at step 0
+        raise PermissionError(refused) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -204,7 +222,12 @@ def choose_run(config, total_steps, origin=None):
             if other is not None:
                 print(f"Not going on with {folder}: {other}. A new run begins.")
                 continue
-            if lock(folder):
+            try:
+                held = lock(folder)
+            except PermissionError:
+                print(f"Not going on with {folder}: it cannot be written. A new run begins.")
+                continue
+            if held:
                 _clean(folder)
                 return folder, run_checkpoints(folder)
     return start_anew(config), []
@@ -260,9 +283,11 @@ def _named_run(config, total_steps, origin):
         raise ValueError(f"--resume {config.resume}: there is no such checkpoint or run folder")
     if not paths:
         raise ValueError(f"--resume {config.resume}: the folder holds no checkpoint; start anew with --resume never")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"--resume {config.resume}: {folder} cannot be written; copy it elsewhere, and give the copy")
-    if not lock(folder):
+    try:
+        held = lock(folder)
+    except PermissionError as error:
+        raise ValueError(f"--resume {config.resume}: {error}; copy it elsewhere, and give the copy") from error
+    if not held:
         raise ValueError(f"--resume {config.resume}: another process is training in that folder")
     _clean(folder)
     return folder, paths

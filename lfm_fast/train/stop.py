@@ -6,6 +6,27 @@ import time
 
 from lfm_fast.distributed import PeerLost, is_of_lost_peer
 
+_putting_back = False
+
+
+@contextlib.contextmanager
+def sigterm_put_back():
+    """Put back SIGTERM's handler, which a run that has lost a rank leaves replaced, when the outermost of these ends:
+
+    `main` has yet to say what has ended `train`, and who calls `train` from Python wants to be ended by it later.
+    """
+    global _putting_back
+    if _putting_back:
+        yield
+        return
+    before, _putting_back = signal.getsignal(signal.SIGTERM), True
+    try:
+        yield
+    finally:
+        _putting_back = False
+        if signal.getsignal(signal.SIGTERM) is not before:  # threads, which may not set one, do not come here
+            signal.signal(signal.SIGTERM, before)
+
 
 class StopSignals:
     """Context in which a first SIGTERM or SIGINT sets a flag and a second Ctrl-C interrupts at once.
@@ -23,7 +44,7 @@ class StopSignals:
 
     def __exit__(self, kind, error, _):
         if isinstance(error, RuntimeError) and is_of_lost_peer(error):
-            # torchrun ends the ranks that are left by SIGTERM, and they have something to say first
+            # torchrun ends the ranks that are left by SIGTERM, and they have something to say first (sigterm_put_back)
             self._before.pop(signal.SIGTERM)
         for sign, handler in self._before.items():
             signal.signal(sign, handler)

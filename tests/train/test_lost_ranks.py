@@ -77,7 +77,18 @@ def test_too_little_memory_is_a_sentence_and_a_bug_is_none(tmp_path, monkeypatch
 
 
 def test_what_only_a_bug_says_stays_as_it_is():
-    assert not distributed.is_of_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    bugs = (
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        RuntimeError("[enforce fail at /x/gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 8 vs 4"),
+        dist.DistBackendError("NCCL error: invalid usage\nLast error:\nDuplicate GPU detected : rank 0 and rank 1"),
+    )
+    for bug in bugs:
+        assert not distributed.is_of_lost_peer(bug)
+        with pytest.raises(RuntimeError) as raised, distributed._exchange():
+            raise bug
+        assert raised.value is bug
+    with pytest.raises(distributed.PeerLost), distributed._exchange():
+        raise dist.DistNetworkError("failed to recv, got 0 bytes. Connection was likely closed.")
     assert distributed.is_of_lost_peer(RuntimeError("[/x/gloo/gloo/transport/tcp/pair.cc:553] Connection closed"))
     assert distributed.is_of_lost_peer(dist.DistBackendError("NCCL communicator was aborted"))
 
@@ -87,9 +98,40 @@ def test_a_rank_that_never_comes_is_not_waited_for_for_days(monkeypatch, unused_
     for name, value in (here | {"MASTER_PORT": str(unused_tcp_port), "OMP_NUM_THREADS": "1"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed, "MEETING_TIMEOUT", timedelta(seconds=1))
-    with pytest.raises(OSError, match=rf"the 2 ranks have not all met at 127.0.0.1:{unused_tcp_port}; start all"):
+    said = rf"the 2 ranks have not all met at 127.0.0.1:{unused_tcp_port}; start all of them again \(.*[Tt]imed out.*\)"
+    with pytest.raises(OSError, match=rf"^{said}$"):
         distributed.start("cpu")
     assert not dist.is_initialized()
+
+
+def test_a_meeting_that_is_broken_off_leaves_no_group(monkeypatch, unused_tcp_port):
+    def closed(group):
+        raise RuntimeError("[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer\nand more")
+
+    here = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_tcp_port)}
+    for name, value in here.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "barrier", closed)
+    with pytest.raises(OSError, match=r"start all of them again \(\[/x/gloo/.*Connection closed by peer\)$"):
+        distributed._meet(1, gloo=True)
+    assert not dist.is_initialized()
+
+
+def test_the_group_that_ranks_with_gpus_meet_in_is_not_kept(monkeypatch):
+    """Its sockets, one to each peer, would count beside those of the group that stays."""
+    groups = iter(["meeting", "control"])
+    called = []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: called.append(backend))
+    monkeypatch.setattr(dist, "new_group", lambda backend, timeout: called.append(next(groups)) or called[-1])
+    monkeypatch.setattr(dist, "barrier", lambda group: called.append(f"wait in {group}"))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda group: called.append(f"leave {group}"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.start("cuda").control == "control"
+    assert called == ["nccl", "meeting", "wait in meeting", "control", "leave meeting"]
 
 
 @pytest.fixture

@@ -88,6 +88,21 @@ def test_a_source_of_ones_own_may_count_in_numpys_numbers():
     assert json.loads(json.dumps(origin_of(source))) == {"items": 8, "images": None, "autoencoder": None}
 
 
+@pytest.mark.parametrize(("deviations", "origin", "warned"), [([2.0], None, 1), (None, None, 0), ([2.0], OWN, 0)])
+def test_a_run_of_before_latents_had_deviations_is_warned_of(tmp_path, monkeypatch, deviations, origin, warned):
+    """Which it ignored: its latents had another unit."""
+    first = train(settings(tmp_path), said(StoppingSource(6)))
+    read = resume.read_metadata
+    monkeypatch.setattr(resume, "read_metadata", lambda path: {**read(path), "origin": origin})
+    autoencoder = TinyAutoencoder()
+    autoencoder.name, autoencoder.latents_std = "moon-vae", deviations
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        assert train(settings(tmp_path), said(TinySource()), autoencoder) == first
+    sentence = f"{resume.checkpoint_path(first, 6)} is of an older version, which ignored the latents_mean and latents"
+    assert sum(str(each.message).startswith(sentence) for each in heard) == warned
+
+
 def test_images_and_their_cache_are_one_origin(tmp_path, photos):
     """Encoded as they come, into memory, or into a folder: a run may go on with either."""
     from lfm_fast.autoencoder import load_autoencoder

@@ -50,18 +50,43 @@ def test_a_tilde_before_an_autoencoder_is_ones_home(home):
         latent_format("~/other")
 
 
-def test_a_run_that_may_not_be_written_to_is_not_gone_on_with(tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["its folder", errno.EACCES, errno.EROFS])
+def test_a_run_that_may_not_be_written_to_is_not_gone_on_with(tmp_path, monkeypatch, capfd, how):
     first = train(settings(tmp_path), StoppingSource(3))
-    (first / ".lock").unlink()
-    (first / ".lock").mkdir()  # it can no more be opened than somebody else's, by root neither
     before = (first / "metrics.jsonl").read_bytes()
+    if how == "its folder":
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != first)
+    else:
+        cannot_lock(first, how, monkeypatch)
+    capfd.readouterr()
     assert train(settings(tmp_path), TinySource()).name == "001-DiT-Tiny"
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != first)
+    assert f"Not going on with {first}: it cannot be written. A new run begins.\n" in capfd.readouterr().out
     sentence = f"--resume {first}: {first} cannot be written; copy it elsewhere, and give the copy"
     for path in (first, resume.run_checkpoints(first)[0]):
         with pytest.raises(ValueError, match=re.escape(sentence.partition(": ")[2])):
             train(settings(tmp_path, resume=str(path)), TinySource())
     assert (first / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_cannot_be_locked_for_now_is_not_begun_again(tmp_path, monkeypatch):
+    first = train(settings(tmp_path), StoppingSource(3))
+    cannot_lock(first, errno.ENOSPC, monkeypatch)
+    for where in ("auto", str(first)):
+        with pytest.raises(OSError, match="No space left on device"):
+            train(settings(tmp_path, resume=where), TinySource())
+    assert [path.name for path in tmp_path.iterdir()] == [first.name]
+
+
+def cannot_lock(folder, number, monkeypatch):
+    """As of somebody else's folder, which root may write to."""
+    opened = os.open
+
+    def refused(path, *how, **more):
+        if path == folder / ".lock":
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, *how, **more)
+
+    monkeypatch.setattr(os, "open", refused)
 
 
 def test_a_class_that_cannot_be_listed_is_refused_and_shifts_no_label(tmp_path, monkeypatch):

@@ -1,12 +1,13 @@
 """Which signals ask a run to stop, and which end it at once."""
 
+import contextlib
 import signal
 import time
 
 import pytest
 
-from lfm_fast.distributed import World
-from lfm_fast.train.stop import StopSignals
+from lfm_fast.distributed import PeerLost, World
+from lfm_fast.train.stop import StopSignals, sigterm_put_back
 
 
 @pytest.fixture
@@ -48,6 +49,27 @@ def test_a_rank_that_has_lost_another_is_not_ended_before_it_says_so(clock):
     with pytest.raises(ValueError, match="another"), StopSignals(World()):
         raise ValueError("another error")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_who_goes_on_after_a_lost_rank_can_be_ended_again(clock):
+    """`train` within `main` leaves that to it, which has the sentence to say."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    @sigterm_put_back()
+    def train():
+        with StopSignals(World()):
+            raise PeerLost
+
+    @sigterm_put_back()
+    def main():
+        with pytest.raises(PeerLost):
+            train()
+        signal.raise_signal(signal.SIGTERM)  # this process is still here
+
+    for run in (train, main, train):
+        with contextlib.suppress(PeerLost):
+            run()
+        assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_second_sigterm_still_waits_for_the_step(clock):
