@@ -158,26 +158,32 @@ def flops(name: str, direction: str, side: int) -> int:
 def measured(
     direction: str, batch_size: int, side: int, precision: str, device, rounds: int, name="sd-vae", **options
 ) -> dict:
-    """Contenders in turns, one call each: as they come, through torch.compile with these options, norms in Triton."""
+    """Contenders in turns, one call each: as they come, through torch.compile with these options, norms in Triton.
+
+    "failed" of the record: {contender that raised: why}.
+    """
     workload = Autoencoding(name, direction, batch_size, side, precision)
     workload.x, workload.autoencoder = workload.x.to(device), workload.autoencoder.to(device)
     found = _on_a_device(workload, device, options)
     exact = run(network(name).to(device).double(), direction, workload._unscaled()[:1].double())
     exact = [exact[0].clamp(-1, 1)] if direction == "decode" else exact
-    facts = {}
+    facts, failed = {}, {}
     for contender_name, contender in found.items():
-        with forced(contender.backend):
-            error = relative_error([x[:1] for x in contender.result()], exact)
-            facts[contender_name] = {"error": error, "peak_bytes": _peak(contender, device)}
-    calls = {each: functools.partial(_forced_call, contender) for each, contender in found.items()}
+        try:
+            with forced(contender.backend):
+                error = relative_error([x[:1] for x in contender.result()], exact)
+                facts[contender_name] = {"error": error, "peak_bytes": _peak(contender, device)}
+        except Exception as error:  # of a compiler, say: the others are measured
+            failed[contender_name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    calls = {each: functools.partial(_forced_call, found[each]) for each in facts}
     for each, seconds in in_turns(calls, device, rounds).items():
         median = statistics.median(seconds)
         rates = {"images_per_second": batch_size / median, "flops_per_second": workload.flops / median}
         facts[each] |= {"seconds": median, "least": min(seconds), **rates}
     title = f"{direction}, {name}, {batch_size} x {side} px, {precision}"
     largest = workload.largest_error([])
-    right = all(each["error"] <= largest for each in facts.values())
-    return {"title": title, "largest_error": largest, "right": right, "contenders": facts}
+    right = not failed and all(each["error"] <= largest for each in facts.values())
+    return {"title": title, "largest_error": largest, "right": right, "contenders": facts, "failed": failed}
 
 
 def _on_a_device(workload: Autoencoding, device, options: dict) -> dict[str, Contender]:
@@ -219,6 +225,7 @@ def text(record: dict) -> str:
         memory = "" if found["peak_bytes"] is None else f", {found['peak_bytes'] / 2**30:.2f} GiB"
         rate, flops = found["images_per_second"], found["flops_per_second"] / 1e12
         lines.append(f"  {name}: {rate:.1f} images/s, {flops:.2f} TFLOP/s, error {found['error']:.1e}{memory}")
+    lines += [f"  {name}: not run, {why}" for name, why in record["failed"].items()]
     return "\n".join(lines)
 
 

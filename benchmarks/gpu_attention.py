@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.gpu import Results
-from benchmarks.gpu_parts import until
+from benchmarks.gpu_parts import attempt, until
 from benchmarks.measure import spread
 from benchmarks.workloads import relative_error
 from lfm_fast.ops import _attention, _registry
@@ -78,9 +78,13 @@ def compare(results: Results, shape: tuple, dtype: torch.dtype, direction: str) 
     for name in list(names):
         try:
             errors[name] = relative_error([x[:few] for x in run(name, args, gradient)], exact)
-        except RuntimeError as error:  # its own check had let it pass
+        except Exception as error:  # its own check had let it pass
             names.remove(name)
-            refused[name] = str(error).partition("\n")[0]
+            refused[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
+    title = f"{tokens} tokens, {heads} x {width}, batch {batch}, {direction}"
+    if not names:
+        results.not_run(title, "; ".join(f"{name}: {why}" for name, why in refused.items()))
+        return {}
     calls = {name: functools.partial(run, name, args, gradient) for name in names}
     times = gpu.timed(calls, results.device, 0.005 if results.smoke else 0.25)
     medians = {name: gpu.median(each) for name, each in times.items()}
@@ -92,7 +96,6 @@ def compare(results: Results, shape: tuple, dtype: torch.dtype, direction: str) 
     facts = {"errors": errors, "not_run": {k: v for k, v in refused.items() if v}, "flops_per_second": rates}
     facts |= {"seconds": {name: spread(each) for name, each in times.items()}, "chosen": chosen}
     facts["xformers_kernels"] = xformers_kernels(args) if "xformers" in names else None
-    title = f"{tokens} tokens, {heads} x {width}, batch {batch}, {direction}"
     results.add(
         title, medians[chosen] / medians[best] if chosen in medians else float("inf"), "x the best", WITHIN,
         at_most=True, right=right, note=f"takes {chosen}; TFLOP/s: {told}", **facts,
@@ -122,11 +125,13 @@ def attention(results: Results) -> None:
     best, told = {}, False
     with measuring():
         for shape, dtype, direction in until(results, work, reserve=10.0):
-            if not told:
-                say_who_is_missing(results, arguments(shape, dtype, direction, results.device))
-                told = True
-            rates = compare(results, shape, dtype, direction)
-            if dtype == torch.bfloat16 and shape[2] == 256:
+            rates = {}
+            with attempt(results, f"{shape}, {direction}"):
+                if not told:
+                    told = True
+                    say_who_is_missing(results, arguments(shape, dtype, direction, results.device))
+                rates = compare(results, shape, dtype, direction)
+            if rates and dtype == torch.bfloat16 and shape[2] == 256:
                 key = (shape[3], direction)
                 best[key] = max(best.get(key, 0.0), *rates.values())
             gpu.release(results.device)

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import gpu, gpu_shapes
 from benchmarks.gpu import Results
-from benchmarks.gpu_parts import until
+from benchmarks.gpu_parts import attempt, grouped, until
 from benchmarks.plain import forced
 from benchmarks.workloads import OpWorkload
 from lfm_fast.ops import _registry
@@ -59,19 +59,24 @@ def counters(results: Results) -> None:
         return
     for row, number in until(results, watched(results.smoke), reserve=SECONDS):
         program = (sys.executable, "-m", "benchmarks.gpu_counters", row, str(number))
-        try:
-            done = subprocess.run(
-                (*NCU, "--metrics", ",".join(METRICS), *program), capture_output=True, text=True, timeout=SECONDS
-            )
-        except subprocess.TimeoutExpired:
-            results.not_run(row, f"ncu took longer than {SECONDS:.0f} s")
-            continue
-        kernels = parsed(done.stdout)
-        if not kernels:
-            said = [line for line in (done.stdout + done.stderr).splitlines() if "==ERROR==" in line or "Error" in line]
-            results.not_run(row, (said or ["ncu counted nothing"])[0].strip())
-        for kernel in kernels:
-            add_kernel(results, row, gpu_shapes.cases(results.smoke)[number], kernel)
+        with attempt(results, row):
+            try:
+                out, err = said_by([*NCU, "--metrics", ",".join(METRICS), *program])
+            except subprocess.TimeoutExpired:
+                results.not_run(row, f"ncu took longer than {SECONDS:.0f} s")
+                continue
+            kernels = parsed(out)
+            if not kernels:
+                said = [line for line in (out + err).splitlines() if "==ERROR==" in line or "Error" in line]
+                results.not_run(row, (said or ["ncu counted nothing"])[0].strip())
+            for kernel in kernels:
+                add_kernel(results, row, gpu_shapes.cases(results.smoke)[number], kernel)
+
+
+def said_by(command: list[str]) -> tuple[str, str]:
+    """Output and errors of ncu, which is ended together with the program that it watches."""
+    with grouped(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        return process.communicate(timeout=SECONDS)
 
 
 def add_kernel(results: Results, row: str, case: gpu_shapes.Case, kernel: dict) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks import gpu, gpu_shapes
 from benchmarks.gpu import Results
-from benchmarks.gpu_parts import until
+from benchmarks.gpu_parts import attempt, until
 from benchmarks.plain import forced
 from benchmarks.workloads import ForwardBackward, OpWorkload, tensors_of
 from lfm_fast.ops import _registry
@@ -37,12 +37,14 @@ def noise(results: Results) -> None:
         on_device = tuple(a.to(results.device) if isinstance(a, Tensor) else a for a in args)
         names = [*row.willing(on_device, forced=True), "reference"]
         for name in names:
-            with forced(name):
-                off = ulps(row(*on_device).cpu(), expected)
-            most, differ = int(off.max()), int((off > 0).sum())
             title = f"noise, seed {seed}, stream {stream}, {name}"
-            note = f"{differ:,} of {off.numel():,} differ at all"
-            results.add(title, most, "ulp", MOST_ULP, at_most=True, right=most <= MOST_ULP, note=note, differ=differ)
+            with attempt(results, title):
+                with forced(name):
+                    off = ulps(row(*on_device).cpu(), expected)
+                most, differ = int(off.max()), int((off > 0).sum())
+                facts = {"right": most <= MOST_ULP, "differ": differ}
+                note = f"{differ:,} of {off.numel():,} differ at all"
+                results.add(title, most, "ulp", MOST_ULP, at_most=True, note=note, **facts)
 
 
 def repeatable(results: Results) -> None:
@@ -52,16 +54,24 @@ def repeatable(results: Results) -> None:
     backward = [(name, case) for name, case in chosen.items() if f"{name}_backward" in _registry.rows()]
     work += [(ForwardBackward, name, case) for name, case in backward]
     for kind, name, case in until(results, work, reserve=10.0):
-        workload = kind(name, {**case.size, "device": results.device.type})
-        args = next(workload.sets)
-        workload.sets = iter(lambda args=args: args, None)  # the same inputs each time, not a copy of them
-        row_names = [n for n in workload.row.willing(args, forced=True) if n in ("cpp", "cuda", "triton")]
-        for backend in row_names:
-            found = different(functools.partial(_results, workload, backend))
-            words = ", with gradients" if kind is ForwardBackward else ""
-            title = f"{name} {case.title}{words}, {backend}, three runs"
-            results.add(title, found, "elements differ", 0, at_most=True, right=found == 0)
+        with attempt(results, _titled(kind, name, case)):
+            _repeat(results, kind, name, case)
         gpu.release(results.device)
+
+
+def _titled(kind, name: str, case: gpu_shapes.Case) -> str:
+    return f"{name} {case.title}" + (", with gradients" if kind is ForwardBackward else "")
+
+
+def _repeat(results: Results, kind, name: str, case: gpu_shapes.Case) -> None:
+    workload = kind(name, {**case.size, "device": results.device.type})
+    args = next(workload.sets)
+    workload.sets = iter(lambda: args, None)  # the same inputs each time, not a copy of them
+    for backend in [n for n in workload.row.willing(args, forced=True) if n in ("cpp", "cuda", "triton")]:
+        title = f"{_titled(kind, name, case)}, {backend}, three runs"
+        with attempt(results, title):
+            found = different(functools.partial(_results, workload, backend))
+            results.add(title, found, "elements differ", 0, at_most=True, right=found == 0)
 
 
 def _results(workload: OpWorkload, backend: str) -> list[Tensor]:

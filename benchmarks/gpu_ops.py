@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import gpu, gpu_attention, gpu_code, gpu_counters, gpu_noise, gpu_shapes
 from benchmarks.elsewhere import elsewhere
 from benchmarks.gpu import Results
-from benchmarks.gpu_parts import Part, main, until
+from benchmarks.gpu_parts import Part, attempt, each, main, until
 from benchmarks.measure import spread
 from benchmarks.names import COMPILED, EAGER
 from benchmarks.optimizer import OptimizerStep
@@ -46,19 +46,27 @@ def result_of(contender: Contender) -> list[torch.Tensor]:
         return contender.result()
 
 
-def measured(workload: OpWorkload, device, seconds: float) -> tuple[list[str], dict, dict]:
-    """Our backends of a workload, {contender: seconds of its calls}, {contender: error}; theirs are beside ours."""
+def tried(contender: Contender, truth: list[torch.Tensor]) -> float | None:
+    """The error of a contender, None where nothing of it compares; raises what calling it raises."""
+    if contender.result is None:
+        return call_of(contender)
+    got = result_of(contender)
+    return relative_error(got, truth[: len(got)])
+
+
+def measured(results: Results, title: str, workload: OpWorkload, seconds: float) -> tuple[list[str], dict, dict]:
+    """Our backends of a workload, {contender: seconds of its calls}, {contender: error}; theirs are beside ours.
+
+    Without those that raise.
+    """
     backends = own_backends(workload)
     found = {name: Contender(workload.call, workload.result, name) for name in (*backends, "reference")}
     found |= {name: Contender(call, result) for name, (call, result) in workload.others().items()}
-    truth, errors = workload.truth(), {}
-    for name, contender in found.items():
-        if contender.result is not None:
-            got = result_of(contender)
-            errors[name] = relative_error(got, truth[: len(got)])
+    truth = workload.truth()
+    errors = each(results, title, found, functools.partial(tried, truth=truth))
     del truth
-    times = gpu.timed({name: functools.partial(call_of, each) for name, each in found.items()}, device, seconds)
-    return backends, times, errors
+    times = gpu.timed({name: functools.partial(call_of, found[name]) for name in errors}, results.device, seconds)
+    return [name for name in backends if name in errors], times, errors
 
 
 def launches(call, device) -> list[str] | None:
@@ -74,8 +82,9 @@ def launches(call, device) -> list[str] | None:
 def add_shares(results: Results, title: str, workload: OpWorkload, wanted: float | None, factor: float) -> None:
     """A line for each of our backends; what is wanted is wanted of the one that the table takes first."""
     ceilings, seconds = gpu.ceilings(results.smoke), 0.005 if results.smoke else 0.3
-    backends, times, errors = measured(workload, results.device, seconds)
-    medians = {name: gpu.median(each) for name, each in times.items()}
+    willing = own_backends(workload)
+    backends, times, errors = measured(results, title, workload, seconds)
+    medians = {name: gpu.median(taken) for name, taken in times.items()}
     others = {name: medians[name] for name in (EAGER, "reference", "torch.randn") if name in medians}
     moved = workload.moved * factor
     for backend in backends:
@@ -85,16 +94,16 @@ def add_shares(results: Results, title: str, workload: OpWorkload, wanted: float
             "bytes_per_second": moved / taken,
             "flops_per_second": workload.flops / taken,
             "share_of_gemm": workload.flops / taken / ceilings["gemm_flops_per_second"][workload.precision],
-            "seconds": {name: spread(each) for name, each in times.items()},
+            "seconds": {name: spread(all_taken) for name, all_taken in times.items()},
             "errors": errors,
         }
         note = f"{1e6 * taken:,.0f} us; "
         note += ", ".join(f"{name} {seconds / taken:.2f} x" for name, seconds in others.items())
         results.add(
             f"{title}, {backend}", moved / taken / ceilings["copy_bytes_per_second"], "of copy",
-            wanted if backend == backends[0] else None, right=error <= workload.largest_error([]), note=note, **facts,
+            wanted if backend == willing[0] else None, right=error <= workload.largest_error([]), note=note, **facts,
         )  # fmt: skip
-    if not backends:
+    if not willing:
         args = next(workload.sets)
         refused = (f"{b.name}: {b.refusal(args, forced=True)}" for b in workload.row.backends)
         results.not_run(title, "; ".join(refused))
@@ -110,16 +119,20 @@ def rows(results: Results) -> None:
     rows_there = _registry.rows()
     for case, backward in until(results, work, reserve=20.0):
         row = case.row + ("_backward" if backward else "")
-        if row not in rows_there:
-            continue
-        workload = OpWorkload(row, size_on(case, results.device))
-        wanted = case.backward if backward else case.forward
-        add_shares(results, f"{row} {case.title}", workload, wanted, 1.0 if backward else case.bytes_factor)
-        if case.launches is not None and not backward:
-            for backend in own_backends(workload):
-                found = launches(functools.partial(call_of, Contender(workload.call, None, backend)), results.device)
-                add_launches(results, f"{row} {case.title}, {backend}", found, case.launches)
-        gpu.release(results.device)
+        if row in rows_there:
+            with attempt(results, f"{row} {case.title}"):
+                _row(results, row, case, backward)
+            gpu.release(results.device)
+
+
+def _row(results: Results, row: str, case: gpu_shapes.Case, backward: bool) -> None:
+    workload, title = OpWorkload(row, size_on(case, results.device)), f"{row} {case.title}"
+    wanted = case.backward if backward else case.forward
+    add_shares(results, title, workload, wanted, 1.0 if backward else case.bytes_factor)
+    for backend in own_backends(workload) if case.launches is not None and not backward else ():
+        with attempt(results, f"{title}, {backend}, launches"):
+            found = launches(functools.partial(call_of, Contender(workload.call, None, backend)), results.device)
+            add_launches(results, f"{title}, {backend}", found, case.launches)
 
 
 def add_launches(results: Results, title: str, found: list[str] | None, wanted: int) -> None:
@@ -137,25 +150,29 @@ def optimizer(results: Results) -> None:
     backends = [name for name in ("cpp", "cuda") if _serves("adamw_ema", name, results.device)]
     found = {name: Contender(workload.call, workload.result, name) for name in backends}
     found |= {name: Contender(call, result) for name, (call, result) in workload.others().items()}
-    errors = {name: relative_error(result_of(each), truth) for name, each in found.items()}
+    start = f"AdamW and EMA, {network}"
+    errors = each(results, start, found, functools.partial(tried, truth=truth))
     del truth
     gpu.release(results.device)
-    calls = {name: functools.partial(call_of, each) for name, each in found.items()}
+    backends = [name for name in backends if name in errors]
+    calls = {name: functools.partial(call_of, found[name]) for name in errors}
     times = gpu.timed(calls, results.device, 0.01 if results.smoke else 3.0)
     medians, copied = {k: gpu.median(v) for k, v in times.items()}, gpu.ceilings(results.smoke)["copy_bytes_per_second"]
-    for name in found:
+    for name in errors:
         ours, right = name in backends, errors[name] <= workload.largest_error([])
         first = backends[0] if backends else name
         results.add(
-            f"AdamW and EMA, {network}, {name}", workload.moved / medians[name] / copied, "of copy",
+            f"{start}, {name}", workload.moved / medians[name] / copied, "of copy",
             0.85 if ours else None, right=right, seconds=spread(times[name]), error=errors[name],
             note=f"{1e3 * medians[name]:.2f} ms, {medians[name] / medians[first]:.2f} x {first}'s time",
         )  # fmt: skip
     for name in backends:
-        title = f"AdamW and EMA, {network}, {name}"
-        add_launches(results, title, launches(calls[name], results.device), 1)
-        different = gpu_noise.different(functools.partial(result_of, found[name]), times=2)
-        results.add(f"{title}, two runs", different, "elements differ", 0, at_most=True, right=different == 0)
+        title = f"{start}, {name}"
+        with attempt(results, f"{title}, launches"):
+            add_launches(results, title, launches(calls[name], results.device), 1)
+        with attempt(results, f"{title}, two runs"):
+            different = gpu_noise.different(functools.partial(result_of, found[name]), times=2)
+            results.add(f"{title}, two runs", different, "elements differ", 0, at_most=True, right=different == 0)
 
 
 def _serves(row: str, backend: str, device) -> bool:
@@ -186,26 +203,30 @@ def compiled(results: Results) -> None:
     with elsewhere() as there:
         for kind, case in until(results, work[:1] if results.smoke else work, reserve=COMPILING):
             title = f"{case.row} {case.title}" + (", with gradients" if kind != "op" else "")
-            size, seconds = size_on(case, results.device), 0.005 if results.smoke else 0.3
-            ours = KINDS[kind](case.row, size)
-            backends = own_backends(ours)
-            if not backends:
-                results.not_run(title, "none of our backends serves it here")
-                continue
-            call = functools.partial(call_of, Contender(ours.call, None, backends[0]))
-            before = gpu.timed({"": call}, results.device, seconds)[""]
-            try:
-                if results.smoke:
-                    theirs = by_inductor(kind, case.row, size, seconds, AT_ONCE)
-                else:
-                    theirs = there(by_inductor, kind, case.row, size, seconds, AT_ITS_BEST, seconds=COMPILING)
-            except (RuntimeError, AssertionError) as error:
-                results.not_run(title, f"Inductor: {str(error).partition(chr(10))[0]}")
-                continue
-            after = gpu.timed({"": call}, results.device, seconds)[""]
-            add_ratio(results, title, ours, kind, before, after, theirs)
-            del ours, call
+            with attempt(results, title):
+                _beside_inductor(results, title, kind, case, there)
             gpu.release(results.device)
+
+
+def _beside_inductor(results: Results, title: str, kind: str, case: gpu_shapes.Case, there) -> None:
+    size, seconds = size_on(case, results.device), 0.005 if results.smoke else 0.3
+    ours = KINDS[kind](case.row, size)
+    backends = own_backends(ours)
+    if not backends:
+        results.not_run(title, "none of our backends serves it here")
+        return
+    call = functools.partial(call_of, Contender(ours.call, None, backends[0]))
+    before = gpu.timed({"": call}, results.device, seconds)[""]
+    try:
+        if results.smoke:
+            theirs = by_inductor(kind, case.row, size, seconds, AT_ONCE)
+        else:
+            theirs = there(by_inductor, kind, case.row, size, seconds, AT_ITS_BEST, seconds=COMPILING)
+    except Exception as error:  # whatever it is, the other rows are measured
+        results.not_run(title, f"Inductor: {str(error).partition(chr(10))[0]}")
+        return
+    after = gpu.timed({"": call}, results.device, seconds)[""]
+    add_ratio(results, title, ours, kind, before, after, theirs)
 
 
 def add_ratio(results, title, workload, kind, before, after, theirs) -> None:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -22,6 +22,7 @@ from pathlib import Path
 from benchmarks import gpu
 
 _GRACE = 20.0  # seconds a part gets beyond its own before it is stopped
+_LONGEST_REASON = 200  # characters
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ def main(name: str, module: str, parts: dict[str, Part], arguments: list[str] | 
     if gpu.device().type == "cpu" and not given.smoke and not all(parts[part].anywhere for part in chosen):
         print("PyTorch sees no GPU here: --smoke runs as little as there is of each part without one.", file=sys.stderr)
         return 2
+    if not given.here:  # what runs below has a group of its own, which `_end` ends: a kill has to come to it
+        signal.signal(signal.SIGTERM, _leave)
     for part in chosen:
         seconds = given.seconds or parts[part].seconds
         print(f"-- {part}, {seconds:.0f} s", flush=True)
@@ -107,14 +110,30 @@ def _here(given, part: str, run: Callable, seconds: float) -> None:
 
 def run(command: list[str], seconds: float) -> str | None:
     """Run a program and whatever it starts, for so long; returns why it did not end well, or None."""
-    process = subprocess.Popen(command, start_new_session=True)
-    try:
-        status = process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return f"out of time after {seconds:g} s"
-    finally:  # also what it left behind, and on Ctrl-C
-        _end(process)
+    with grouped(command) as process:
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return f"out of time after {seconds:g} s"
     return None if status == 0 else f"failed with status {status}"
+
+
+@contextmanager
+def grouped(command: list[str], **how):
+    """Within: a program in a group of its own, and in the end, however it comes, all that the group has left.
+
+    No session of its own: what ends this program's whole session, such as a lost terminal, ends it as well.
+    """
+    process = subprocess.Popen(command, preexec_fn=os.setpgrp, **how)
+    try:
+        yield process
+    finally:
+        _end(process)
+
+
+def _leave(*_) -> None:
+    """As an exception, so that what is to be ended in the end is."""
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -130,6 +149,26 @@ def stopped(file: Path, part: str, why: str | None) -> None:
     found = gpu.read(file) if file.is_file() else {"about": {**gpu.about([part]), "smoke": False}, "parts": {}}
     before = found["parts"].get(part, {"seconds": 0.0, "lines": []})
     gpu.replace(file, {**found, "parts": {**found["parts"], part: {**before, "status": why}}})
+
+
+@contextmanager
+def attempt(results: gpu.Results, title: str):
+    """Within: what goes wrong is the reason why `title` was not run, and no reason to stop what comes after it."""
+    try:
+        yield
+    except Exception as error:
+        results.not_run(title, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:_LONGEST_REASON])
+        with suppress(Exception):  # a device that has failed for good fails here too
+            gpu.release(results.device)
+
+
+def each(results: gpu.Results, title: str, items: dict, function: Callable) -> dict:
+    """{name: function(item)} of those for which it raises nothing; of the others it is said why they were not run."""
+    found = {}
+    for name, item in items.items():
+        with attempt(results, f"{title}, {name}"):
+            found[name] = function(item)
+    return found
 
 
 def until(results: gpu.Results, work: list, reserve: float = 0.0):

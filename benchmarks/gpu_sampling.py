@@ -16,7 +16,7 @@ from torch import Tensor
 import lfm_fast
 from benchmarks import autoencoders, gpu, gpu_parts, gpu_starting, networks
 from benchmarks.gpu_contenders import Way, compile_plain, host_times, in_turn, taking, use_best_attention
-from benchmarks.gpu_parts import Part
+from benchmarks.gpu_parts import Part, attempt, each
 from benchmarks.measure import spread
 from benchmarks.names import AGAIN, COMPILED, DIFFUSERS, DIFFUSERS_COMPILED, EAGER, FAST, FAST_COMPILED, REFERENCE
 from benchmarks.networks import GuidedSampling
@@ -208,33 +208,44 @@ def equal_error(results: gpu.Results) -> None:
     count, steps = (2, 12) if smoke else (64, 300)
     with taking("all"):
         workload = AtEqualError("embedded", AT_EQUAL_ERROR, count, steps, rounds=1, device=device.type)
-        contenders = workload.contenders() | _samplers(workload, device)
+        contenders = workload.contenders()
         del contenders[AGAIN]
-        for contender in contenders.values():
-            contender.result()
+        contenders = {theirs: contenders.pop(theirs), **contenders}
+        contenders |= _samplers(results, f"{count} samples", workload)
         rounds = {"seconds": 0.0, "fewest": 1} if smoke else {"seconds": 3.0}
-        times = {name: host_times(of.call, device, at_once=1, **rounds) for name, of in contenders.items()}
-    seconds, limit = {name: gpu.median(found) for name, found in times.items()}, workload.by_sample[theirs]
-    for name in contenders:
-        errors = workload.by_sample[name]
-        more = "" if all(errors[key] <= limit[key] for key in limit) else ", more than theirs"
-        note = f"error {errors['error']:.1e}, p90 {errors['error_p90']:.1e}{more}; {workload.nfe[name]:g} evaluations"
-        title = f"{count} samples, {theirs} over {name}"
-        results.add(title, seconds[theirs] / seconds[name], "x", note=note, seconds=spread(times[name]), **errors)
+        yardstick, limit = None, {}
+        for name, contender in contenders.items():
+            title = f"{count} samples, {theirs} over {name}"
+            with attempt(results, title):
+                contender.result()
+                times = host_times(contender.call, device, at_once=1, **rounds)
+                seconds, errors = gpu.median(times), workload.by_sample[name]
+                if name == theirs:
+                    yardstick, limit = seconds, errors
+                more = "" if all(errors[key] <= limit[key] for key in limit) else ", more than theirs"
+                note = f"error {errors['error']:.1e}, p90 {errors['error_p90']:.1e}{more}; "
+                facts = {"note": f"{note}{workload.nfe[name]:g} evaluations", "seconds": spread(times), **errors}
+                if yardstick is None:  # theirs failed
+                    results.add(f"{count} samples, {name}", seconds, "s", **facts)
+                else:
+                    results.add(title, yardstick / seconds, "x", **facts)
 
 
-def _samplers(workload: AtEqualError, device) -> dict[str, Contender]:
+def _samplers(results: gpu.Results, title: str, workload: AtEqualError) -> dict[str, Contender]:
     """The same method kept between batches, in float32 and on the fast network in bfloat16; graphs where there are."""
     settings = {"null_label": workload.null_label, "guidance_scale": SCALE, **AT_EQUAL_ERROR}
-    settings["cuda_graph"] = device.type == "cuda"
+    settings["cuda_graph"] = results.device.type == "cuda"
     nfe = lfm_fast.solvers.get_solver(settings["method"]).evaluations(settings["num_steps"])
-    models = {"kept, float32": workload.model, "kept, fast network, bfloat16": lfm_fast.optimize(workload.model)}
+    models = {"kept, float32": lambda: workload.model}
+    models["kept, fast network, bfloat16"] = lambda: lfm_fast.optimize(workload.model)
+    names = {f"{FAST}, {words}": (f"{FAST}, {words}", model) for words, model in models.items()}
 
-    def contender(name, model):
+    def contender(named):
+        name, model = named[0], named[1]()
         call = functools.partial(lfm_fast.Sampler(model, workload.z_1.shape, **settings), workload.z_1, workload.y)
         return Contender(call, lambda: workload.noted(name, call(), nfe))
 
-    return {f"{FAST}, {name}": contender(f"{FAST}, {name}", model) for name, model in models.items()}
+    return each(results, title, names, contender)
 
 
 def vae(results: gpu.Results) -> None:
@@ -242,18 +253,26 @@ def vae(results: gpu.Results) -> None:
     shape, count, side, rounds = ("narrow", 2, 32, 2) if results.smoke else ("sd-vae", 64, 256, 15)
     options = {"backend": "eager"} if results.smoke else {}
     for direction, wanted in (("encode", ENCODED), ("decode", DECODED)):
-        with taking("all"):
-            record = autoencoders.measured(direction, count, side, "bfloat16", results.device, rounds, shape, **options)
-        rates = {name: of["images_per_second"] for name, of in record["contenders"].items()}
-        ours = {name: rate for name, rate in rates.items() if name in (FAST, FAST_COMPILED, autoencoders.TRITON)}
-        plain = max(rates[name] for name in (DIFFUSERS, EAGER) if name in rates)
-        for name, rate in rates.items():
-            facts = record["contenders"][name]
-            right = facts["error"] <= record["largest_error"]
-            results.add(
-                f"{record['title']}, {name}", rate, "images/s", wanted if name in ours else None, right=right, **facts
-            )
-        results.add(f"{record['title']}, best over eager", max(ours.values()) / plain, "x", OVER_PLAIN_VAE)
+        with attempt(results, direction):
+            with taking("all"):
+                how = (count, side, "bfloat16", results.device, rounds, shape)
+                record = autoencoders.measured(direction, *how, **options)
+            _vae_lines(results, record, wanted)
+        gpu.release(results.device)
+
+
+def _vae_lines(results: gpu.Results, record: dict, wanted: float) -> None:
+    rates = {name: of["images_per_second"] for name, of in record["contenders"].items()}
+    ours = {name: rate for name, rate in rates.items() if name in (FAST, FAST_COMPILED, autoencoders.TRITON)}
+    for name, why in record["failed"].items():
+        results.not_run(f"{record['title']}, {name}", why)
+    for name, rate in rates.items():
+        facts, title = record["contenders"][name], f"{record['title']}, {name}"
+        right = facts["error"] <= record["largest_error"]
+        results.add(title, rate, "images/s", wanted if name in ours else None, right=right, **facts)
+    plain = [rates[name] for name in (DIFFUSERS, EAGER) if name in rates]
+    if ours and plain:
+        results.add(f"{record['title']}, best over eager", max(ours.values()) / max(plain), "x", OVER_PLAIN_VAE)
 
 
 PARTS = {

@@ -38,7 +38,8 @@ class Latents:
         self.y = torch.arange(num_items, device=device) % NUM_CLASSES
 
     def batch(self, sample_numbers, seed):
-        items = sample_numbers % self.num_items
+        # indices on the CPU would make the host wait for the device, once for each of the two tensors
+        items = (sample_numbers % self.num_items).to(self.z_0.device, non_blocking=True)
         return self.z_0[items], self.y[items]
 
 

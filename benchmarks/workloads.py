@@ -231,9 +231,10 @@ def tensors_of(result) -> list[Tensor]:
 
 
 def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
-    """The worst, over the tensors, of |got - want| / |want| in the Euclidean norm."""
+    """The worst, over the tensors, of |got - want| / |want| in the Euclidean norm; NaN where one is."""
     assert [x.shape for x in got] == [x.shape for x in want]
-    return max(float((g.double() - w).norm() / w.norm()) for g, w in zip(got, want))
+    errors = [float((g.double() - w).norm() / w.norm()) for g, w in zip(got, want)]
+    return math.nan if any(map(math.isnan, errors)) else max(errors)  # max drops a NaN that is not the first
 
 
 def _tensors_in(args) -> list[Tensor]:

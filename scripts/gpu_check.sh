@@ -137,12 +137,17 @@ from pathlib import Path
 import torch
 
 folder = Path(sys.argv[1])
-commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or "unknown"
-smi = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-try:
-    driver = subprocess.run(smi, capture_output=True, text=True).stdout.split("\n")[0] or "unknown"
-except OSError:
-    driver = "unknown"
+
+
+def said(*command):
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0].strip() or "unknown"
+    except OSError:  # there is no such program
+        return "unknown"
+
+
+commit = said("git", "rev-parse", "HEAD")
+driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 print(f"{torch.cuda.get_device_name()}, driver {driver}, torch {torch.__version__}, CUDA {torch.version.cuda}, {commit}")
 print(f"{'phase':<17} {'result':<8} {'passed':>7} {'failed':>7} {'skipped':>7} {'seconds':>8}")
 failures = []

@@ -75,6 +75,13 @@ def test_relative_error_is_that_of_the_worst_tensor():
     assert relative_error(got, want) == pytest.approx(0.1)
 
 
+def test_a_result_that_is_no_number_has_no_error_that_is_one():
+    """Whichever tensor it is in."""
+    good, bad = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    for got in ([good, bad], [bad, good]):
+        assert not relative_error(got, [good.double()] * 2) <= 1e9
+
+
 def test_peak_memory_and_operators_of_a_call():
     x = torch.ones(1024)
     peak, shares = measure.profiled(lambda: (x + 1) * 2)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -130,6 +131,24 @@ def test_a_program_is_stopped_with_all_that_it_started(tmp_path):
         time.sleep(0.01)
     assert gpu_parts.run([sys.executable, "-c", "pass"], 30.0) is None
     assert gpu_parts.run([sys.executable, "-c", "raise SystemExit(3)"], 30.0) == "failed with status 3"
+
+
+def test_a_program_that_is_killed_ends_what_it_started(tmp_path):
+    pid = tmp_path / "pid"
+    child = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    program = "import signal, sys; from benchmarks import gpu_parts; signal.signal(signal.SIGTERM, gpu_parts._leave); "
+    program += f"gpu_parts.run([sys.executable, '-c', {child!r}], 60.0)"
+    parent = subprocess.Popen([sys.executable, "-c", program])
+    deadline = time.monotonic() + 60
+    while not (pid.is_file() and pid.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert os.getsid(int(pid.read_text())) == os.getsid(0)
+    parent.terminate()
+    assert parent.wait(60) == 128 + signal.SIGTERM
+    while _runs(int(pid.read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def _runs(pid):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_code, gpu_counters, gpu_noise, gpu_ops, gpu_parts, gpu_shapes
+from benchmarks import gpu, gpu_attention, gpu_code, gpu_counters, gpu_noise, gpu_ops, gpu_parts, gpu_shapes
 from lfm_fast.ops import _registry
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts/gpu_bench_ops.sh"
@@ -62,6 +62,55 @@ def test_a_fast_and_wrong_kernel_is_called_wrong(results, monkeypatch):
     seconds = line["facts"]["seconds"]["cpp"]["median"]
     copied = gpu.ceilings(True)["copy_bytes_per_second"]
     assert line["reached"] == pytest.approx(2 * workload.moved / seconds / copied)
+
+
+def raises(*args):
+    raise RuntimeError("no kernel image\nat length")
+
+
+def test_a_kernel_that_raises_leaves_the_others_their_lines(results, monkeypatch):
+    case = gpu_shapes.cases(smoke=True)[0]
+    workload = gpu_ops.OpWorkload(case.row, case.size)
+    others = dict(workload.others())
+    monkeypatch.setattr(workload, "others", lambda: {"failing": (raises, raises), "untold": (raises, None), **others})
+    gpu_ops.add_shares(results, "a row", workload, wanted=1e-9, factor=1.0)
+    *failed, line = lines_of(results.file)["rows"]
+    why = {each["title"]: each["why_not"] for each in failed}
+    assert why == dict.fromkeys(("a row, failing", "a row, untold"), "RuntimeError: no kernel image")
+    assert (line["title"], line["right"], line["met"]) == ("a row, cpp", True, True)
+    monkeypatch.setattr(workload.row, "kernels", {**workload.row.kernels, "cpp": raises})
+    gpu_ops.add_shares(results, "again", workload, wanted=1e-9, factor=1.0)
+    assert "why_not" in {each["title"]: each for each in lines_of(results.file)["rows"]}["again, cpp"]
+
+
+def test_a_row_that_raises_leaves_the_other_rows(results, monkeypatch):
+    real, failing = gpu_ops.OpWorkload, gpu_shapes.cases(smoke=True)[0].row
+
+    def build(row, size):
+        return raises() if row == failing else real(row, size)
+
+    monkeypatch.setattr(gpu_ops, "OpWorkload", build)
+    gpu_ops.rows(results)
+    lines = lines_of(results.file)["rows"]
+    assert {line["why_not"] for line in lines if line["title"].startswith(f"{failing} ")} == {
+        "RuntimeError: no kernel image"
+    }
+    assert any("reached" in line for line in lines)
+
+
+def test_attention_that_raises_leaves_the_other_shapes(results, monkeypatch):
+    real = gpu_attention.run
+
+    def run(name, args, gradient):
+        return raises() if gradient is None or name == "math" else real(name, args, gradient)
+
+    monkeypatch.setattr(gpu_attention, "run", run)
+    gpu_attention.attention(results)
+    lines = lines_of(results.file)["rows"]
+    (whole,) = [line for line in lines if "RuntimeError: no kernel image" in line.get("why_not", "")]
+    assert whole["title"].endswith(", forward")
+    (line,) = [line for line in lines if line["title"].endswith("forward and backward")]
+    assert line["facts"]["not_run"]["math"] == "RuntimeError: no kernel image"
 
 
 def test_a_row_without_a_kernel_here_says_why(results, monkeypatch):
@@ -130,9 +179,8 @@ def test_counters_are_read_from_what_ncu_says(results):
 
 
 def test_ncu_that_counts_nothing_says_why(results, monkeypatch):
-    said = type("Done", (), {"stdout": "", "stderr": "==ERROR== ERR_NVGPUCTRPERM\n"})
     monkeypatch.setattr(gpu_counters.shutil, "which", lambda name: name)
-    monkeypatch.setattr(gpu_counters.subprocess, "run", lambda command, **how: said)
+    monkeypatch.setattr(gpu_counters, "said_by", lambda command: ("", "==ERROR== ERR_NVGPUCTRPERM\n"))
     monkeypatch.setattr(gpu_counters, "SECONDS", 1.0)
     gpu_counters.counters(results)
     lines = lines_of(results.file)["rows"]

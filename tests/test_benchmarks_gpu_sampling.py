@@ -126,12 +126,40 @@ def test_time_at_equal_error(little, monkeypatch, results):
     assert kept["reached"] == theirs["facts"]["seconds"]["median"] / kept["facts"]["seconds"]["median"]
 
 
+@pytest.mark.parametrize("broken", ["ours", "theirs"])
+def test_a_sampler_that_raises_leaves_the_others_their_lines(little, monkeypatch, results, broken):
+    names = ("torchdiffeq dopri5", FAST, gpu_sampling.AGAIN)
+
+    class AtEqualError:
+        z_1 = y = model = null_label = None
+        by_sample = {name: {"error": 0.1, "error_p90": 0.2} for name in names}
+        nfe = dict.fromkeys(names, 8.0)
+
+        def __init__(self, *_, **__):
+            pass
+
+        def contenders(self):
+            failing = names[0] if broken == "theirs" else FAST
+            call = {name: (lambda: 1 / 0) if name == failing else (lambda: None) for name in names}
+            return {name: gpu_sampling.Contender(call[name], call[name]) for name in names}
+
+    monkeypatch.setattr(gpu_sampling, "AtEqualError", AtEqualError)
+    gpu_sampling.equal_error(results)
+    lines = lines_of(results.file)
+    assert {f"2 samples, {FAST}, kept, float32", f"2 samples, {FAST}, kept, fast network, bfloat16"} <= lines.keys()
+    failing, other = (FAST, names[0]) if broken == "ours" else (names[0], FAST)
+    assert lines[f"2 samples, {names[0]} over {failing}"]["why_not"] == "ZeroDivisionError: division by zero"
+    told = f"2 samples, {names[0]} over {other}" if broken == "ours" else f"2 samples, {FAST}"
+    assert lines[told]["unit"] == ("x" if broken == "ours" else "s")
+
+
 def test_the_autoencoders_lines(monkeypatch, results):
     def measured(direction, *arguments, **options):
         rates = {FAST: 1000.0, gpu_sampling.FAST_COMPILED: 600.0, DIFFUSERS: 400.0, DIFFUSERS_COMPILED: 500.0}
         contenders = {name: {"images_per_second": rate, "error": 1e-3} for name, rate in rates.items()}
         contenders[DIFFUSERS_COMPILED]["error"] = 1.0
-        return {"title": direction, "largest_error": 3e-2, "contenders": contenders}
+        failed = {autoencoders.TRITON: "RuntimeError: no kernel image"} if direction == "encode" else {}
+        return {"title": direction, "largest_error": 3e-2, "contenders": contenders, "failed": failed}
 
     monkeypatch.setattr(autoencoders, "measured", measured)
     gpu_sampling.vae(results)
@@ -140,6 +168,24 @@ def test_the_autoencoders_lines(monkeypatch, results):
     assert lines[f"encode, {DIFFUSERS}"]["wanted"] is None
     assert lines[f"encode, {DIFFUSERS_COMPILED}"]["right"] is False
     assert lines["decode, best over eager"]["reached"] == 2.5
+    assert lines[f"encode, {autoencoders.TRITON}"]["why_not"] == "RuntimeError: no kernel image"
+
+
+def test_an_autoencoder_that_raises_leaves_the_others(monkeypatch):
+    real = autoencoders.run
+
+    def run(found, direction, x):
+        if "compile" in type(found.decode).__name__ or hasattr(found.decode, "_torchdynamo_orig_callable"):
+            raise RuntimeError("Inductor fails\nat length")
+        return real(found, direction, x)
+
+    monkeypatch.setattr(autoencoders, "run", run)
+    how = (2, 32, "float32", torch.device("cpu"), 1, "narrow")
+    record = autoencoders.measured("decode", *how, backend="eager")
+    assert list(record["failed"].values()) == ["RuntimeError: Inductor fails"]
+    assert len(record["contenders"]) == 4
+    assert not record["right"]
+    assert "not run, RuntimeError: Inductor fails" in autoencoders.text(record)
 
 
 def test_graphs_compiled_again_are_counted(little, monkeypatch, results):

@@ -97,6 +97,31 @@ def test_the_checkpoint_with_the_least_distance_is_kept(script, monkeypatch, tmp
     assert report["kid_latents"]["shipped_flow"] == 0.4
 
 
+def test_the_flow_is_written_before_it_is_measured(script, monkeypatch, tmp_path):
+    """Measuring takes long, and may be stopped."""
+    saved = []
+
+    class Flow:
+        def to(self, device):
+            return self
+
+        def save_pretrained(self, folder, dtype):
+            saved.append(folder)
+
+    def measure(flow, **_):
+        raise KeyboardInterrupt
+
+    names = {"trained": lambda *_: (tmp_path, 4, 1.0), "labelled": lambda *_: Flow(), "measure": measure}
+    names |= {"read_metrics": lambda run: [{"images_per_s": 1.0, "loss": 1.0}]}
+    names |= {"pictures": SimpleNamespace(loss_curve=lambda *_: None)}
+    for name, value in names.items():
+        monkeypatch.setitem(script, name, value)
+    args = SimpleNamespace(output=tmp_path, where="cpu", smoke=False, batch_size=4)
+    with pytest.raises(KeyboardInterrupt):
+        script["run_task"]("labelled", args, "embedded")
+    assert saved == [tmp_path / "labelled" / "flow"]
+
+
 def test_the_length_follows_from_the_time(script, monkeypatch, tmp_path):
     def train(config):
         assert config.steps == script["TIMED_STEPS"]
