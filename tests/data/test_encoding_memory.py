@@ -14,7 +14,8 @@ from lfm_fast.data.latent_cache import LatentCache
 from lfm_fast.data.latents import CachedLatents
 from lfm_fast.data.source import ImageSource
 
-COUNT, BATCH, MOST = 20_000, 100, 48e6  # a shard and the whole are 164 MB of posteriors, a batch 0.8 MB
+COUNT, BATCH = 20_000, 100
+MOST = 80e6  # a shard and the whole are 164 MB of posteriors, a batch 0.8 MB; allocators keep some tens that were freed
 STATUS = Path("/proc/self/status")
 
 
